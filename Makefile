@@ -1,0 +1,51 @@
+# Two environments, one for each transformers major; everything else runs inside them.
+PYTHON ?= python3.11
+ENV4 := .venv/transformers-4
+ENV5 := .venv/transformers-5
+PYTEST := -m pytest -n 2 -m "not slow and not gpu"
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo demo-train test test-4 test-5 test-slow test-gpu compat lint format clean
+
+help:
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+
+demo: $(ENV5)/.ready            ## load the shipped checkpoint and answer questions about unseen pictures
+	$(ENV5)/bin/saisa demo
+
+demo-train: $(ENV5)/.ready      ## train that checkpoint again from nothing (two cores: half an hour)
+	$(ENV5)/bin/saisa demo --train demo-checkpoint
+
+test: test-5 test-4             ## the test suite, under transformers 5.x and 4.57
+
+test-5: $(ENV5)/.ready $(ENV4)/.ready
+	SAISA_OTHER_PYTHON=$(abspath $(ENV4)/bin/python) $(ENV5)/bin/python $(PYTEST)
+
+test-4: $(ENV4)/.ready
+	$(ENV4)/bin/python $(PYTEST)
+
+test-slow: $(ENV5)/.ready       ## proofs that take minutes
+	$(ENV5)/bin/python -m pytest -n 2 -m slow
+
+test-gpu: $(ENV5)/.ready        ## tests that need a CUDA device
+	$(ENV5)/bin/python -m pytest -m gpu
+
+compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
+	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py
+
+lint: $(ENV5)/.ready            ## ruff: rules and format
+	$(ENV5)/bin/ruff check .
+	$(ENV5)/bin/ruff format --check .
+
+format: $(ENV5)/.ready
+	$(ENV5)/bin/ruff check --fix .
+	$(ENV5)/bin/ruff format .
+
+clean:                          ## remove the environments and what the commands above wrote
+	rm -rf .venv .compat .pytest_cache .ruff_cache demo-checkpoint saisa-demo.png
+
+.venv/transformers-%/.ready: pyproject.toml constraints/base.txt constraints/transformers-%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check \
+		-c constraints/base.txt -c constraints/transformers-$*.txt -e '.[dev]'
+	touch $@
