@@ -1,14 +1,15 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """SAISA vision-language models for Hugging Face transformers.
 
-Importing the package registers its config and models with transformers' Auto classes.
+Importing the package registers its config, models and processor with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from .compat_saisa import AutoModelForVision2Seq
 from .configuration_saisa import SaisaConfig
 from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
+from .processing_saisa import SaisaProcessor
 
 
 __version__ = "0.1.0"
@@ -17,9 +18,11 @@ __all__ = [
     "SaisaConfig",
     "SaisaForConditionalGeneration",
     "SaisaModel",
+    "SaisaProcessor",
 ]
 
 AutoConfig.register("saisa", SaisaConfig)
 AutoModel.register(SaisaConfig, SaisaModel)
+AutoProcessor.register(SaisaConfig, SaisaProcessor)
 for auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq}:
     auto_class.register(SaisaConfig, SaisaForConditionalGeneration)

@@ -4,6 +4,7 @@
 import inspect
 
 import transformers
+from transformers import image_utils
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -152,16 +153,12 @@ else:
 
 
 def read_url(url: str, timeout: float | None = None) -> bytes:
-    """What is at an http(s) address, fetched with the client that the installed transformers brings along."""
-    try:  # in a try block, or loading remote code would ask for both packages
-        from httpx import get
-
-        options = {"follow_redirects": True}
-    except ImportError:
-        from requests import get
-
-        options = {}
-    response = get(url, timeout=timeout, **options)
+    """What is at an http(s) address, fetched with the client that the installed transformers itself loads images with."""
+    httpx = getattr(image_utils, "httpx", None)
+    if httpx is None:
+        response = image_utils.requests.get(url, timeout=timeout)
+    else:
+        response = httpx.get(url, timeout=timeout, follow_redirects=True)
     response.raise_for_status()
     return response.content
 
