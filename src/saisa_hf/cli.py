@@ -1,0 +1,106 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The console script `saisa`: one sub-command per thing that can be done without writing Python.
+
+Heavy modules are imported by the sub-command that needs them, so that `saisa --help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from importlib.metadata import version
+
+
+CONVERT_HELP = """\
+Converts a checkpoint in the layout of the SAISA authors' code (yuanqianhao/saisa-vicuna, yuanqianhao/saisa-llama3, or
+one trained with that code) into one that transformers loads:
+
+  saisa convert yuanqianhao/saisa-vicuna ./saisa-vicuna
+
+The result holds weights, configuration, code files, model card and, where SRC has a tokenizer, the processor with its
+chat template. DST appears when everything is written and checked; on failure nothing is left behind.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (None: the process's own) and returns the exit status.
+
+    0: done. 1: a file, folder, repository or optional package is missing or cannot be used. 2: the command line or
+    something in the input is not as expected. Errors are one line on stderr.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv[:1] == ["demo"]:  # it has an argument parser of its own
+            from .demo.run import main as demo
+
+            return demo(argv[1:]) or 0
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ImportError) as error:
+        return _fail(error, 1)
+    except ValueError as error:
+        return _fail(error, 2)
+
+
+def _fail(error: object, status: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"saisa: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saisa", description="SAISA vision-language models for transformers.")
+    parser.add_argument("--version", action="version", version=f"saisa-hf {version('saisa-hf')}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    commands.add_parser("demo", help="ask a small model about pictures of handwritten digits, or train one")
+
+    command = commands.add_parser(
+        "convert",
+        help="convert a checkpoint of the SAISA authors' code",
+        description=CONVERT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="SRC", help="folder, or hub id, of the checkpoint")
+    command.add_argument("destination", metavar="DST", help="folder to make")
+    command.add_argument(
+        "--vision-tower",
+        metavar="PATH",
+        help="folder, or hub id, of the vision encoder (default: mm_vision_tower in SRC's config.json); its weights are "
+        "used where SRC has none of its own",
+    )
+    command.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="vicuna, llama_3, chatml, plain, or a .jinja file (default: llama_3 for Llama 3 tokenizers, else vicuna)",
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="store the weights so (default: as SRC does)"
+    )
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    command.set_defaults(run=_convert)
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from .convert import convert
+
+    convert(
+        arguments.source,
+        arguments.destination,
+        vision_tower=arguments.vision_tower,
+        chat_template=arguments.chat_template,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+    )
+    return 0

@@ -1,0 +1,130 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The console script `saisa`, and the arithmetic and text of the model card it writes."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+
+import pytest
+import yaml
+from test_convert import authors_checkpoint
+
+from saisa_hf import SaisaConfig
+from saisa_hf.cli import main
+from saisa_hf.model_card_saisa import flops, licence_in_card, model_card, parameter_counts, write_model_card
+
+
+VICUNA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008,
+             "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}  # fmt: skip
+
+
+def test_the_console_script_and_the_module_are_the_same_program():
+    (script,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "saisa")
+    assert script.load() is main
+    run = subprocess.run(
+        [sys.executable, "-m", "saisa_hf", "--version"], capture_output=True, text=True, env=os.environ
+    )
+    assert (run.returncode, run.stdout.strip()) == (0, f"saisa-hf {version('saisa-hf')}")
+
+
+def shown(capsys, *argv):
+    with pytest.raises(SystemExit) as exit_:
+        main(list(argv))
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_exactly_the_commands_that_run(capsys):
+    listed = re.search(r"COMMAND\n(.*)", shown(capsys, "--help"), re.S).group(1)
+    assert re.findall(r"^    (\w+) ", listed, re.M) == ["demo", "convert"]
+
+
+def test_help_of_convert_says_enough_to_use_it(capsys):
+    text = shown(capsys, "convert", "--help")
+    for needed in ("SRC", "DST", "--vision-tower", "--chat-template", "--dtype", "--max-shard-size", "--overwrite",
+                   "saisa convert yuanqianhao/saisa-vicuna", "hub id", "5GB"):  # fmt: skip
+        assert needed in text, needed
+
+
+@pytest.mark.parametrize("argv", [[], ["train"], ["convert"], ["convert", "a", "b", "--dtype", "int4"]])
+def test_a_wrong_command_line_ends_with_status_2_and_a_usage_line(capsys, argv):
+    with pytest.raises(SystemExit) as exit_:
+        main(argv)
+    assert exit_.value.code == 2 and capsys.readouterr().err.startswith("usage: saisa")
+
+
+@pytest.mark.parametrize(
+    "options, status, message",
+    [
+        (["no/such/folder", "{tmp}/out"], 1, "SRC 'no/such/folder' is not a folder"),
+        (["{tmp}/source", "{tmp}/source/config.json"], 1, "config.json is a file"),
+        (["{tmp}/source", "{tmp}/out", "--max-shard-size", "many"], 2, "max_shard_size='many'"),
+        (["{tmp}/source", "{tmp}/source", "--overwrite"], 2, "contains SRC"),
+    ],
+)
+def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys, options, status, message):
+    authors_checkpoint(tmp_path / "source")
+    assert main(["convert", *(option.format(tmp=tmp_path) for option in options)]) == status
+    streams = capsys.readouterr()
+    assert streams.err.startswith("saisa: error: ") and streams.err.count("\n") == 1
+    assert message in streams.err and "Traceback" not in streams.out + streams.err
+
+
+def test_convert_reports_each_step_and_the_result(tmp_path, capsys):
+    authors_checkpoint(tmp_path / "source")
+    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"writing model\.safetensors .*\nchecked \d+ tensors .*\n.*no tokenizer.*\nwrote .*out\n", out)
+
+
+def test_flops_are_those_of_the_paper():
+    cost = flops(SaisaConfig(text_config=VICUNA_7B), text_tokens=64, visual_tokens=576)
+    assert round(cost["llava"] / 1e12, 2) == 8.50 and round(cost["saisa"] / 1e12, 2) == 2.86
+    assert round(1 - cost["saisa"] / cost["llava"], 2) == 0.66
+
+
+def test_flops_without_an_image_are_those_of_the_language_model():
+    cost = flops(SaisaConfig(text_config=VICUNA_7B), text_tokens=64, visual_tokens=0)
+    assert cost["saisa"] == cost["llava"]
+
+
+def test_layers_that_see_no_image_and_a_shared_projector_cost_less():
+    def saisa(**kwargs):
+        return flops(SaisaConfig(text_config=VICUNA_7B, **kwargs), 64, 576)["saisa"]
+
+    whole, projector = saisa(), 2 * 576 * (1024 * 4096 + 4096**2)
+    assert saisa(projector_sharing="shared") == whole - 31 * projector
+    text_only = flops(SaisaConfig(text_config=VICUNA_7B), 64, 0)["saisa"]
+    assert saisa(visual_layers=list(range(8))) - text_only == pytest.approx((whole - text_only) / 4)
+
+
+def test_parameters_are_counted_from_the_configuration():
+    per_layer = parameter_counts(SaisaConfig(text_config=VICUNA_7B))
+    assert per_layer["projectors"] == 671_350_784
+    assert per_layer["head"] == 32001 * 4096
+    # 7B as Llama's own authors count it, with one row more in embedding and head
+    assert per_layer["language model"] + per_layer["head"] == 6_738_415_616 + 2 * 4096
+    shared = parameter_counts(SaisaConfig(text_config=VICUNA_7B, projector_sharing="shared"))
+    assert shared["projectors"] == 20_979_712
+    assert per_layer["total"] - shared["total"] == 671_350_784 - 20_979_712
+
+
+def test_the_card_states_architecture_cost_licence_and_citation():
+    card = model_card(
+        SaisaConfig(text_config=VICUNA_7B), "me/saisa", base_model="lmsys/vicuna-7b-v1.5", license="llama2"
+    )
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["base_model"] == "lmsys/vicuna-7b-v1.5" and metadata["license"] == "llama2"
+    assert metadata["tags"][0] == "saisa" and "vision-language" in metadata["tags"]
+    for stated in ("671,350,784", "| LLaVA | 8.50 |", "| SAISA | 2.86 (66% less) |", "2502.02458",
+                   'from_pretrained("me/saisa", trust_remote_code=True)', "`llama2`", "Yuan, Qianhao"):  # fmt: skip
+        assert stated in card, stated
+
+
+def test_a_card_that_is_there_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    write_model_card(tmp_path, SaisaConfig(text_config=VICUNA_7B))
+    assert (tmp_path / "README.md").read_text().endswith("mine\n")
+    assert licence_in_card(tmp_path / "README.md") == "mit" and licence_in_card(tmp_path / "none") is None

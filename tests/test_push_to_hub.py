@@ -1,0 +1,194 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""push_to_hub and back: through HTTP, between processes, the second without this package (hub_standin.py is the hub)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_standin import HubStandIn
+from test_convert import authors_checkpoint, tower_tensors, write_weights
+
+from saisa_hf import SaisaForConditionalGeneration
+
+
+TESTS = Path(__file__).parent
+REPO = "someone/tiny-saisa"
+
+# Each script is a process of its own. Its arguments: this folder, the repository, the file for the logits.
+START = """
+import sys
+tests, repo, logits_file = sys.argv[1:]
+"""
+
+PUSH = (
+    START
+    + """
+sys.path.insert(0, tests)
+import torch
+from PIL import Image
+from test_convert import old_words_tokenizer
+from tiny_models import randomize
+from transformers import CLIPImageProcessor
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf.chat_templates import chat_template
+
+tokenizer = old_words_tokenizer(40)
+tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+tokenizer.pad_token = "</s>"
+images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+processor = SaisaProcessor(images, tokenizer, image_seq_length=4, chat_template=chat_template("plain"))
+small = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+text = {"model_type": "llama", "vocab_size": 41, "rope_theta": 500000.0, "eos_token_id": 2, **small}
+vision = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **small}
+model = randomize(SaisaForConditionalGeneration(SaisaConfig(vision, text, image_token_id=40))).eval()
+model.generation_config.suppress_tokens = [40]
+model.push_to_hub(repo)
+processor.push_to_hub(repo)
+picture = Image.frombytes("RGB", (8, 8), bytes(range(192)))
+inputs = processor(text="<s> word7 <image> word8 word9", images=picture, return_tensors="pt")
+torch.save(model(**inputs).logits, logits_file)
+"""
+)
+
+LOAD = (
+    START
+    + """
+class NoPackage:
+    def find_spec(self, name, path=None, target=None):
+        if name == "saisa_hf" or name.startswith("saisa_hf."):
+            raise ModuleNotFoundError("saisa_hf is not installed here")
+
+sys.meta_path.insert(0, NoPackage())
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+assert AutoConfig.from_pretrained(repo, trust_remote_code=True).text_config.vocab_size == 41
+processor = AutoProcessor.from_pretrained(repo, trust_remote_code=True)
+picture = Image.frombytes("RGB", (8, 8), bytes(range(192)))
+inputs = processor(text="<s> word7 <image> word8 word9", images=picture, return_tensors="pt")
+classes = [AutoModelForImageTextToText, *filter(None, [getattr(transformers, "AutoModelForVision2Seq", None)])]
+for auto in classes:
+    model = auto.from_pretrained(repo, trust_remote_code=True).eval()
+    assert type(model).__name__ == "SaisaForConditionalGeneration"
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, torch.load(logits_file), atol=0, rtol=0)
+assert 40 not in model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
+assert not [name for name in sys.modules if name.split(".")[0] == "saisa_hf"]
+"""
+)
+
+PUSH_AGAIN = (
+    START
+    + """
+from saisa_hf import SaisaForConditionalGeneration
+SaisaForConditionalGeneration.from_pretrained(repo).push_to_hub(repo)
+"""
+)
+
+CONVERT = (
+    START
+    + """
+from saisa_hf.cli import main
+sys.exit(main(["convert", repo, "ours"]))
+"""
+)
+
+
+def run(hub, home, script, repo=REPO, logits_file=""):
+    """Runs Python code in a process that knows no hub but `hub`, in the folder `home`; returns what it printed."""
+    environment = os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "0"}
+    command = [sys.executable, "-c", script, str(TESTS), repo, str(logits_file)]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """(hub, path of the logits before the push): a hub to which one process has pushed a model and its processor."""
+    home = tmp_path_factory.mktemp("pusher")
+    with HubStandIn() as hub:
+        run(hub, home, PUSH, logits_file=home / "logits.pt")
+        yield hub, home / "logits.pt"
+
+
+def test_what_was_pushed_loads_in_a_process_without_the_package_and_gives_the_same_logits(pushed, tmp_path):
+    hub, logits_file = pushed
+    run(hub, tmp_path, LOAD, logits_file=logits_file)
+
+
+def test_the_repository_holds_the_code_and_names_it_for_every_auto_class(pushed):
+    files = pushed[0].files(REPO)
+    auto_map = json.loads(files["config.json"])["auto_map"]
+    assert set(auto_map) >= {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq"}
+    for reference in auto_map.values():
+        module, name = reference.split(".")
+        assert re.search(rf"^class {name}\b", files[f"{module}.py"].decode(), re.M), reference
+    package = {path.name: path.read_bytes() for path in (TESTS.parent / "src" / "saisa_hf").glob("*_saisa.py")}
+    assert {name: content for name, content in files.items() if name.endswith(".py")} == package
+    for name, content in package.items():
+        for sibling in re.findall(r"^\s*from \.(\w+) import", content.decode(), re.M):
+            assert f"{sibling}.py" in files, f"{name} imports {sibling}, which was not pushed"
+
+
+def test_the_repository_has_a_card_that_describes_this_model(pushed):
+    card = pushed[0].files(REPO)["README.md"].decode()
+    _, metadata, text = card.split("---\n", 2)
+    metadata = yaml.safe_load(metadata)
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "image-text-to-text"
+    assert "saisa" in metadata["tags"]
+    assert f'from_pretrained("{REPO}", trust_remote_code=True)' in text
+    assert "2502.02458" in text and "(4.57" not in text
+    # hidden 24, encoder 24: two layers of two 24 x 24 maps with biases
+    assert f"| projectors | {2 * 2 * (24 * 24 + 24):,} |" in text
+
+
+def test_the_snippet_in_the_card_runs(pushed, tmp_path):
+    from PIL import Image
+
+    hub, _ = pushed
+    Image.new("RGB", (20, 9), "red").save(tmp_path / "photo.jpg")
+    blocks = re.findall(r"```python\n(.*?)```", hub.files(REPO)["README.md"].decode(), re.S)
+    assert blocks and run(hub, tmp_path, "\n".join(blocks)).strip()
+
+
+def test_a_card_that_somebody_wrote_survives_the_next_push(pushed, tmp_path):
+    hub, _ = pushed
+    own = "---\nlicense: mit\n---\n# My model\nwritten by hand\n"
+    files = hub.files(REPO)
+    repo = "someone/with-own-card"
+    hub.create(repo)
+    hub.commit(repo, files | {"README.md": own.encode()})
+    run(hub, tmp_path, PUSH_AGAIN, repo)
+    assert len(hub.repositories[repo]) == 3
+    card = hub.files(repo)["README.md"].decode()
+    assert "written by hand" in card and "license: mit" in card and "Cost of a prompt" not in card
+
+
+def test_convert_takes_the_checkpoint_and_its_encoder_from_the_hub(tmp_path):
+    source = authors_checkpoint(
+        tmp_path / "source", tower_inside=False, form="bin", shards=2, mm_vision_tower="someone/clip"
+    )
+    (source / "README.md").write_text("---\nlicense: llama2\n---\n")
+    shutil.move(source / "vision", tmp_path / "clip")
+    (tmp_path / "clip" / "pytorch_model.bin").unlink()
+    write_weights(tmp_path / "clip", tower_tensors())
+    (tmp_path / "clip" / "tf_model.h5").write_text("not wanted")
+    with HubStandIn() as hub:
+        for repo, folder in {"someone/theirs": source, "someone/clip": tmp_path / "clip"}.items():
+            hub.create(repo)
+            hub.commit(repo, {path.name: path.read_bytes() for path in folder.iterdir()})
+        run(hub, tmp_path, CONVERT, "someone/theirs")
+        assert not [line for line in hub.requests if line.endswith("tf_model.h5")]
+    model, info = SaisaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()) and model.config.image_token_id == 600
+    metadata = yaml.safe_load((tmp_path / "ours" / "README.md").read_text().split("---\n")[1])
+    assert (metadata["base_model"], metadata["license"]) == ("someone/theirs", "llama2")
