@@ -640,7 +640,7 @@ class SaisaModel(SaisaPreTrainedModel):
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=features,
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),  # a convolutional encoder has none
         )
 
     def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> torch.Tensor:
@@ -662,6 +662,8 @@ class SaisaModel(SaisaPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> SaisaModelOutputWithPast:
         """
@@ -676,6 +678,8 @@ class SaisaModel(SaisaPreTrainedModel):
             inputs_embeds: (B, S, D) in place of `input_ids`; visual positions are where the image token's embedding is.
             use_cache: whether to return the cache. None: as the language model's config says.
             output_attentions, output_hidden_states: whether to return these. None: as the config says.
+            pixel_attention_mask, spatial_shapes: (pictures, patches) and (pictures, 2), what SigLIP 2's image processor
+                makes beside `pixel_values` (pictures, patches, patch size) for pictures of unlike shapes.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; numbers of placeholders and visual tokens
@@ -684,9 +688,7 @@ class SaisaModel(SaisaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         cache_position = kwargs.pop("cache_position", None)
-        encoder_arguments = {
-            name: kwargs.pop(name) for name in ("pixel_attention_mask", "spatial_shapes") if name in kwargs
-        }
+        encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
 
         layout, features = TokenLayout(None), None
         if pixel_values is not None:
@@ -797,6 +799,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> SaisaCausalLMOutputWithPast:
         """
@@ -822,6 +826,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
             return_dict=True,
             **kwargs,
         )
@@ -858,9 +864,17 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         return super().generate(inputs, generation_config, logits_processor, **kwargs)
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, pixel_values=None, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        pixel_attention_mask=None,
+        spatial_shapes=None,
+        **kwargs,
     ):
-        """transformers' own, and `pixel_values` whenever the tokens that are not in the cache yet have placeholders.
+        """transformers' own, and the pictures whose placeholders are among the tokens that are not in the cache yet.
 
         Raises:
             ValueError: the last token of a prompt is visual, so that nothing can be predicted from it.
@@ -890,33 +904,62 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 "The last token of a prompt is a visual token, and visual tokens predict nothing. Put a text token, a "
                 "newline for instance, behind the image."
             )
-        model_inputs["pixel_values"] = self._pictures_of(visual_BS, input_ids, pixel_values)
-        return model_inputs
-
-    def _pictures_of(self, visual_BS, input_ids, pixel_values):
-        """Of the pictures of the whole conversation, those whose placeholders are the True positions of `visual_BS`."""
-        placeholders_B = (input_ids == self.config.image_token_id).sum(1)
-        per_picture = int(placeholders_B.sum()) // len(pixel_values)
-        if per_picture != self.config.image_seq_length or int(visual_BS.sum()) == len(pixel_values) * per_picture:
-            return pixel_values
-        pictures_B, new_B = placeholders_B // per_picture, visual_BS.sum(1) // per_picture
-        wanted = []
-        for end, new in zip(pictures_B.cumsum(0).tolist(), new_B.tolist()):
-            wanted.extend(range(end - new, end))
-        return pixel_values[wanted]
+        pictures = _given(
+            pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
+        )
+        new_B = visual_BS.sum(1).tolist()
+        seen_B = new_B if new_embeds is not None else self.model.get_placeholder_mask(input_ids).sum(1).tolist()
+        tokens = self._visual_tokens(pictures, sum(new_B), sum(seen_B))
+        if sum(tokens) == sum(seen_B) != sum(new_B):  # the pictures of the whole conversation, of which some are cached
+            wanted = []
+            for row, new in zip(_pictures_by_row(seen_B, tokens), new_B):
+                first = len(row)
+                while new > 0 and first > 0:
+                    first -= 1
+                    new -= tokens[row[first]]
+                wanted.extend(row[first:])
+            pictures = {name: value[wanted] for name, value in pictures.items()}
+        return {**model_inputs, **pictures}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """transformers' own, but each row's pictures stay together: rows may have different numbers of them."""
-        pixel_values = model_kwargs.pop("pixel_values", None)
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
         embeds = model_kwargs.get("inputs_embeds")
-        if pixel_values is not None and expand_size > 1:
-            visual_BS = self.model.get_placeholder_mask(None if embeds is not None else input_ids, embeds)
-            per_picture = max(int(visual_BS.sum()) // len(pixel_values), 1)
-            rows = pixel_values.split((visual_BS.sum(1) // per_picture).tolist())
-            pixel_values = torch.cat([row for row in rows for _ in range(expand_size)])
+        if pictures and expand_size > 1:
+            placeholders_BS = self.model.get_placeholder_mask(None if embeds is not None else input_ids, embeds)
+            placeholders_B = placeholders_BS.sum(1).tolist()
+            rows = _pictures_by_row(placeholders_B, self._visual_tokens(pictures, sum(placeholders_B)))
+            order = [picture for row in rows for _ in range(expand_size) for picture in row]
+            pictures = {name: value[order] for name, value in pictures.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
+        return input_ids, {**model_kwargs, **pictures}
+
+    def _visual_tokens(self, pictures: dict, *placeholders: int) -> list[int]:
+        """How many visual tokens each picture has, given the numbers of placeholders that they may be meant for."""
+        if "spatial_shapes" in pictures:
+            return pictures["spatial_shapes"].prod(-1).tolist()
+        count = len(pictures["pixel_values"])
+        each = self.config.image_seq_length
+        if count * each not in placeholders:
+            each = placeholders[-1] // count
+        return [each] * count
+
+
+def _given(**arguments) -> dict:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _pictures_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int]]:
+    """The indices of the pictures that belong to each row, whose placeholders take them up in order."""
+    rows, picture = [], 0
+    for placeholders in placeholders_B:
+        row = []
+        while placeholders > 0 and picture < len(tokens):
+            row.append(picture)
+            placeholders -= tokens[picture]
+            picture += 1
+        rows.append(row)
+    return rows
