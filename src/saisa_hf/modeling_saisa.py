@@ -16,13 +16,13 @@ An input without pictures is not packed: there, P stands for the two axes (B, S)
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, QuantizedCache
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -195,8 +195,7 @@ class SaisaVisualProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(features_VC)))
 
 
-@dataclass
-class Rotation:
+class Rotation(NamedTuple):
     """Cosines and sines of the rotary embedding, each (B or 1, T, H) for the queries and (B or 1, S, H) for the keys."""
 
     queries: tuple[torch.Tensor, torch.Tensor]
@@ -435,6 +434,13 @@ class SaisaPreTrainedModel(PreTrainedModel):
                 )
         return (model, info) if wants_info else model
 
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """transformers' own; a convolutional encoder, which has no attention, is left out of what is meant for all."""
+        vision = getattr(self.config, "vision_config", None)
+        if isinstance(attn_implementation, str) and getattr(vision, "model_type", None) == "convnext":
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        return super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers would look for its own names in this file's text
@@ -481,6 +487,11 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if isinstance(past_key_values, QuantizedCache) and not all(layer.sees_image for layer in self.layers):
+            raise ValueError(
+                "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
+                "there: a quantized cache changes them. Use a dynamic or static cache."
+            )
 
         length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         if inputs_embeds is None:
@@ -495,10 +506,16 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         if position_ids is None:
             position_ids = slots[None]
         elif attention_mask is None and past_key_values is None:
-            documents = (torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
+            starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+            documents = starts.cumsum(-1).expand(len(input_ids if inputs_embeds is None else inputs_embeds), -1)
         masks = self._attention_masks(layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents)
         rotation = self._rotation(layout, text_PD, position_ids)
 
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"`output_attentions=True` returns none with attn_implementation={self.config._attn_implementation!r}: load "
+                "the model with attn_implementation='eager'."
+            )
         hidden_states, attentions = [], []
         for layer in self.layers:
             if output_hidden_states:
@@ -520,7 +537,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             last_hidden_state=last_hidden_state,
             past_key_values=past_key_values if use_cache else None,
             hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
-            attentions=tuple(attentions) if output_attentions else None,
+            attentions=tuple(attentions) or None,
         )
 
     def _attention_masks(self, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents):
@@ -577,7 +594,9 @@ class NestedEncoder(nn.Module):
 
 def build_vision_tower(config) -> nn.Module:
     """The encoder for `config`, with the parameter names of transformers up to 5.5."""
-    encoder = AutoModel.from_config(config)
+    # a convolutional encoder has no attention to choose: transformers refuses any choice but this
+    choice = {"attn_implementation": "eager"} if config.model_type == "convnext" else {}
+    encoder = AutoModel.from_config(config, **choice)
     if config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
         encoder = NestedEncoder(encoder)
     return encoder
@@ -609,7 +628,7 @@ class SaisaModel(SaisaPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
-        The encoder's features of a batch of pictures (DESIGN: `Z`), before any projector.
+        The encoder's features of a batch of pictures, before any projector.
 
         Args:
             pixel_values: (pictures, channels, height, width), any floating dtype.
@@ -691,14 +710,14 @@ class SaisaModel(SaisaPreTrainedModel):
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
 
         layout, features = TokenLayout(None), None
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values) > 0:
             pictures = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
             features = torch.cat(list(pictures))
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            self._check_visual_tokens(len(features), len(pictures), int(visual_BS.sum()))
+            self.check_visual_tokens(len(features), len(pictures), int(visual_BS.sum()))
             layout = TokenLayout(visual_BS)
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            self._check_no_picture_is_missing(input_ids, past_key_values)
+            self._check_no_picture_is_missing(input_ids)
 
         projected = features
         if features is not None:
@@ -723,7 +742,8 @@ class SaisaModel(SaisaPreTrainedModel):
         )
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=features)
 
-    def _check_visual_tokens(self, features: int, pictures: int, placeholders: int):
+    def check_visual_tokens(self, features: int, pictures: int, placeholders: int):
+        """Raises ValueError if `pictures` pictures with `features` visual tokens in all do not fill `placeholders`."""
         if features != placeholders:
             raise ValueError(
                 f"pixel_values holds {pictures} pictures with {features} visual tokens in all, but the input has "
@@ -731,9 +751,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"as visual tokens: let the processor expand the prompt, and pass each picture once."
             )
 
-    def _check_no_picture_is_missing(self, input_ids, past_key_values):
-        if past_key_values is not None and past_key_values.get_seq_length() > 0:
-            return
+    def _check_no_picture_is_missing(self, input_ids):
         placeholders = int((input_ids == self.config.image_token_id).sum())
         if placeholders >= max(self.config.image_seq_length, 2):
             raise ValueError(
@@ -840,8 +858,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            targets_BS = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:][:, kept]
-            loss_arguments.setdefault("shift_labels", layout.text(targets_BS).contiguous())
+            targets_BS = loss_arguments.pop("shift_labels", None)
+            if targets_BS is None:
+                targets_BS = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss_arguments["shift_labels"] = layout.text(targets_BS[:, kept]).contiguous()
             loss = self.loss_function(
                 logits=logits_PX, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_arguments
             )
@@ -929,7 +949,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         if pictures and expand_size > 1:
             placeholders_BS = self.model.get_placeholder_mask(None if embeds is not None else input_ids, embeds)
             placeholders_B = placeholders_BS.sum(1).tolist()
-            rows = _pictures_by_row(placeholders_B, self._visual_tokens(pictures, sum(placeholders_B)))
+            tokens = self._visual_tokens(pictures, sum(placeholders_B))
+            if model_kwargs.get("past_key_values") is None:
+                self.model.check_visual_tokens(sum(tokens), len(tokens), sum(placeholders_B))
+            rows = _pictures_by_row(placeholders_B, tokens)
             order = [picture for row in rows for _ in range(expand_size) for picture in row]
             pictures = {name: value[order] for name, value in pictures.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
@@ -943,7 +966,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             return pictures["spatial_shapes"].prod(-1).tolist()
         count = len(pictures["pixel_values"])
         each = self.config.image_seq_length
-        if count * each not in placeholders:
+        if count and count * each not in placeholders and placeholders[-1] % count == 0:
             each = placeholders[-1] // count
         return [each] * count
 
