@@ -43,7 +43,8 @@ def readable_config_dict(config: dict) -> dict:
 def portable_config_dict(config: dict) -> dict:
     """`config`, a sub-config as the installed release writes it, with the rotary settings in both forms."""
     config = dict(config)
-    config.pop("_name_or_path", None)
+    if "_name_or_path" in config:
+        config["_name_or_path"] = ""  # where a part came from on the machine that saved it
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

@@ -150,18 +150,13 @@ class SaisaConfig(PretrainedConfig):
         """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
         return self.visual_layers is None or layer_idx in self.visual_layers
 
-    def to_dict(self):
-        """The configuration as a dict that every supported transformers release reads alike."""
-        config_dict = super().to_dict()
-        for name in ("vision_config", "text_config"):
-            config_dict[name] = portable_config_dict(config_dict[name])
-        return config_dict
-
     def to_diff_dict(self):
-        """As `to_dict` for the sub-configs: their defaults differ between transformers releases."""
-        diff = super().to_diff_dict()
-        whole = self.to_dict()
-        for name in ("vision_config", "text_config", "auto_map", "tie_word_embeddings"):
+        """What `config.json` holds. The sub-configs are complete and in a form that every supported transformers release
+        reads alike: their defaults and the names of their rotary settings differ between releases."""
+        diff, whole = super().to_diff_dict(), self.to_dict()
+        for name in ("vision_config", "text_config"):
+            diff[name] = portable_config_dict(whole[name])
+        for name in ("auto_map", "tie_word_embeddings"):
             diff[name] = whole[name]
         return diff
 

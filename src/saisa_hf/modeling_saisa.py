@@ -415,18 +415,20 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' own, which never leaves a tensor of the base model at its random initial value.
+        """transformers' own, which does not leave single tensors of the base model at their random initial values.
 
         Raises:
-            ValueError: tensors of the encoder, the projectors or the language model are missing from the checkpoint.
+            ValueError: tensors of the encoder, the projectors or the language model are missing from the checkpoint. (One
+                that has none of them at all gets transformers' own warning.)
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {**VISION_MODEL_NAMES, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
             parts = ("vision_tower.", "visual_projector.", "language_model.")
-            missing = sorted(key for key in info["missing_keys"] if any(part in key for part in parts))
-            if missing:
+            wanted = [key for key in model.state_dict() if any(part in key for part in parts)]
+            missing = sorted(set(wanted) & set(info["missing_keys"]))
+            if 0 < len(missing) < len(wanted):
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model: "
                     f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. They would be left at random values. "
@@ -444,6 +446,10 @@ class SaisaPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return True  # transformers would look for its own names in this file's text
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # the weights are initialised by transformers' own rules, which it does not trust foreign code to follow
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
@@ -578,15 +584,19 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
 
 
 class NestedEncoder(nn.Module):
-    """An encoder one level down, under the name `vision_model` (see `NESTED_ENCODERS`)."""
+    """An encoder one level down, under the name `vision_model` (see `NESTED_ENCODERS`), which it looks like from outside."""
 
     def __init__(self, vision_model: PreTrainedModel):
         super().__init__()
         self.vision_model = vision_model
 
-    @property
-    def config(self):
-        return self.vision_model.config
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") and not name.startswith("_supports"):
+                raise  # transformers keeps its own records on a module, of this one too
+            return getattr(super().__getattr__("vision_model"), name)
 
     def forward(self, *args, **kwargs):
         return self.vision_model(*args, **kwargs)
@@ -702,7 +712,7 @@ class SaisaModel(SaisaPreTrainedModel):
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; numbers of placeholders and visual tokens
-                that differ; a picture's worth of placeholders without `pixel_values`.
+                that differ.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
@@ -717,7 +727,7 @@ class SaisaModel(SaisaPreTrainedModel):
             self.check_visual_tokens(len(features), len(pictures), int(visual_BS.sum()))
             layout = TokenLayout(visual_BS)
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            self._check_no_picture_is_missing(input_ids)
+            self._warn_if_pictures_are_missing(input_ids)
 
         projected = features
         if features is not None:
@@ -751,12 +761,12 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"as visual tokens: let the processor expand the prompt, and pass each picture once."
             )
 
-    def _check_no_picture_is_missing(self, input_ids):
+    def _warn_if_pictures_are_missing(self, input_ids):
         placeholders = int((input_ids == self.config.image_token_id).sum())
         if placeholders >= max(self.config.image_seq_length, 2):
-            raise ValueError(
+            logger.warning_once(
                 f"input_ids has {placeholders} placeholders (image_token_id={self.config.image_token_id}), but pixel_values "
-                f"is None. Pass the pictures, or a prompt without them."
+                f"is None: they are read as text. Pass the pictures, or a prompt without them."
             )
 
 
@@ -792,6 +802,14 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value):
         self.model.set_input_embeddings(value)
+
+    @property
+    def vision_tower(self):
+        return self.model.vision_tower
+
+    @property
+    def language_model(self):
+        return self.model.language_model
 
     def get_output_embeddings(self):
         return self.lm_head
