@@ -33,10 +33,11 @@ def readable_config_dict(config: dict) -> dict:
             config.pop("rope_theta", None)
             config.pop("rope_scaling", None)
     elif rope is not None:
-        config.pop("rope_parameters")
-        rope = dict(rope)
+        rope = dict(config.pop("rope_parameters"))
         config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-        config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        config.pop("rope_scaling", None)
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
     return config
 
 
