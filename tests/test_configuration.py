@@ -19,6 +19,9 @@ LLAMA_3 = {
 }
 
 
+CONVNEXT = {"model_type": "convnext", "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "image_size": 32}
+
+
 @pytest.mark.parametrize(
     "wrong, words",
     [
@@ -32,6 +35,17 @@ LLAMA_3 = {
         ({"visual_layers": []}, ["visual_layers=[]", "at least one"]),
         ({"image_token_id": 32064}, ["image_token_id=32064", "[0, 32064)"]),
         ({"image_token_id": -1}, ["image_token_id=-1", "[0, 32064)"]),
+        ({"vision_feature_layer": None}, ["vision_feature_layer=None", "-25 to 24"]),
+        ({"vision_feature_layer": "-2"}, ["vision_feature_layer='-2'", "-25 to 24"]),
+        ({"vision_feature_layer": True}, ["vision_feature_layer=True"]),
+        ({"visual_layers": 1}, ["visual_layers=1", "a list"]),
+        ({"projector_hidden_act": "bogus"}, ["projector_hidden_act='bogus'", "'gelu'"]),
+        ({"projector_bias": "no"}, ["projector_bias='no'", "True, False"]),
+        ({"vision_config": CONVNEXT, "vision_feature_layer": 7}, ["vision_feature_layer=7", "-3 to 2"]),
+        ({"vision_config": CONVNEXT, "vision_feature_layer": []}, ["vision_feature_layer=[]"]),
+        ({"vision_config": CONVNEXT, "vision_feature_layer": [-2, -1]}, ["vision_feature_layer=[-2, -1]", "one stage"]),
+        ({"vision_config": {"image_size": [336, 336]}}, ["vision_config.image_size=[336, 336]", "image_seq_length"]),
+        ({"image_seq_length": 0}, ["image_seq_length=0", "number of visual tokens"]),
         ({"image_seq_length": -3}, ["image_seq_length=-3"]),
         ({"projector_hidden_size": 0}, ["projector_hidden_size=0", "positive"]),
         ({"text_config": {"model_type": "gpt2"}}, ["text_config.model_type='gpt2'", "'llama'", "'qwen3'"]),
@@ -46,6 +60,17 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(wrong, words)
         SaisaConfig(**wrong)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("layer, tokens, width", [(0, 64, 8), (1, 64, 8), (-2, 64, 8), (-1, 16, 16)])
+def test_the_state_of_convnext_decides_tokens_and_width(layer, tokens, width):
+    config = SaisaConfig(vision_config=dict(CONVNEXT), vision_feature_layer=layer)
+    assert (config.image_seq_length, config.vision_feature_size) == (tokens, width)
+
+
+def test_tuples_and_ranges_are_lists_in_a_config():
+    config = SaisaConfig(visual_layers=range(2, 5), vision_feature_layer=(-2, -1))
+    assert config.visual_layers == [2, 3, 4] and config.vision_feature_layer == [-2, -1]
 
 
 def test_defaults_are_the_papers():

@@ -20,7 +20,8 @@ def modules_after(statement: str) -> set[str]:
 def test_importing_the_package_imports_the_classes_it_builds_on_and_little_else():
     building_blocks = (
         "from transformers import AutoModel, AutoConfig, AutoProcessor, AutoModelForImageTextToText, BatchFeature; "
-        "import transformers.generation, transformers.processing_utils, transformers.masking_utils, "
+        "from transformers import GenerationMixin, activations; "
+        "import transformers.processing_utils, transformers.masking_utils, "
         "transformers.modeling_layers, PIL.ImageOps, huggingface_hub.repocard_data"
     )
     more = modules_after("import saisa_hf") - modules_after(building_blocks)

@@ -93,6 +93,18 @@ SaisaForConditionalGeneration.from_pretrained(repo).push_to_hub(repo)
 """
 )
 
+SAVE_AND_PUSH = (
+    START
+    + """
+from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
+model = SaisaForConditionalGeneration.from_pretrained(repo)
+processor = SaisaProcessor.from_pretrained(repo)
+model.config.save_pretrained("config", push_to_hub=True, repo_id="someone/config")
+model.save_pretrained("model", push_to_hub=True, repo_id="someone/model", commit_message="by saving")
+processor.save_pretrained("processor", push_to_hub=True, repo_id="someone/processor")
+"""
+)
+
 CONVERT = (
     START
     + """
@@ -171,6 +183,22 @@ def test_a_card_that_somebody_wrote_survives_the_next_push(pushed, tmp_path):
     assert len(hub.repositories[repo]) == 3
     card = hub.files(repo)["README.md"].decode()
     assert "written by hand" in card and "license: mit" in card and "Cost of a prompt" not in card
+
+
+def test_saving_with_push_to_hub_uploads_what_it_saves(pushed, tmp_path):
+    hub, _ = pushed
+    run(hub, tmp_path, SAVE_AND_PUSH)
+    code = {path.name for path in (TESTS.parent / "src" / "saisa_hf").glob("*_saisa.py")}
+    wanted = {
+        "config": {"config.json"},
+        "model": {"config.json", "model.safetensors", "generation_config.json"},
+        "processor": {"processor_config.json", "preprocessor_config.json", "tokenizer_config.json"},
+    }
+    for name, files in wanted.items():
+        saved = {path.name for path in (tmp_path / name).iterdir()}
+        assert files | code <= saved, name
+        assert saved <= set(hub.files(f"someone/{name}")), name
+    assert "README.md" in hub.files("someone/model")
 
 
 def test_convert_takes_the_checkpoint_and_its_encoder_from_the_hub(tmp_path):

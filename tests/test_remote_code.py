@@ -179,6 +179,20 @@ def test_an_incomplete_checkpoint_is_refused_by_name(saved, tmp_path, case):
         assert named in str(error.value)
 
 
+def test_a_checkpoint_without_its_head_is_refused(saved, tmp_path):
+    folder = edited(saved / "llama-clip", tmp_path / "headless", without("lm_head."))
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model: lm_head\.weight"):
+        SaisaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_checkpoint_of_foreign_names_is_refused(saved, tmp_path):
+    folder = edited(
+        saved / "llama-clip", tmp_path / "foreign", lambda tensors: {f"x.{k}": v for k, v in tensors.items()}
+    )
+    with pytest.raises(ValueError, match="lacks"):
+        SaisaForConditionalGeneration.from_pretrained(folder)
+
+
 def test_a_base_model_without_a_head_is_no_incomplete_checkpoint(saved, tmp_path):
     folder = edited(saved / "llama-clip", tmp_path / "headless", without("lm_head."))
     assert transformers.AutoModel.from_pretrained(folder) is not None

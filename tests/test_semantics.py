@@ -698,3 +698,47 @@ def test_layers_without_pictures_refuse_a_cache_that_changes_keys():
     model, prompts = tiny_model("llama", visual_layers=[1]), random_prompts(1)
     with pytest.raises(ValueError, match="visual_layers"):
         model(**prompts.inputs, past_key_values=Rounding())
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("text, options", CACHED)
+def test_a_picture_may_be_cached_on_its_own(text, options, attn_implementation):
+    """Text, then a chunk that is nothing but the picture, then text again."""
+    model = tiny_model(text, attn_implementation=attn_implementation, **options)
+    prompts = prompts_from_rows([[BOS, 3, "image", 4, 5], [BOS, 6, "image", 7, 8]])
+    whole = logits(model, prompts)
+    past, parts = None, []
+    with torch.no_grad():
+        for start, stop in ((0, 2), (2, 6), (6, 8)):
+            pictures = prompts.pixel_values if start == 2 else None
+            out = model(prompts.input_ids[:, start:stop], pictures, past_key_values=past, use_cache=True)
+            past, parts = out.past_key_values, [*parts, out.logits]
+    close(torch.cat(parts, 1), whole)
+    assert not parts[1].any()
+
+
+def test_empty_pixel_values_do_not_fill_placeholders():
+    model, prompts = tiny_model(), prompts_from_rows([[BOS, "image", 3, 4]])
+    with pytest.raises(ValueError, match="0 pictures with 0 visual tokens in all, but the input has 4"):
+        model(input_ids=prompts.input_ids, pixel_values=prompts.pixel_values[:0])
+
+
+@pytest.mark.parametrize("sharing", ["per_layer", "shared"])
+def test_projectors_may_be_of_higher_precision_than_the_language_model(sharing):
+    """The paper's first stage: a frozen model in half precision, projectors that train in float32."""
+    model, prompts = tiny_model(projector_sharing=sharing), random_prompts(1)
+    expected = logits(model, prompts)
+    model.bfloat16()
+    for name, module in model.named_modules():
+        if name.endswith("visual_projector"):
+            module.float()
+    found = logits(model, prompts)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 8, 8), [torch.zeros(3, 8, 8)]], ids=["no batch", "list"])
+def test_pictures_of_the_wrong_form_are_named(wrong):
+    model, prompts = tiny_model(), prompts_from_rows([[BOS, "image", 3, 4]])
+    with pytest.raises(ValueError, match=r"pixel_values is .*expected a tensor \(pictures, channels, height, width\)"):
+        model(input_ids=prompts.input_ids, pixel_values=wrong)

@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"saisa-hf {version('saisa-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    commands.add_parser("demo", help="ask a small model about pictures of handwritten digits, or train one")
+    commands.add_parser("demo", help="ask a small model about pictures of handwritten digits, or train it again")
 
     command = commands.add_parser(
         "convert",

@@ -1,9 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """SaisaConfig: what a SAISA model is made of, and whether the pieces fit together."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from .compat_saisa import portable_config_dict, readable_config_dict
@@ -102,16 +104,14 @@ class SaisaConfig(PretrainedConfig):
         self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, tuple(CLASS_TOKENS))
         self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, LANGUAGE_MODELS)
         self.image_token_id = kwargs.pop("image_token_index", image_token_id)
-        self.vision_feature_layer = (
-            vision_feature_layer if isinstance(vision_feature_layer, int) else list(vision_feature_layer)
-        )
+        self.vision_feature_layer = _listed(vision_feature_layer)
         self.vision_feature_select_strategy = vision_feature_select_strategy
-        self.image_seq_length = self._visual_tokens_per_image() if image_seq_length is None else image_seq_length
+        self.image_seq_length = image_seq_length
         self.projector_hidden_act = projector_hidden_act
         self.projector_bias = projector_bias
         self.projector_hidden_size = projector_hidden_size
         self.projector_sharing = projector_sharing
-        self.visual_layers = None if visual_layers is None else list(visual_layers)
+        self.visual_layers = _listed(visual_layers)
 
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -125,6 +125,8 @@ class SaisaConfig(PretrainedConfig):
         # a checkpoint always names its own code files, wherever it was read from
         self.auto_map = dict(AUTO_MAP)
         self._check()
+        if image_seq_length is None:
+            self.image_seq_length = self._visual_tokens_per_image()
 
     @property
     def vision_feature_layers(self) -> list[int]:
@@ -161,9 +163,11 @@ class SaisaConfig(PretrainedConfig):
         return diff
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Writes `config.json` and the code files that it names."""
+        """Writes `config.json` and the code files that it names; with `push_to_hub=True` uploads them as well."""
         write_code_files(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **kwargs})
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig"):
@@ -171,51 +175,77 @@ class SaisaConfig(PretrainedConfig):
 
     def _visual_tokens_per_image(self) -> int:
         vision = self.vision_config
-        if vision.model_type == "convnext":
-            # the stem divides by patch_size, each stage after the first by two
-            stages = len(vision.hidden_sizes)
-            strides = [vision.patch_size * 2 ** max(index - 1, 0) for index in range(stages + 1)]
-            return (vision.image_size // strides[self.vision_feature_layers[0]]) ** 2
         if vision.model_type == "siglip2_vision_model":
             return vision.num_patches
-        patches = (vision.image_size // vision.patch_size) ** 2
+        size = getattr(vision, "image_size", None)
+        if not _is_count(size):
+            raise ValueError(
+                f"vision_config.image_size={size!r} is no number of pixels: image_seq_length cannot be computed from it. "
+                f"Give image_seq_length, the number of visual tokens of a picture."
+            )
+        if vision.model_type == "convnext":
+            return (size // self._convnext_strides()[self.vision_feature_layers[0]]) ** 2
+        patches = (size // vision.patch_size) ** 2
         return patches + CLASS_TOKENS[vision.model_type] - self.dropped_vision_tokens
+
+    def _convnext_strides(self) -> list[int]:
+        """Pixels per feature for each of ConvNeXt's states: the stem's, then those of the stages. The stem divides by
+        `patch_size`, each stage after the first by two."""
+        vision = self.vision_config
+        return [vision.patch_size * 2 ** max(index - 1, 0) for index in range(len(vision.hidden_sizes) + 1)]
 
     def _check(self):
         text, vision = self.text_config, self.vision_config
         _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
         _check_choice("projector_sharing", self.projector_sharing, ("per_layer", "shared"))
-        if not (isinstance(self.image_token_id, int) and 0 <= self.image_token_id < text.vocab_size):
+        _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
+        _check_choice("projector_bias", self.projector_bias, (True, False))
+        if not (_is_index(self.image_token_id) and 0 <= self.image_token_id < text.vocab_size):
             raise ValueError(
                 f"image_token_id={self.image_token_id!r} is outside the vocabulary of text_config: expected an integer in "
                 f"[0, {text.vocab_size}). Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
             )
-        if not (isinstance(self.image_seq_length, int) and self.image_seq_length >= 0):
-            raise ValueError(f"image_seq_length={self.image_seq_length!r}: expected a number of visual tokens.")
-        states = (len(vision.hidden_sizes) if vision.model_type == "convnext" else vision.num_hidden_layers) + 1
-        if not self.vision_feature_layers:
-            raise ValueError("vision_feature_layer=[]: expected at least one index into the encoder's hidden states.")
-        for layer in self.vision_feature_layers:
-            if not (isinstance(layer, int) and -states <= layer < states):
-                raise ValueError(
-                    f"vision_feature_layer={self.vision_feature_layer!r} is out of range: {vision.model_type} with "
-                    f"{states - 1} layers has {states} hidden states, allowed are {-states} to {states - 1}."
-                )
-        if self.projector_hidden_size is not None and not (
-            isinstance(self.projector_hidden_size, int) and self.projector_hidden_size > 0
+        for name, what in (
+            ("image_seq_length", "the number of visual tokens of a picture, or None to compute it"),
+            ("projector_hidden_size", "a positive integer, or None for the language model's hidden size"),
         ):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name}={value!r}: expected {what}.")
+        convolutional = vision.model_type == "convnext"
+        states = (len(vision.hidden_sizes) if convolutional else vision.num_hidden_layers) + 1
+        layers = self.vision_feature_layers if isinstance(self.vision_feature_layer, (int, list)) else []
+        if not layers or not all(_is_index(layer) and -states <= layer < states for layer in layers):
             raise ValueError(
-                f"projector_hidden_size={self.projector_hidden_size!r}: expected a positive integer, or None for the "
-                f"language model's hidden size."
+                f"vision_feature_layer={self.vision_feature_layer!r}: expected an index into the hidden states of "
+                f"{vision.model_type}, or a list of them; with {states - 1} layers, {-states} to {states - 1} are allowed."
+            )
+        if convolutional and len({self._convnext_strides()[layer] for layer in layers}) > 1:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer!r}: these states of convnext differ in size and cannot be "
+                f"put side by side. Choose one stage."
             )
         if self.visual_layers is not None:
-            layers = range(text.num_hidden_layers)
-            bad = [layer for layer in self.visual_layers if not isinstance(layer, int) or layer not in layers]
-            if bad or not self.visual_layers or len(set(self.visual_layers)) != len(self.visual_layers):
+            count, layers = text.num_hidden_layers, self.visual_layers
+            whole = isinstance(layers, list) and all(_is_index(layer) and 0 <= layer < count for layer in layers)
+            if not whole or not layers or len(set(layers)) != len(layers):
                 raise ValueError(
-                    f"visual_layers={self.visual_layers!r}: expected distinct decoder layers between 0 and "
-                    f"{text.num_hidden_layers - 1}, at least one; None stands for all of them."
+                    f"visual_layers={layers!r}: expected a list of distinct decoder layers between 0 and {count - 1}, at "
+                    f"least one; None stands for all of them."
                 )
+
+
+def _listed(value):
+    """JSON knows no tuples, and ranges are handy: both become lists; everything else stays for `_check` to judge."""
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _is_index(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value) -> bool:
+    return _is_index(value) and value > 0
 
 
 def _sub_config(field, value, default, allowed):

@@ -36,9 +36,13 @@ def write_code_files(save_directory) -> None:
             continue
         handle, temporary = tempfile.mkstemp(dir=target, prefix=f".{source.name}.")
         os.close(handle)
-        shutil.copyfile(source, temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, destination)
+        try:
+            shutil.copyfile(source, temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, destination)
+        except BaseException:
+            os.unlink(temporary)
+            raise
 
 
 def push_model_to_hub(
@@ -72,6 +76,8 @@ def push_model_to_hub(
         save_arguments.pop(name, None)
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **save_arguments)
         if not api.file_exists(repo_id, "README.md", revision=revision):

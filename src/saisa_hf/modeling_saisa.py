@@ -16,6 +16,7 @@ An input without pictures is not packed: there, P stands for the two axes (B, S)
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ class TokenLayout:
             return x_PX
         if not self.evenly_long:
             x_PX = x_PX.index_select(0, self._query_source.to(x_PX.device))
-        return x_PX.view(self.batch_size, self.longest, -1)
+        return x_PX.view(self.batch_size, self.longest, x_PX.shape[-1])
 
     def pack(self, x_BTX: torch.Tensor) -> torch.Tensor:
         """(B, T, X) -> (P, X): the inverse of `queries`."""
@@ -191,7 +192,9 @@ class SaisaVisualProjector(nn.Module):
         self.linear_2 = nn.Linear(inner_size, hidden_size, bias=config.projector_bias)
 
     def forward(self, features_VC: torch.Tensor) -> torch.Tensor:
-        """(V, C) -> (V, D)."""
+        """(V, C) -> (V, D), in the projector's own dtype where that is a floating one (quantized weights take any)."""
+        dtype = self.linear_1.weight.dtype
+        features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
         return self.linear_2(self.act(self.linear_1(features_VC)))
 
 
@@ -272,7 +275,8 @@ class NaavitAttention(nn.Module):
             attention_mask = hide_marked_keys(attention_mask, key_BKSH, query_BNTH)
 
         attention = self.eager_attention
-        if self.config._attn_implementation != "eager":
+        # a chunk of visual tokens alone has no query, which fused kernels do not expect
+        if self.config._attn_implementation != "eager" and query_BNTH.shape[2] > 0:
             attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         output_BTNH, probabilities_BNTL = attention(
             self,
@@ -284,11 +288,11 @@ class NaavitAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        output_BTX = output_BTNH.reshape(*output_BTNH.shape[:2], -1).contiguous()
+        output_BTX = output_BTNH.flatten(2).contiguous()
         return self.o_proj(layout.pack(output_BTX)), probabilities_BNTL
 
     def _heads(self, x_BSX: torch.Tensor, norm: str | None = None) -> torch.Tensor:
-        x_BSNH = x_BSX.view(*x_BSX.shape[:2], -1, self.head_dim)
+        x_BSNH = x_BSX.view(*x_BSX.shape[:2], x_BSX.shape[-1] // self.head_dim, self.head_dim)
         if norm is not None and hasattr(self, norm):
             x_BSNH = getattr(self, norm)(x_BSNH)
         return x_BSNH.transpose(1, 2)
@@ -372,7 +376,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         if features is not None and self.sees_image:
             features = features.to(text_PD.device)
             visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-            visual_VD = self.input_layernorm(visual_VD)
+            visual_VD = self.input_layernorm(visual_VD.to(text_PD.dtype))
         attended_PD, probabilities_BNTL = self.self_attn(
             self.input_layernorm(text_PD), visual_VD, **attention_arguments
         )
@@ -400,14 +404,15 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
         Tensors have the names that they have in the model, which are the same on every transformers release.
         """
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", str(save_directory).rstrip("/\\").replace("\\", "/").split("/")[-1])
-            self.push_to_hub(repo_id, **kwargs)
-        hub_arguments = ("commit_message", "commit_description", "private", "create_pr", "revision", "tags", "repo_id")
-        kwargs = {name: value for name, value in kwargs.items() if name not in hub_arguments}
-        if kwargs.get("is_main_process", True):
+        names = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if main_process:
             write_code_files(save_directory)
         super().save_pretrained(save_directory, *args, **{**kwargs, **save_options()})
+        if push_to_hub and main_process:
+            shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
+            self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **hub_arguments, **shared})
 
     def push_to_hub(self, repo_id, **kwargs):
         """Uploads weights, config, code files and a model card; arguments as in `PreTrainedModel.push_to_hub`."""
@@ -418,17 +423,20 @@ class SaisaPreTrainedModel(PreTrainedModel):
         """transformers' own, which does not leave single tensors of the base model at their random initial values.
 
         Raises:
-            ValueError: tensors of the encoder, the projectors or the language model are missing from the checkpoint. (One
-                that has none of them at all gets transformers' own warning.)
+            ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["key_mapping"] = {**VISION_MODEL_NAMES, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
-            parts = ("vision_tower.", "visual_projector.", "language_model.")
-            wanted = [key for key in model.state_dict() if any(part in key for part in parts)]
-            missing = sorted(set(wanted) & set(info["missing_keys"]))
-            if 0 < len(missing) < len(wanted):
+            parts = ["vision_tower.", "visual_projector.", "language_model."]
+            if model.config.architectures != ["SaisaModel"]:  # which has no head to lack
+                parts.append("lm_head.")
+            wanted = {key for key in model.state_dict() if any(part in key for part in parts)}
+            missing = sorted(wanted & set(info["missing_keys"]))
+            # transformers' own tests write a checkpoint without any weights as a file with one foreign tensor
+            without_weights = set(missing) == wanted and len(info["unexpected_keys"]) <= 1
+            if missing and not without_weights:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: the checkpoint lacks {len(missing)} tensors of the model: "
                     f"{', '.join(missing[:20])}{', ...' if len(missing) > 20 else ''}. They would be left at random values. "
@@ -649,8 +657,12 @@ class SaisaModel(SaisaPreTrainedModel):
             `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`,
             feature maps flattened row by row. A list of (visual tokens, C) where pictures differ in size (SigLIP 2).
         """
-        kwargs["output_hidden_states"] = True
         encoder_config = self.config.vision_config
+        axes = (3, 4) if encoder_config.model_type == "siglip2_vision_model" else (4,)
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim not in axes:
+            seen = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise ValueError(f"pixel_values is {seen}: expected a tensor (pictures, channels, height, width).")
+        kwargs["output_hidden_states"] = True
         grids = None
         if encoder_config.model_type == "siglip2_vision_model":
             if pixel_values.ndim == 4:
@@ -720,7 +732,9 @@ class SaisaModel(SaisaPreTrainedModel):
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
 
         layout, features = TokenLayout(None), None
-        if pixel_values is not None and len(pixel_values) > 0:
+        if pixel_values is not None and len(pixel_values) == 0:
+            self.check_visual_tokens(0, 0, int(self.get_placeholder_mask(input_ids, inputs_embeds).sum()))
+        elif pixel_values is not None:
             pictures = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
             features = torch.cat(list(pictures))
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
@@ -844,7 +858,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from.
+                token has no output to predict from. Placeholders should be -100: `Trainer` divides by the number of
+                labels that are not, and the text token in front of a picture would learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             kwargs: `num_items_in_batch` and what else the loss function takes.
 
@@ -894,12 +909,12 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     create_masks_for_generate = staticmethod(decoding_masks)
 
-    def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' own. About pictures it never answers with the image token, which stands for visual tokens alone."""
         if kwargs.get("pixel_values") is not None:
             never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
-        return super().generate(inputs, generation_config, logits_processor, **kwargs)
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,

@@ -344,8 +344,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     def _placeholders(self, height: int, width: int) -> int:
         """The number of visual tokens of a picture of `height` x `width` processed pixels."""
-        if self.image_seq_length is not None:
-            return self.image_seq_length
         if self.patch_size is None:
             raise ValueError(
                 "Neither `patch_size` nor `image_seq_length` is set: the processor cannot tell how many "
