@@ -1,0 +1,211 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know."""
+
+import inspect
+
+import transformers
+from transformers import image_utils
+from transformers.cache_utils import Cache
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
+from transformers.processing_utils import ProcessorMixin
+
+
+TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def readable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config written by any release, with the rotary settings in the form the installed one reads.
+
+    4.x has `rope_theta` and `rope_scaling`, 5.x one dict `rope_parameters`. Read by the other, either is ignored in
+    silence, so that a theta of 500000 turns into 10000.
+    """
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if TRANSFORMERS_5:
+        if rope is not None:
+            config.pop("rope_theta", None)
+            config.pop("rope_scaling", None)
+    elif rope is not None:
+        rope = dict(config.pop("rope_parameters"))
+        config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+        config.pop("rope_scaling", None)
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+    return config
+
+
+def portable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config as the installed release writes it, with the rotary settings in both forms."""
+    config = dict(config)
+    if "_name_or_path" in config:
+        config["_name_or_path"] = ""  # where a part came from on the machine that saved it
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    elif rope is None and config.get("rope_theta") is not None:
+        scaling = dict(config.get("rope_scaling") or {})
+        scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+        config["rope_parameters"] = {"rope_theta": config["rope_theta"], **scaling}
+    return config
+
+
+# --- caches and masks -------------------------------------------------------------------------------------------------
+
+_CAUSAL_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _CAUSAL_MASK_ARGUMENTS else "input_embeds"
+_MASKS_TAKE_CACHE_POSITION = (
+    "cache_position" in _CAUSAL_MASK_ARGUMENTS
+    and _CAUSAL_MASK_ARGUMENTS["cache_position"].default is inspect.Parameter.empty
+)
+_UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
+_MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
+
+
+def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, past_key_values, position_ids):
+    """The mask that transformers' own decoders use: a tensor, or None where the attention needs none.
+
+    Args:
+        attention_type: `"full_attention"` or `"sliding_attention"`.
+        config: the language model's config.
+        inputs_embeds: (B, S, D), for its shape, dtype and device.
+        attention_mask: (B, past + S), or None.
+        slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
+    """
+    create = create_causal_mask if attention_type == "full_attention" else create_sliding_window_causal_mask
+    arguments = {_EMBEDS_ARGUMENT: inputs_embeds}
+    if _MASKS_TAKE_CACHE_POSITION:
+        arguments["cache_position"] = slots
+    return create(
+        config=config,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        **arguments,
+    )
+
+
+def cached_key_range(past_key_values, layer_idx, slots) -> tuple[int, int]:
+    """(length, offset) of the keys that `layer_idx` will attend to once the tokens at `slots` (S,) are in the cache."""
+    if past_key_values is None:
+        return slots.shape[0], 0
+    query = slots if _MASK_SIZES_TAKE_CACHE_POSITION else slots.shape[0]
+    return past_key_values.get_mask_sizes(query, layer_idx)
+
+
+def update_cache(past_key_values, key_BKSH, value_BKSH, layer_idx, slots):
+    """Appends keys and values to the cache and returns all of those to attend to."""
+    if _UPDATE_TAKES_CACHE_POSITION:
+        return past_key_values.update(key_BKSH, value_BKSH, layer_idx, {"cache_position": slots})
+    return past_key_values.update(key_BKSH, value_BKSH, layer_idx)
+
+
+def decoding_masks(config, attention_mask, **kwargs):
+    """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is.
+
+    For caches of a fixed size `generate` makes (B, 1, S, L) masks in advance. A prompt needs none of that size: only its
+    text tokens are queries, and the model masks those.
+    """
+    if kwargs[_EMBEDS_ARGUMENT].shape[1] > 1:
+        return attention_mask
+    return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def tied_weights(target: str, source: str):
+    """`_tied_weights_keys` for a parameter `target` that shares `source`."""
+    return {target: source} if TRANSFORMERS_5 else [target]
+
+
+def save_options() -> dict:
+    """Arguments of `save_pretrained` that keep the parameter names in the file what they are in the model."""
+    return {"save_original_format": False} if TRANSFORMERS_5 else {}
+
+
+if hasattr(transformers, "AutoModelForVision2Seq"):
+    AutoModelForVision2Seq = transformers.AutoModelForVision2Seq
+else:
+
+    class AutoModelForVision2Seq(transformers.AutoModelForImageTextToText):
+        """transformers 4's auto class, which 5.x no longer has. It finds what `AutoModelForImageTextToText` finds."""
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+if hasattr(ProcessorMixin, "get_attributes"):  # the names of the parts are read off the signature of __init__
+    ImageTextProcessorMixin = ProcessorMixin
+else:
+
+    class ImageTextProcessorMixin(ProcessorMixin):
+        """A processor of an image processor and a tokenizer, of any class."""
+
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+
+def read_url(url: str, timeout: float | None = None) -> bytes:
+    """What is at an http(s) address, fetched with the client that the installed transformers itself loads images with."""
+    httpx = getattr(image_utils, "httpx", None)
+    if httpx is None:
+        response = image_utils.requests.get(url, timeout=timeout)
+    else:
+        response = httpx.get(url, timeout=timeout, follow_redirects=True)
+    response.raise_for_status()
+    return response.content
+
+
+def portable_tokenizer_config(config: dict, tokenizer, adds_bos: bool, adds_eos: bool) -> dict:
+    """`config`, a tokenizer_config.json as the installed release writes it, in a form that 4.57 and 5.x read alike.
+
+    5.x has a backend class that 4.57 does not know, renamed the extra special tokens (4.57 stops at the new form), and
+    leaves out what makes a Llama tokenizer: read back, `legacy` turns into False and text behind `</s>` changes.
+    """
+    config = {key: config[key] for key in config if key not in ("backend", "is_local", "local_files_only")}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = config.pop("extra_special_tokens", None)
+    if isinstance(extra, list):
+        named = [config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
+        extra = [token for token in extra if token not in named]
+        if extra:
+            config["additional_special_tokens"] = extra
+    elif extra:
+        config["extra_special_tokens"] = extra
+    if "model_specific_special_tokens" in config:
+        config["extra_special_tokens"] = config.pop("model_specific_special_tokens")
+    if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
+        if hasattr(tokenizer, "legacy"):
+            config.setdefault("legacy", tokenizer.legacy)
+        if hasattr(tokenizer, "add_bos_token"):
+            config.setdefault("add_bos_token", adds_bos)
+        if hasattr(tokenizer, "add_eos_token"):
+            config.setdefault("add_eos_token", adds_eos)
+    config.setdefault(
+        "added_tokens_decoder",
+        {
+            str(index): {
+                "content": token.content,
+                **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+            }
+            for index, token in sorted(tokenizer.added_tokens_decoder.items())
+        },
+    )
+    return config
+
+
+def portable_image_processor_config(config: dict) -> dict:
+    """`config`, a preprocessor_config.json, under the class name that every release knows (5.x has ...Pil variants)."""
+    config = dict(config)
+    config["image_processor_type"] = config["image_processor_type"].removesuffix("Pil")
+    return config

@@ -1,0 +1,267 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""SaisaConfig: what a SAISA model is made of, and whether the pieces fit together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PretrainedConfig
+
+from .compat_saisa import portable_config_dict, readable_config_dict
+from .hub_saisa import AUTO_MAP, write_code_files
+
+
+if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
+    from .language_models_saisa import language_model_family  # noqa: F401
+    from .model_card_saisa import model_card  # noqa: F401
+    from .modeling_saisa import SaisaModel  # noqa: F401
+    from .processing_saisa import SaisaProcessor  # noqa: F401
+
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# encoder -> how many tokens in front of the patch tokens are no picture of a patch
+CLASS_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "dinov2": 1,
+    "convnext": 0,
+}
+
+DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
+
+
+class SaisaConfig(PretrainedConfig):
+    r"""
+    Configuration of a SAISA model (Yuan et al., arXiv 2502.02458): a vision encoder, a language model, and the projectors
+    that map the encoder's features into the input space of each decoder layer's self-attention.
+
+    Args:
+        vision_config (`dict` or `PretrainedConfig`, *optional*):
+            The vision encoder: `clip_vision_model`, `siglip_vision_model`, `siglip2_vision_model`, `dinov2` or
+            `convnext`. A dict without `model_type` is CLIP's. Defaults to CLIP ViT-L/14 at 336 px.
+        text_config (`dict` or `PretrainedConfig`, *optional*):
+            The language model: `llama`, `mistral`, `qwen2` or `qwen3`. A dict without `model_type` is Llama's.
+            Defaults to Llama 7B with 32064 vocabulary rows.
+        image_token_id (`int`, *optional*, defaults to 32000):
+            Vocabulary index of the placeholder that stands for one visual token. Also readable as `image_token_index`.
+        image_seq_length (`int`, *optional*):
+            Visual tokens per picture. `None` computes it from the encoder's image and patch size.
+        vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
+            Index into the encoder's `hidden_states`. The states of several layers are concatenated on the last axis.
+        vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
+            `"default"` drops the class token, where the encoder has one; `"full"` keeps it.
+        projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation between the projector's two linear maps.
+        projector_bias (`bool`, *optional*, defaults to `True`):
+            Whether these have biases.
+        projector_hidden_size (`int`, *optional*):
+            Width between them. `None` is the language model's hidden size.
+        projector_sharing (`str`, *optional*, defaults to `"per_layer"`):
+            `"per_layer"`: each decoder layer has a projector of its own (the SAISA model). `"shared"`: one projector
+            serves all layers (the paper's pre-training stage).
+        visual_layers (`list[int]`, *optional*):
+            The decoder layers that see the picture. `None` is all of them.
+        tie_word_embeddings (`bool`, *optional*):
+            Whether the head shares the embedding's weights. `None` takes the language model's own setting.
+
+    Raises:
+        ValueError: a field that does not fit the others; the message names the field, its value and what is allowed.
+    """
+
+    model_type = "saisa"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    attribute_map = {"image_token_index": "image_token_id"}
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_id=32000,
+        image_seq_length=None,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        projector_bias=True,
+        projector_hidden_size=None,
+        projector_sharing="per_layer",
+        visual_layers=None,
+        tie_word_embeddings=None,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, tuple(CLASS_TOKENS))
+        self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, LANGUAGE_MODELS)
+        self.image_token_id = kwargs.pop("image_token_index", image_token_id)
+        self.vision_feature_layer = _listed(vision_feature_layer)
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.image_seq_length = image_seq_length
+        self.projector_hidden_act = projector_hidden_act
+        self.projector_bias = projector_bias
+        self.projector_hidden_size = projector_hidden_size
+        self.projector_sharing = projector_sharing
+        self.visual_layers = _listed(visual_layers)
+
+        if tie_word_embeddings is None:
+            tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        # transformers 4.57 reads it off the text config, 5.x off the model's own
+        self.text_config.tie_word_embeddings = tie_word_embeddings
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
+
+        kwargs.pop("auto_map", None)
+        super().__init__(**kwargs)
+        self.tie_word_embeddings = tie_word_embeddings
+        # a checkpoint always names its own code files, wherever it was read from
+        self.auto_map = dict(AUTO_MAP)
+        self._check()
+        if image_seq_length is None:
+            self.image_seq_length = self._visual_tokens_per_image()
+
+    @property
+    def vision_feature_layers(self) -> list[int]:
+        """`vision_feature_layer` as a list."""
+        layers = self.vision_feature_layer
+        return [layers] if isinstance(layers, int) else layers
+
+    @property
+    def vision_feature_size(self) -> int:
+        """Width of the features that the projectors read: the selected layers' widths, added up."""
+        vision = self.vision_config
+        if vision.model_type == "convnext":  # one width per stage; state 0 is the stem's, as wide as the first stage
+            widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
+            return sum(widths[layer] for layer in self.vision_feature_layers)
+        return vision.hidden_size * len(self.vision_feature_layers)
+
+    @property
+    def dropped_vision_tokens(self) -> int:
+        """How many tokens at the front of the encoder's states are not handed on as visual tokens."""
+        return CLASS_TOKENS[self.vision_config.model_type] if self.vision_feature_select_strategy == "default" else 0
+
+    def sees_image(self, layer_idx: int) -> bool:
+        """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
+        return self.visual_layers is None or layer_idx in self.visual_layers
+
+    def to_diff_dict(self):
+        """What `config.json` holds. The sub-configs are complete and in a form that every supported transformers release
+        reads alike: their defaults and the names of their rotary settings differ between releases."""
+        diff, whole = super().to_diff_dict(), self.to_dict()
+        for name in ("vision_config", "text_config"):
+            diff[name] = portable_config_dict(whole[name])
+        for name in ("auto_map", "tie_word_embeddings"):
+            diff[name] = whole[name]
+        return diff
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """Writes `config.json` and the code files that it names; with `push_to_hub=True` uploads them as well."""
+        write_code_files(save_directory)
+        super().save_pretrained(save_directory)
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **kwargs})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: `auto_map` is complete as it stands."""
+
+    def _visual_tokens_per_image(self) -> int:
+        vision = self.vision_config
+        if vision.model_type == "siglip2_vision_model":
+            return vision.num_patches
+        size = getattr(vision, "image_size", None)
+        if not _is_count(size):
+            raise ValueError(
+                f"vision_config.image_size={size!r} is no number of pixels: image_seq_length cannot be computed from it. "
+                f"Give image_seq_length, the number of visual tokens of a picture."
+            )
+        if vision.model_type == "convnext":
+            return (size // self._convnext_strides()[self.vision_feature_layers[0]]) ** 2
+        patches = (size // vision.patch_size) ** 2
+        return patches + CLASS_TOKENS[vision.model_type] - self.dropped_vision_tokens
+
+    def _convnext_strides(self) -> list[int]:
+        """Pixels per feature for each of ConvNeXt's states: the stem's, then those of the stages. The stem divides by
+        `patch_size`, each stage after the first by two."""
+        vision = self.vision_config
+        return [vision.patch_size * 2 ** max(index - 1, 0) for index in range(len(vision.hidden_sizes) + 1)]
+
+    def _check(self):
+        text, vision = self.text_config, self.vision_config
+        _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
+        _check_choice("projector_sharing", self.projector_sharing, ("per_layer", "shared"))
+        _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
+        _check_choice("projector_bias", self.projector_bias, (True, False))
+        if not (_is_index(self.image_token_id) and 0 <= self.image_token_id < text.vocab_size):
+            raise ValueError(
+                f"image_token_id={self.image_token_id!r} is outside the vocabulary of text_config: expected an integer in "
+                f"[0, {text.vocab_size}). Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
+            )
+        for name, what in (
+            ("image_seq_length", "the number of visual tokens of a picture, or None to compute it"),
+            ("projector_hidden_size", "a positive integer, or None for the language model's hidden size"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not _is_count(value):
+                raise ValueError(f"{name}={value!r}: expected {what}.")
+        convolutional = vision.model_type == "convnext"
+        states = (len(vision.hidden_sizes) if convolutional else vision.num_hidden_layers) + 1
+        layers = self.vision_feature_layers if isinstance(self.vision_feature_layer, (int, list)) else []
+        if not layers or not all(_is_index(layer) and -states <= layer < states for layer in layers):
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer!r}: expected an index into the hidden states of "
+                f"{vision.model_type}, or a list of them; with {states - 1} layers, {-states} to {states - 1} are allowed."
+            )
+        if convolutional and len({self._convnext_strides()[layer] for layer in layers}) > 1:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer!r}: these states of convnext differ in size and cannot be "
+                f"put side by side. Choose one stage."
+            )
+        if self.visual_layers is not None:
+            count, layers = text.num_hidden_layers, self.visual_layers
+            whole = isinstance(layers, list) and all(_is_index(layer) and 0 <= layer < count for layer in layers)
+            if not whole or not layers or len(set(layers)) != len(layers):
+                raise ValueError(
+                    f"visual_layers={layers!r}: expected a list of distinct decoder layers between 0 and {count - 1}, at "
+                    f"least one; None stands for all of them."
+                )
+
+
+def _listed(value):
+    """JSON knows no tuples, and ranges are handy: both become lists; everything else stays for `_check` to judge."""
+    return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _is_index(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value) -> bool:
+    return _is_index(value) and value > 0
+
+
+def _sub_config(field, value, default, allowed):
+    """The config object for `value` (None, dict or config), its `model_type` checked against `allowed`."""
+    if value is None:
+        value = dict(default)
+    if isinstance(value, dict):
+        value = readable_config_dict({"model_type": default["model_type"], **value})
+        _check_choice(f"{field}.model_type", value["model_type"], allowed)
+        return CONFIG_MAPPING[value["model_type"]](**value)
+    if not isinstance(value, PretrainedConfig):
+        raise ValueError(f"{field} is a {type(value).__name__}: expected a dict or a transformers config.")
+    _check_choice(f"{field}.model_type", value.model_type, allowed)
+    return value
+
+
+def _check_choice(field, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is not supported: expected one of {', '.join(map(repr, allowed))}.")

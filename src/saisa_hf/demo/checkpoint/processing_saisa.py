@@ -1,0 +1,768 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""From texts and pictures to what SAISA's forward takes: token ids with a placeholder per visual token, and pixels."""
+
+import base64
+import binascii
+import io
+import json
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from transformers import AddedToken, BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .compat_saisa import (
+    ImageTextProcessorMixin,
+    portable_image_processor_config,
+    portable_tokenizer_config,
+    read_url,
+)
+from .hub_saisa import PROCESSOR_AUTO_MAP, write_code_files
+
+
+def add_image_token(tokenizer, image_token: str = "<image>") -> int:
+    """Makes `image_token` one token of `tokenizer`, in place, and returns its id.
+
+    It is a special token (decoding with `skip_special_tokens` drops it) that leaves the text and the spaces around it as
+    they are. A tokenizer that has the token keeps it. The id may be the old vocabulary size: the model's embeddings have
+    to have that many rows.
+    """
+    token = AddedToken(image_token, normalized=False, lstrip=False, rstrip=False, special=True)
+    tokenizer.add_tokens([token], special_tokens=True)
+    return tokenizer.convert_tokens_to_ids(image_token)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def load_picture(picture, name: str = "the picture", data_format: str | None = None, timeout: float | None = None):
+    """`picture` as a PIL image of mode RGB, upright, on white where it is transparent.
+
+    Args:
+        picture: a PIL image; a path, an http(s) address, a data URI or base64 text, raw bytes or an open binary file; or
+            an array or tensor (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4: uint8, uint16 (scaled to 8 bits), bool,
+            or other numbers in [0, 1], in [0, 255] or in [0, 65535].
+        name: what error messages call it.
+        data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape leaves it open.
+        timeout: seconds to wait for an http(s) address.
+
+    Raises:
+        ValueError: it cannot be read, is empty, has values or a shape that are not a picture's, or has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` (set that to another number, or to None, to move the limit).
+    """
+    if isinstance(picture, torch.Tensor):
+        picture = picture.detach().cpu()
+        picture = (picture.float() if picture.is_floating_point() else picture).numpy()
+        data_format = data_format or _channel_side(picture.shape, prefer="channels_first")
+    if isinstance(picture, np.ndarray):
+        return _picture_from_array(picture, name, data_format or _channel_side(picture.shape, prefer="channels_last"))
+    try:
+        if not isinstance(picture, PIL.Image.Image):
+            with PIL.Image.open(_open_binary(picture, timeout)) as opened:
+                return load_picture(opened, name)
+        _check_size(*picture.size, name)
+        picture = PIL.ImageOps.exif_transpose(picture)
+        if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+            return _picture_from_array(np.asarray(picture), name, "channels_last")
+        if picture.mode in ("La", "RGBa"):  # colours multiplied by alpha, with few conversions of their own
+            picture = picture.convert(picture.mode.upper())
+        if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+    except _PictureError:
+        raise
+    except Exception as error:  # Pillow's plug-ins and HTTP clients raise whatever they meet, struct.error for instance
+        raise _PictureError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
+
+
+class _PictureError(ValueError):
+    """A ValueError that already names its picture."""
+
+
+def _open_binary(source, timeout):
+    """`source` (path, address, data URI, base64 text, bytes, open file) as something that PIL.Image.open takes."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, str):
+        if source.startswith(("http://", "https://")):
+            return io.BytesIO(read_url(source, timeout))
+        if source.startswith("data:"):
+            return io.BytesIO(base64.b64decode(source.partition(",")[2]))
+        if not os.path.exists(source) and len(source) > 64:
+            try:
+                return io.BytesIO(base64.b64decode(source, validate=True))
+            except (binascii.Error, ValueError):
+                pass  # then it is a path, of a file that is not there
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source)
+    if hasattr(source, "read"):
+        return source
+    raise TypeError(f"expected a PIL image, an array, a tensor, a path or an address, got {type(source).__name__}")
+
+
+def _check_size(width: int, height: int, name: str, why: str = "has") -> None:
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if width < 1 or height < 1:
+        raise _PictureError(f"{name} is empty: {width} x {height} pixels.")
+    if limit is not None and width * height > limit:
+        raise _PictureError(
+            f"{name} {why} {width} x {height} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS. Make it "
+            "smaller, or raise that limit if you trust where it comes from."
+        )
+
+
+def _channel_side(shape: tuple, prefer: str) -> str:
+    """Where the channels of an array of `shape` are; `prefer` where both ends could be."""
+    first, last = len(shape) == 3 and shape[0] in (1, 3, 4), len(shape) == 3 and shape[-1] in (1, 3, 4)
+    if first != last:
+        return "channels_first" if first else "channels_last"
+    return prefer
+
+
+def _picture_from_array(array: np.ndarray, name: str, data_format: str):
+    """A PIL image of mode RGB from an array (H, W), (H, W, C) or (C, H, W)."""
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3 and str(getattr(data_format, "value", data_format)) == "channels_first":
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise _PictureError(
+            f"{name} is an array of shape {tuple(array.shape)}. Expected (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4."
+        )
+    _check_size(array.shape[1], array.shape[0], name)
+    if array.dtype == np.bool_:
+        array = array * np.uint8(255)
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        array = np.round(array.astype(np.float32) / 257)
+    elif array.dtype != np.uint8:
+        array = _to_8_bits(array, name)
+    array = np.ascontiguousarray(array.astype(np.uint8))
+    if array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    picture = PIL.Image.fromarray(array)
+    return load_picture(picture, name) if picture.mode == "RGBA" else picture
+
+
+def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
+    """Numbers whose type does not tell what white is, rounded to 0 ... 255: white is the least of 1, 255 and 65535 that
+    covers them (1 for fractions alone). Fractions may overshoot by a hundredth, as interpolation makes them do."""
+    array = array.astype(np.float64)
+    low, high = array.min(), array.max()
+    slack = 0.01 if high <= 1.01 else 0.0
+    if not (-slack <= low and high <= 65535):  # also where either is NaN
+        raise _PictureError(
+            f"{name} has values from {low:g} to {high:g}. Expected them in [0, 1], [0, 255] or [0, 65535]: pass pictures "
+            "as they are, the processor normalizes them."
+        )
+    scale = 255.0 if high <= 1.01 else 1.0 if high <= 255 else 1 / 257
+    return np.round(np.clip(array * scale, 0, 255))
+
+
+def pad_to_square(picture, color: tuple[int, int, int]):
+    """`picture` (PIL, RGB) in the middle of a square of `color`; LLaVA's `image_aspect_ratio: "pad"`."""
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    square = PIL.Image.new("RGB", (side, side), color)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+# --- the processor ----------------------------------------------------------------------------------------------------
+
+
+class SaisaProcessor(ImageTextProcessorMixin):
+    """An image processor and a tokenizer in one, with `LlavaProcessor`'s arguments and their meaning there.
+
+    Args:
+        image_processor: any image processor of transformers that makes one (C, H, W) array per picture.
+        tokenizer: any tokenizer of transformers that knows `image_token`; see `add_image_token`.
+        patch_size: pixels along the side of the vision encoder's patches (CLIP ViT-L/14: 14).
+        vision_feature_select_strategy: `"default"` drops the class token where there is one, `"full"` keeps it.
+        num_additional_image_tokens: tokens of the encoder that are no patches (CLIP: 1, its class token; SigLIP: 0).
+        image_token: stands for one picture in texts.
+        image_seq_length: placeholders per picture, for encoders whose count is not (size / patch)^2. Where given, the
+            three arguments about patches are not used.
+        chat_template: Jinja source, or a dict of several by name.
+        pad_to_square: pad pictures to squares of the image processor's mean colour first, as LLaVA-1.5's checkpoints ask
+            for with `image_aspect_ratio: "pad"`.
+
+    Raises:
+        ValueError: the tokenizer does not know `image_token`, or an argument has an unknown value.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        patch_size=None,
+        vision_feature_select_strategy=None,
+        num_additional_image_tokens=0,
+        image_token="<image>",
+        image_seq_length=None,
+        chat_template=None,
+        pad_to_square=False,
+    ):
+        if vision_feature_select_strategy not in (None, "default", "full"):
+            raise ValueError(
+                f"vision_feature_select_strategy is {vision_feature_select_strategy!r}. Expected 'default' or 'full'."
+            )
+        for key, value in {"patch_size": patch_size, "image_seq_length": image_seq_length}.items():
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{key} is {value!r}. Expected a positive int, or None.")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.patch_size = patch_size
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.image_token = getattr(tokenizer, "image_token", None) or image_token
+        self.image_seq_length = image_seq_length
+        self.pad_to_square = pad_to_square
+        if self.image_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer does not know image_token {self.image_token!r}. Add it first: "
+                f"`saisa_hf.processing_saisa.add_image_token(tokenizer)`, which is tokenizer.add_tokens([AddedToken("
+                f"{self.image_token!r}, special=True, normalized=False)], special_tokens=True), or name the token it has."
+            )
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What this processor makes for the model."""
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    # --- call ---
+
+    def __call__(self, images=None, text=None, audio=None, videos=None, **kwargs) -> BatchFeature:
+        """Prepares texts, pictures or both.
+
+        Texts are tokenized in pieces, the stretches between pictures, each as if it stood alone. This is how the authors
+        trained: with sentencepiece models, the text behind a picture begins with a space of its own.
+
+        Args:
+            images: one picture, a list of them in the order of the texts' image tokens, or a list of such lists, one per
+                text. Pictures are what `load_picture` takes.
+            text: a text or a list of them. Each `image_token` in them stands for one picture.
+            kwargs: as for a tokenizer (`padding`, `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of`,
+                `add_special_tokens`, `return_attention_mask`, `return_offsets_mapping`, `return_length`,
+                `return_special_tokens_mask`), as for the image processor, `return_tensors`, and
+                `return_mm_token_type_ids`; flat, or in dicts `text_kwargs` and `images_kwargs`. Offsets count in the text
+                as given; a placeholder's are those of its image token.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, S) where there is text, `pixel_values` (pictures, C, H, W) in the order of
+            the image tokens where there are pictures.
+
+        Raises:
+            ValueError: a picture is unreadable, too large or empty, pictures and image tokens do not match, truncation
+                would cut into a picture's placeholders, or an argument is not supported.
+        """
+        if images is None and text is None:
+            raise ValueError("Both `images` and `text` are None. Pass at least one of them.")
+        if audio is not None or videos is not None:
+            raise ValueError("SAISA takes texts and pictures: `audio` and `videos` have to be None.")
+        wants_types = kwargs.pop("return_mm_token_type_ids", False)
+        if "text_kwargs" in kwargs:
+            kwargs["text_kwargs"] = dict(kwargs["text_kwargs"])
+            wants_types = kwargs["text_kwargs"].pop("return_mm_token_type_ids", wants_types)
+        if "images_kwargs" in kwargs:
+            kwargs["images_kwargs"] = dict(kwargs["images_kwargs"])
+        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        text_kwargs.pop("return_mm_token_type_ids", None)
+        explicit = {**kwargs, **kwargs.get("text_kwargs", {})}
+        if "max_length" not in explicit and "truncation" not in explicit and "padding" not in explicit:
+            text_kwargs.pop("max_length", None)  # what tokenizer.json was saved with is not a wish of this call
+        return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
+
+        texts = [text] if isinstance(text, str) else text
+        if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
+            raise ValueError(f"`text` has to be a string or a list of strings, got {_describe(text)}.")
+        pictures = _flat_pictures(images, texts, self.image_token)
+        outputs, counts = {}, []
+        if pictures:
+            pixels, counts = self._pixels(pictures, images_kwargs)
+            outputs.update(pixels)
+        if texts is not None:
+            rows = self._tokenize(list(texts), counts, text_kwargs)
+            if wants_types:
+                is_visual = [[int(i == self.image_token_id) for i in ids] for ids in rows["input_ids"]]
+                rows["mm_token_type_ids"] = is_visual
+            outputs = {**rows, **outputs}
+        return BatchFeature(outputs, tensor_type=return_tensors)
+
+    def _pixels(self, pictures: list, kwargs: dict) -> tuple[dict, list[int]]:
+        """The image processor's output for `pictures`, and the number of placeholders that each of them takes."""
+        kwargs = dict(kwargs)
+        data_format, timeout = kwargs.pop("input_data_format", None), kwargs.pop("timeout", None)
+        loaded = [
+            load_picture(picture, f"picture {i} of {len(pictures)}{_source(picture)}", data_format, timeout)
+            for i, picture in enumerate(pictures)
+        ]
+        if kwargs.get("do_rescale") is False and all(_is_fraction_array(picture) for picture in pictures):
+            del kwargs["do_rescale"]  # said of arrays in [0, 1], which are 8-bit pictures by now
+        mean = kwargs.get("image_mean") or getattr(self.image_processor, "image_mean", None)
+        if self.pad_to_square and mean is None:
+            raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
+        for i, picture in enumerate(loaded):
+            name = f"picture {i} of {len(pictures)}"
+            if self.pad_to_square:
+                _check_size(max(picture.size), max(picture.size), name, "padded to a square has")
+                color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
+                loaded[i] = pad_to_square(picture, color)
+            else:
+                _check_size(*self._resized(picture.size, kwargs), name, "resized has")
+        processed = self.image_processor(loaded, input_data_format="channels_last", **kwargs)
+        pixel_values = processed["pixel_values"]
+        if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: rows and columns of patches, by picture
+            return dict(processed), [int(rows) * int(columns) for rows, columns in processed["spatial_shapes"]]
+        if self.image_seq_length is not None:
+            return dict(processed), [self.image_seq_length] * len(loaded)
+        last = str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last"
+        return dict(processed), [
+            self._placeholders(*(np.shape(p)[:2] if last else np.shape(p)[-2:])) for p in pixel_values
+        ]
+
+    def _resized(self, size: tuple[int, int], kwargs: dict) -> tuple[int, int]:
+        """(width, height) after resizing by the shortest edge, which makes a thin picture very long."""
+        edge = kwargs.get("size") or getattr(self.image_processor, "size", None)
+        if edge is not None and not isinstance(edge, int):
+            edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
+        if not edge or not kwargs.get("do_resize", getattr(self.image_processor, "do_resize", False)):
+            return size
+        scale = edge / min(size)
+        return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+
+    def _placeholders(self, height: int, width: int) -> int:
+        """The number of visual tokens of a picture of `height` x `width` processed pixels."""
+        if self.patch_size is None:
+            raise ValueError(
+                "Neither `patch_size` nor `image_seq_length` is set: the processor cannot tell how many "
+                "tokens a picture takes. Set one of them."
+            )
+        count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+        if self.vision_feature_select_strategy == "default" and self.num_additional_image_tokens > 0:
+            count -= 1  # the class token, where the encoder has one
+        if count < 1:
+            raise ValueError(
+                f"A processed picture of {height} x {width} pixels has {count} visual tokens: check patch_size="
+                f"{self.patch_size}, num_additional_image_tokens={self.num_additional_image_tokens} and "
+                f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}."
+            )
+        return count
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Placeholders per picture for pictures of (height, width) `image_sizes`, as serving engines ask for them."""
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge_kwargs(ProcessingKwargs, **kwargs)["images_kwargs"]
+        counts = {
+            size: self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs)[1][0]
+            for size in {(int(height), int(width)) for height, width in image_sizes}
+        }
+        counts = [counts[int(height), int(width)] for height, width in image_sizes]
+        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+
+    # --- text ---
+
+    def _tokenize(self, texts: list[str], counts: list[int], kwargs: dict) -> dict[str, list[list]]:
+        """Token ids and what belongs to them, one row per text, with `counts` placeholders for the texts' pictures."""
+        unsupported = (
+            "text_pair",
+            "text_target",
+            "text_pair_target",
+            "return_overflowing_tokens",
+            "is_split_into_words",
+        )
+        for key in unsupported:
+            if kwargs.get(key):
+                raise ValueError(f"{key}={kwargs[key]!r} is not supported: texts are tokenized around their pictures.")
+        prefix, suffix = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
+        wants_offsets = bool(kwargs.get("return_offsets_mapping"))
+        rows = {"input_ids": [], "attention_mask": []}
+        rows.update({"special_tokens_mask": []} if kwargs.get("return_special_tokens_mask") else {})
+        rows.update({"offset_mapping": []} if wants_offsets else {})
+        counts = iter(counts)
+        for index, (ids, offsets, blocks) in enumerate(self._pieces(texts, counts, wants_offsets)):
+            ids, offsets = self._truncate(index, ids, offsets, blocks, len(prefix) + len(suffix), kwargs)
+            rows["input_ids"].append([*prefix, *ids, *suffix])
+            rows["attention_mask"].append([1] * len(rows["input_ids"][-1]))
+            if "special_tokens_mask" in rows:
+                rows["special_tokens_mask"].append([1] * len(prefix) + [0] * len(ids) + [1] * len(suffix))
+            if wants_offsets:
+                rows["offset_mapping"].append([(0, 0)] * len(prefix) + offsets + [(0, 0)] * len(suffix))
+        self._pad(rows, kwargs)
+        if kwargs.get("return_length"):
+            rows["length"] = [len(ids) for ids in rows["input_ids"]]
+        if kwargs.get("return_attention_mask") is False:
+            del rows["attention_mask"]
+        return rows
+
+    def _special_ids(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full = self.tokenizer("a")["input_ids"]
+        start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+        return full[:start], full[start + len(bare) :]
+
+    def _pieces(self, texts: list[str], counts, wants_offsets: bool):
+        """Yields (ids, offsets, blocks) per text; blocks are the [start, end) of each picture's placeholders in ids.
+
+        Llama's sentencepiece model puts a space in front of every text, also of one that begins with a space. The
+        `tokenizers` form of it does not, in transformers 5 always and in 4 with `legacy=False`. Where that is so, such
+        pieces get a second space. With `legacy=True` the same goes for what follows a special token.
+        """
+        encode = self.tokenizer
+        legacy = getattr(encode, "legacy", None)
+        swallows = legacy is not None and encode(" a", add_special_tokens=False) == encode(
+            "a", add_special_tokens=False
+        )
+        specials = {self.image_token}
+        if swallows and legacy:
+            specials |= {t.content for t in encode.added_tokens_decoder.values() if not (t.lstrip or t.rstrip)}
+        splitter = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
+
+        plan, strings = [], []  # per text: (start, end) of a special token, or (start, index into strings, extra space)
+        for text in texts:
+            steps, last = [], 0
+            for start, end in [*(match.span() for match in splitter.finditer(text)), (len(text), len(text))]:
+                piece = text[last:start]
+                if piece:
+                    extra = int(swallows and piece[0] == " ")
+                    steps.append((last, len(strings), extra))
+                    strings.append(" " * extra + piece)
+                if end > start:
+                    steps.append((start, end))
+                last = end
+            plan.append(steps)
+        options = {"return_offsets_mapping": True} if wants_offsets else {}
+        encoded = (
+            encode(strings, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
+            if strings
+            else {}
+        )
+        for text, steps in zip(texts, plan):
+            ids, offsets, blocks = [], [], []
+            for step in steps:
+                if len(step) == 3:
+                    start, number, extra = step
+                    ids += encoded["input_ids"][number]
+                    if wants_offsets:
+                        pairs = encoded["offset_mapping"][number]
+                        offsets += [(start + max(a - extra, 0), start + max(b - extra, 0)) for a, b in pairs]
+                    continue
+                token = text[step[0] : step[1]]
+                repeat = next(counts) if token == self.image_token else 1
+                if token == self.image_token:
+                    blocks.append((len(ids), len(ids) + repeat))
+                ids += [encode.convert_tokens_to_ids(token)] * repeat
+                offsets += [step] * repeat
+            yield ids, offsets, blocks
+
+    def _truncate(self, index: int, ids: list, offsets: list, blocks: list, n_special: int, kwargs: dict):
+        """`ids` and `offsets` cut to what `truncation` and `max_length` leave; never inside a picture."""
+        truncation, limit = kwargs.get("truncation"), kwargs.get("max_length")
+        if truncation is None and limit is not None and not kwargs.get("padding"):
+            truncation = True  # as tokenizers do it
+        if not truncation or truncation == "do_not_truncate":
+            return ids, offsets
+        if limit is None:
+            limit = self.tokenizer.model_max_length
+        keep = max(int(min(limit, 1e9)) - n_special, 0)
+        if len(ids) <= keep:
+            return ids, offsets
+        left = self.tokenizer.truncation_side == "left"
+        start, end = (len(ids) - keep, len(ids)) if left else (0, keep)
+        for number, (first, last) in enumerate(blocks):
+            if first < start or last > end:
+                needed = (len(ids) - first if left else last) + n_special
+                raise ValueError(
+                    f"Truncation to max_length={limit} cuts into the {last - first} placeholders of picture {number} of "
+                    f"text {index}, which has {len(ids) + n_special} tokens. Set max_length to {needed} or more, or "
+                    "truncation=False, or shorten the text."
+                )
+        return ids[start:end], offsets[start:end]
+
+    def _pad(self, rows: dict, kwargs: dict) -> None:
+        """Pads `rows` in place, as `padding`, `max_length`, `padding_side` and `pad_to_multiple_of` ask for."""
+        padding, multiple = kwargs.get("padding") or False, kwargs.get("pad_to_multiple_of")
+        if padding is False or padding == "do_not_pad" or not rows["input_ids"]:
+            return
+        if padding not in (True, "longest", "max_length"):
+            raise ValueError(f"padding is {padding!r}. Expected True, False, 'longest', 'max_length' or 'do_not_pad'.")
+        length = max(map(len, rows["input_ids"]))
+        if padding == "max_length":
+            limit = kwargs.get("max_length") or self.tokenizer.model_max_length
+            length = max(length, limit) if limit < 1e9 else length
+        length = math.ceil(length / multiple) * multiple if multiple else length
+        side = kwargs.get("padding_side") or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side is {side!r}. Expected 'left' or 'right'.")
+        missing = [length - len(ids) for ids in rows["input_ids"]]
+        if any(missing) and self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "Padding needs a pad token and the tokenizer has none. Set one, tokenizer.pad_token = tokenizer.eos_token "
+                "for instance."
+            )
+        fills = {"input_ids": self.tokenizer.pad_token_id, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
+        for key, values in rows.items():
+            for i, n in enumerate(missing):
+                fill = [fills.get(key, 0)] * n
+                values[i] = fill + values[i] if side == "left" else values[i] + fill
+
+    # --- chat ---
+
+    def apply_chat_template(self, conversation, chat_template=None, images=None, **kwargs):
+        """Renders conversations and, with `tokenize=True`, prepares text and pictures for the model.
+
+        Args:
+            conversation: a list of messages, or a list of such lists. A message's content is a string or a list of parts:
+                `{"type": "text", "text": ...}` and `{"type": "image", ...}` with the picture under `"image"`, `"url"`,
+                `"path"` or `"base64"`; `"image_url"` parts work too.
+            chat_template: Jinja source, or the name of one of the processor's templates; the default one if None.
+            images: pictures for what the conversations name without bringing one: image tokens in strings and bare
+                `{"type": "image"}` parts, in their order.
+            kwargs: `tokenize`, `return_dict`, `add_generation_prompt`, `continue_final_message`,
+                `return_assistant_tokens_mask` (fast tokenizers; gives `assistant_masks`), `tools`, `documents`,
+                `return_tensors`, arguments of the call (flat or in `processor_kwargs`), and variables of the template.
+
+        Returns:
+            The text (a list of them for a list of conversations); with `tokenize=True` its `input_ids`; with
+            `return_dict=True` as well, all that calling the processor gives.
+        """
+        processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {})}
+        images = processor_kwargs.pop("images", images)
+        kwargs.pop("load_audio_from_video", None)
+        if kwargs.pop("sanitize_control_tokens", False):
+            raise ValueError("sanitize_control_tokens=True is not supported.")
+        call_keys = {"return_tensors", "text_kwargs", "images_kwargs", "common_kwargs", "return_mm_token_type_ids"}
+        for part in ("text_kwargs", "images_kwargs"):
+            call_keys |= set(ProcessingKwargs.__annotations__[part].__annotations__)
+        processor_kwargs.update({key: kwargs.pop(key) for key in list(kwargs) if key in call_keys})
+        if processor_kwargs.get("return_tensors") == "auto":
+            del processor_kwargs["return_tensors"]
+        tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
+        wants_mask = kwargs.get("return_assistant_tokens_mask", False)
+        if kwargs.get("continue_final_message") and (kwargs.get("add_generation_prompt") or wants_mask):
+            raise ValueError(
+                "continue_final_message=True goes neither with add_generation_prompt nor with return_assistant_tokens_mask."
+            )
+        if wants_mask and not self.tokenizer.is_fast:
+            raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: a slow one tells no offsets.")
+
+        is_batch = bool(conversation) and not isinstance(conversation[0], dict)
+        conversations = [_readable_messages(messages) for messages in (conversation if is_batch else [conversation])]
+        prompts, spans = render_jinja_template(
+            conversations=conversations,
+            chat_template=self._template(chat_template),
+            **{**self.tokenizer.special_tokens_map, **kwargs},
+        )
+        if not tokenize:
+            return prompts if is_batch else prompts[0]
+        pictures = self._conversation_pictures(conversations, images)
+        bos = self.tokenizer.bos_token
+        if bos is not None and prompts[0].startswith(bos):
+            processor_kwargs.setdefault("add_special_tokens", False)
+        return_tensors = processor_kwargs.get("return_tensors")
+        if wants_mask:
+            processor_kwargs.update(return_offsets_mapping=True)
+        outputs = self(text=prompts, images=pictures or None, **processor_kwargs)
+        if wants_mask:
+            offsets = outputs.pop("offset_mapping")
+            offsets = offsets.tolist() if hasattr(offsets, "tolist") else offsets
+            outputs["assistant_masks"] = [
+                [int(any(a < end and b > start for start, end in said)) for a, b in row]
+                for row, said in zip(offsets, spans)
+            ]
+            outputs.convert_to_tensors(tensor_type=return_tensors)
+        return outputs if return_dict else outputs["input_ids"]
+
+    def _template(self, chosen: str | None) -> str:
+        """The Jinja source that `chosen` (source, name or None) stands for."""
+        templates = self.chat_template
+        if isinstance(templates, dict):
+            if chosen is None and "default" not in templates:
+                raise ValueError(
+                    f"No chat template is named 'default': pass chat_template=, one of {sorted(templates)}."
+                )
+            return templates.get(chosen or "default", chosen)
+        if chosen is None and templates is None:
+            raise ValueError(
+                "This processor has no chat template. Give it one, "
+                'processor.chat_template = saisa_hf.chat_templates.chat_template("vicuna") for instance.'
+            )
+        return chosen or templates
+
+    def _conversation_pictures(self, conversations: list, images) -> list:
+        """The pictures of `conversations` in the order of their image tokens; those they lack come from `images`."""
+        if images is not None and not isinstance(images, (list, tuple)):
+            images = [images]
+        spare = [p for group in images or [] for p in (group if isinstance(group, (list, tuple)) else [group])]
+        needed, pictures = 0, []
+        for messages in conversations:
+            for message in messages:
+                content = message.get("content") or []
+                for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                    if part.get("type") == "image":
+                        keys = [k for k in ("image", "url", "path", "base64") if part.get(k) is not None]
+                        found = [part[keys[0]]] if keys else [None]
+                    else:
+                        found = [None] * str(part.get("text") or "").count(self.image_token)
+                    for picture in found:
+                        if picture is None:
+                            picture = spare[needed] if needed < len(spare) else None
+                            needed += 1
+                        pictures.append(picture)
+        if needed != len(spare):
+            raise ValueError(
+                f"The conversation names {needed} pictures without bringing them ({self.image_token!r} in strings, image "
+                f"parts without data), but `images` has {len(spare)}."
+            )
+        return pictures
+
+    # --- files ---
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoProcessor"):
+        """Does nothing: `save_pretrained` writes what `AutoProcessor` needs to find this class."""
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package.
+
+        Each file is written under another name and renamed: a reader never meets half a file.
+
+        Args:
+            save_directory: the folder; made if need be.
+            push_to_hub: whether to upload to the hub as well, to `repo_id` (default: the folder's name).
+            kwargs: arguments of `push_to_hub`.
+
+        Returns:
+            The paths of the files, the code that loads them left out.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"save_directory {str(target)!r} is a file. Expected a folder.")
+        target.mkdir(parents=True, exist_ok=True)
+        written = []
+        with tempfile.TemporaryDirectory(dir=target, prefix=".processor.") as folder:
+            partial = Path(folder)
+            super().save_pretrained(str(partial))
+            self.image_processor.save_pretrained(str(partial))
+            vocabulary = getattr(self.tokenizer, "vocab_file", None)
+            if vocabulary and str(vocabulary).endswith(".model") and os.path.isfile(vocabulary):
+                (partial / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
+            prefix, suffix = self._special_ids()
+            bos, eos = self.tokenizer.bos_token_id in prefix, self.tokenizer.eos_token_id in suffix
+            _rewrite_json(
+                partial / "tokenizer_config.json", lambda c: portable_tokenizer_config(c, self.tokenizer, bos, eos)
+            )
+            _rewrite_json(partial / "preprocessor_config.json", portable_image_processor_config)
+            _rewrite_json(partial / "processor_config.json", lambda _: self._config())
+            for source in sorted(path for path in partial.rglob("*") if path.is_file()):
+                destination = target / source.relative_to(partial)
+                destination.parent.mkdir(exist_ok=True)
+                os.replace(source, destination)
+                written.append(str(destination))
+        write_code_files(target)
+        if push_to_hub:
+            hub = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+            self.push_to_hub(
+                kwargs.get("repo_id") or target.resolve().name, **{key: kwargs[key] for key in hub if key in kwargs}
+            )
+        return written
+
+    def _config(self) -> dict:
+        """processor_config.json; the parts are in files of their own, which every release reads."""
+        names = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
+        names += ("vision_feature_select_strategy",)
+        return {
+            "auto_map": dict(PROCESSOR_AUTO_MAP),
+            "processor_class": "SaisaProcessor",
+            **{name: getattr(self, name) for name in names},
+        }
+
+
+def _rewrite_json(path: Path, change) -> None:
+    config = change(json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe(value) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
+    return type(value).__name__
+
+
+def _source(picture) -> str:
+    """Where a picture comes from, for error messages."""
+    if isinstance(picture, (str, os.PathLike)):
+        name = str(picture)
+        return f" ({name if len(name) <= 120 else name[:60] + '...'})"
+    return ""
+
+
+def _is_fraction_array(picture) -> bool:
+    if isinstance(picture, torch.Tensor):
+        return picture.is_floating_point()
+    return isinstance(picture, np.ndarray) and picture.dtype.kind == "f"
+
+
+def _flat_pictures(images, texts, image_token: str) -> list:
+    """`images` as one list in the order of the image tokens of `texts`, whose numbers have to match."""
+    needed = None if texts is None else [text.count(image_token) for text in texts]
+    if images is None:
+        if needed and any(needed):
+            index = next(i for i, n in enumerate(needed) if n)
+            raise ValueError(
+                f"text {index} has {needed[index]} {image_token!r}, but no `images` were given. Pass as many pictures."
+            )
+        return []
+    groups = _picture_list(images)
+    if any(isinstance(group, (list, tuple)) for group in groups):
+        groups = [[] if group is None else _picture_list(group) for group in groups]
+        if needed is not None and len(groups) != len(needed):
+            raise ValueError(
+                f"`images` is a list of {len(groups)} lists, but there are {len(needed)} texts. Pass one list per text, "
+                "or one flat list."
+            )
+        for index, (group, number) in enumerate(zip(groups, needed or [])):
+            if len(group) != number:
+                raise ValueError(f"text {index} has {number} {image_token!r}, but {len(group)} pictures in `images`.")
+        groups = [picture for group in groups for picture in group]
+    elif needed is not None and sum(needed) != len(groups):
+        raise ValueError(
+            f"`images` has {len(groups)} pictures, but the texts have {sum(needed)} {image_token!r}: {needed}, text by text."
+        )
+    return groups
+
+
+def _picture_list(images) -> list:
+    """One picture, a list of them or a 4-D array as a list."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _readable_messages(messages: list) -> list[dict]:
+    """Copies of `messages` without empty keys, with OpenAI's `image_url` parts as image parts."""
+    readable = []
+    for message in messages:
+        message = {key: value for key, value in message.items() if value is not None}
+        if isinstance(message.get("content"), (list, tuple)):
+            parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in message["content"]]
+            for i, part in enumerate(parts):
+                if part.get("type") == "image_url":
+                    address = part["image_url"]
+                    parts[i] = {"type": "image", "url": address["url"] if isinstance(address, dict) else address}
+            message["content"] = parts
+        readable.append(message)
+    return readable
