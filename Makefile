@@ -2,10 +2,10 @@
 PYTHON ?= python3.11
 ENV4 := .venv/transformers-4
 ENV5 := .venv/transformers-5
-PYTEST := -m pytest -n 2 -m "not slow and not gpu"
+PYTEST := -m pytest -n 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 test-slow test-gpu compat lint format clean
+.PHONY: help demo demo-train test test-4 test-5 compat lint format clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -19,16 +19,10 @@ demo-train: $(ENV5)/.ready      ## train that checkpoint again from nothing (two
 test: test-5 test-4             ## the test suite, under transformers 5.x and 4.57
 
 test-5: $(ENV5)/.ready $(ENV4)/.ready
-	SAISA_OTHER_PYTHON=$(abspath $(ENV4)/bin/python) $(ENV5)/bin/python $(PYTEST)
+	OMP_NUM_THREADS=1 SAISA_OTHER_PYTHON=$(abspath $(ENV4)/bin/python) $(ENV5)/bin/python $(PYTEST)
 
 test-4: $(ENV4)/.ready
-	$(ENV4)/bin/python $(PYTEST)
-
-test-slow: $(ENV5)/.ready       ## proofs that take minutes
-	$(ENV5)/bin/python -m pytest -n 2 -m slow
-
-test-gpu: $(ENV5)/.ready        ## tests that need a CUDA device
-	$(ENV5)/bin/python -m pytest -m gpu
+	OMP_NUM_THREADS=1 $(ENV4)/bin/python $(PYTEST)
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py
