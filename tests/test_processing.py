@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from saisa_hf.chat_templates import chat_template
-from saisa_hf.processing_saisa import SaisaProcessor, add_image_token, load_picture
+from saisa_hf.pictures_saisa import load_picture
+from saisa_hf.processing_saisa import SaisaProcessor, add_image_token
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"

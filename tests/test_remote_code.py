@@ -142,6 +142,31 @@ def test_whatever_the_package_saves_carries_all_code_files_and_names(saved, tmp_
         assert named == {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
 
+ALONE = """
+import importlib.abc, sys
+class NoPackage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "saisa_hf":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoPackage())
+import transformers
+auto_class, source, target = sys.argv[1:]
+getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+"""
+
+
+@pytest.mark.parametrize("auto_class", ["AutoConfig", "AutoModel", "AutoProcessor"])
+def test_what_remote_code_loads_alone_saves_whole(saved, tmp_path, auto_class):
+    """A process that has loaded nothing else has no file in its cache but those that transformers carried along."""
+    (tmp_path / "home").mkdir()
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE, auto_class, str(saved / "llama-clip"), str(tmp_path / "again")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for path in CODE.glob("*_saisa.py"):
+        assert filecmp.cmp(path, tmp_path / "again" / path.name, shallow=False), path.name
+
+
 def test_the_code_files_need_no_other_module_of_the_package(tmp_path):
     """Nor anything but PyTorch, transformers and what these bring along."""
     allowed = {"torch", "transformers", "safetensors", "huggingface_hub", "numpy", "PIL", *sys.stdlib_module_names}

@@ -38,12 +38,13 @@ from .model_card_saisa import model_card
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
+    from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
-# A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, whatever
-# the cache does with it. No text token has it: all of its components are the smallest normal float16.
+# A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
+# that gives back the keys it got. No text token has it: all of its components are the smallest normal float16.
 HIDDEN_KEY = 2.0**-14
 
 # The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
+    from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
 
