@@ -13,7 +13,7 @@ help:
 demo: $(ENV5)/.ready            ## load the shipped checkpoint and answer questions about unseen pictures
 	$(ENV5)/bin/saisa demo
 
-demo-train: $(ENV5)/.ready      ## train that checkpoint again from nothing (two cores: half an hour)
+demo-train: $(ENV5)/.ready      ## train that checkpoint again from nothing (two cores: a quarter of an hour)
 	$(ENV5)/bin/saisa demo --train demo-checkpoint
 
 test: test-5 test-4             ## the test suite, under transformers 5.x and 4.57
