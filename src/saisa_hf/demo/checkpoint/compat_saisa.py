@@ -58,6 +58,12 @@ def portable_config_dict(config: dict) -> dict:
     return config
 
 
+def comparable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config as the installed release writes it, equal to what that release reads back from config.json:
+    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it."""
+    return config if TRANSFORMERS_5 else portable_config_dict(config)
+
+
 # --- caches and masks -------------------------------------------------------------------------------------------------
 
 _CAUSAL_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters

@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-from .compat_saisa import portable_config_dict, readable_config_dict
+from .compat_saisa import comparable_config_dict, portable_config_dict, readable_config_dict
 from .hub_saisa import AUTO_MAP, write_code_files
 
 
@@ -152,6 +152,13 @@ class SaisaConfig(PretrainedConfig):
     def sees_image(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
         return self.visual_layers is None or layer_idx in self.visual_layers
+
+    def to_dict(self):
+        """The configuration as a dict from which `SaisaConfig.from_dict` makes an equal one."""
+        config_dict = super().to_dict()
+        for name in ("vision_config", "text_config"):
+            config_dict[name] = comparable_config_dict(config_dict[name])
+        return config_dict
 
     def to_diff_dict(self):
         """What `config.json` holds. The sub-configs are complete and in a form that every supported transformers release
