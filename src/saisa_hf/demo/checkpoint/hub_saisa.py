@@ -47,7 +47,7 @@ def write_code_files(save_directory) -> None:
 
 def push_model_to_hub(
     model,
-    model_card,
+    write_card,
     repo_id: str,
     commit_message: str = "Upload SAISA model",
     commit_description: str | None = None,
@@ -63,7 +63,7 @@ def push_model_to_hub(
     A card that the repository has already is left as it is.
 
     Args:
-        model_card: function from (model, repo_id=..., tags=...) to the card's text.
+        write_card: function of (folder, model, repo_id=..., tags=...) that writes the card.
         repo_id: `owner/name`, or `name` in one's own namespace. Made if it does not exist.
         save_arguments: for `save_pretrained`, `max_shard_size` for instance.
 
@@ -81,7 +81,7 @@ def push_model_to_hub(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **save_arguments)
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            Path(folder, "README.md").write_text(model_card(model, repo_id=repo_id, tags=tags), encoding="utf-8")
+            write_card(folder, model, repo_id=repo_id, tags=tags)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -34,7 +34,7 @@ from .compat_saisa import cached_key_range, causal_mask, decoding_masks, save_op
 from .configuration_saisa import SaisaConfig
 from .hub_saisa import push_model_to_hub, write_code_files
 from .language_models_saisa import language_model_family
-from .model_card_saisa import model_card
+from .model_card_saisa import write_model_card
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
@@ -417,7 +417,7 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
     def push_to_hub(self, repo_id, **kwargs):
         """Uploads weights, config, code files and a model card; arguments as in `PreTrainedModel.push_to_hub`."""
-        return push_model_to_hub(self, model_card, repo_id, **kwargs)
+        return push_model_to_hub(self, write_model_card, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
