@@ -32,7 +32,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .compat_saisa import cached_key_range, causal_mask, decoding_masks, save_options, tied_weights, update_cache
 from .configuration_saisa import SaisaConfig
-from .hub_saisa import push_model_to_hub, write_code_files
+from .hub_saisa import push_model_to_hub
 from .language_models_saisa import language_model_family
 from .model_card_saisa import write_model_card
 
@@ -243,7 +243,6 @@ class NaavitAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         past_key_values,
         slots: torch.Tensor,
-        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -287,7 +286,6 @@ class NaavitAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
-            **kwargs,
         )
         output_BTX = output_BTNH.flatten(2).contiguous()
         return self.o_proj(layout.pack(output_BTX)), probabilities_BNTL
@@ -401,17 +399,14 @@ class SaisaPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
-        """transformers' own, and the code files, so that `trust_remote_code=True` loads the folder anywhere.
+        """transformers' own. The config brings the code files, so that `trust_remote_code=True` loads the folder anywhere.
 
         Tensors have the names that they have in the model, which are the same on every transformers release.
         """
         names = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if main_process:
-            write_code_files(save_directory)
         super().save_pretrained(save_directory, *args, **{**kwargs, **save_options()})
-        if push_to_hub and main_process:
+        if push_to_hub and (args[0] if args else kwargs.get("is_main_process", True)):
             shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **hub_arguments, **shared})
 
@@ -508,7 +503,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 "there: a quantized cache changes them. Use a dynamic or static cache."
             )
 
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if inputs_embeds is None:
             text_PD = self.embed_tokens(layout.text(input_ids))
         else:
@@ -522,7 +517,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             position_ids = slots[None]
         elif attention_mask is None and past_key_values is None:
             starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
-            documents = starts.cumsum(-1).expand(len(input_ids if inputs_embeds is None else inputs_embeds), -1)
+            documents = starts.cumsum(-1).expand(batch_size, -1)
         masks = self._attention_masks(layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents)
         rotation = self._rotation(layout, text_PD, position_ids)
 
@@ -558,15 +553,15 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
     def _attention_masks(self, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents):
         """One mask for each attention type of the language model, in the form its implementation takes."""
         types = dict.fromkeys(layer.attention_type for layer in self.layers)
-        if layout.visual_BS is None and not isinstance(attention_mask, dict):
+        given_by_type = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(types, attention_mask)
+        if layout.visual_BS is None:
+            if attention_mask is given_by_type:
+                return {kind: attention_mask.get(kind) for kind in types}
             common = (self.config, text_PD, attention_mask, slots, past_key_values, position_ids)
             return {kind: causal_mask(kind, *common) for kind in types}
         masks = {}
         for kind in types:
-            given = attention_mask.get(kind) if isinstance(attention_mask, dict) else attention_mask
-            if layout.visual_BS is None:
-                masks[kind] = given
-                continue
+            given = given_by_type.get(kind)
             if given is not None and given.ndim == 4:
                 masks[kind] = layout.query_rows(given)
                 continue
@@ -686,8 +681,8 @@ class SaisaModel(SaisaPreTrainedModel):
         )
 
     def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> torch.Tensor:
-        """bool (B, S), True where `input_ids` (or the row of `inputs_embeds`) is the image token."""
-        if input_ids is not None:
+        """bool (B, S), True where the row of `inputs_embeds` is the image token's, or where `input_ids` is, without them."""
+        if inputs_embeds is None:
             return input_ids == self.config.image_token_id
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
@@ -946,7 +941,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
         if length == 1 and past_key_values is not None and input_ids.shape[1] > 1:
             return model_inputs  # a decoding step
-        visual_BS = self.model.get_placeholder_mask(None if new_embeds is not None else new_ids, new_embeds)
+        visual_BS = self.model.get_placeholder_mask(new_ids, new_embeds)
         if not visual_BS.any():
             return model_inputs
         real_BS = torch.ones_like(visual_BS)
@@ -979,9 +974,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """transformers' own, but each row's pictures stay together: rows may have different numbers of them."""
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
-        embeds = model_kwargs.get("inputs_embeds")
         if pictures and expand_size > 1:
-            placeholders_BS = self.model.get_placeholder_mask(None if embeds is not None else input_ids, embeds)
+            placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
             placeholders_B = placeholders_BS.sum(1).tolist()
             tokens = self._visual_tokens(pictures, sum(placeholders_B))
             if model_kwargs.get("past_key_values") is None:
