@@ -38,6 +38,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_saisa.SaisaConfig",
     "AutoModel": "modeling_saisa.SaisaModel",
     "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoProcessor": "processing_saisa.SaisaProcessor",
 }

@@ -22,7 +22,7 @@ def test_importing_the_package_imports_the_classes_it_builds_on_and_little_else(
         "from transformers import AutoModel, AutoConfig, AutoProcessor, AutoModelForImageTextToText, BatchFeature; "
         "from transformers import GenerationMixin, activations; "
         "import transformers.processing_utils, transformers.masking_utils, "
-        "transformers.modeling_layers, PIL.ImageOps, huggingface_hub.repocard_data"
+        "transformers.modeling_layers, PIL.ImageOps, huggingface_hub.repocard_data, torch.nn.attention.bias"
     )
     more = modules_after("import saisa_hf") - modules_after(building_blocks)
     third_party = {name for name in more if name.split(".")[0] not in {"saisa_hf", *sys.stdlib_module_names}}

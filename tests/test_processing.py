@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import json
+import pickle
 import threading
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
 from saisa_hf.chat_templates import chat_template
 from saisa_hf.pictures_saisa import load_picture
 from saisa_hf.processing_saisa import SaisaProcessor, add_image_token
+from saisa_hf.visual_states_saisa import SaisaVisualStates, VisualStore
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -356,6 +358,86 @@ def test_video_audio_and_other_texts_are_refused():
     for arguments in ({"text": "a", "videos": [0]}, {"text": "a", "audio": [0]}, {"text": [["a", "b"]]}, {"text": 3}):
         with pytest.raises(ValueError):
             make_processor()(**arguments)
+
+
+# --- visual states ----------------------------------------------------------------------------------------------------
+
+
+def visual_states(*lengths):
+    """Pictures of `lengths` visual tokens."""
+    return SaisaVisualStates(VisualStore(list(lengths), torch.randn(sum(lengths), 4), None, "weights"))
+
+
+def test_visual_states_give_the_batch_of_their_pictures_without_pixels():
+    processor, states = make_processor(), visual_states(N_VISUAL, N_VISUAL)
+    texts = ["what <image> is", "no picture", "<image> the"]
+    options = {"text": texts, "padding": True, "return_tensors": "pt", "return_mm_token_type_ids": True}
+    expected = processor(images=[open_picture()] * 2, **options)
+    got = processor(visual_states=states, **options)
+    assert got.pop("visual_states") is states
+    del expected["pixel_values"]
+    assert set(got) == set(expected)
+    for key in expected:
+        assert torch.equal(got[key], expected[key])
+
+
+def test_each_image_token_becomes_as_many_placeholders_as_its_visual_states_have_tokens():
+    processor = make_processor(patch_size=None)
+    got = processor(text=["<image>a<image>", "b", "<image>c"], visual_states=visual_states(3, 5, 2))["input_ids"]
+    bare = [processor.tokenizer(text)["input_ids"] for text in ("", "a", "b", "c")]
+    (start, a, b, c), image = [bare[0], *(ids[1:] for ids in bare[1:])], [processor.image_token_id]
+    assert got == [start + image * 3 + a + image * 5, start + b, start + image * 2 + c]
+    once = processor(text=["<image>a", "<image>b"], visual_states=visual_states(3).expand(2))["input_ids"]
+    assert [row.count(*image) for row in once] == [3, 3]
+
+
+def test_a_batch_moves_and_casts_its_visual_states():
+    batch = make_processor()(text="<image>a", visual_states=visual_states(3), return_tensors="pt")
+    assert batch.to(torch.float16) is batch
+    assert (batch["visual_states"].dtype, batch["input_ids"].dtype) == (torch.float16, torch.int64)
+    batch = pickle.loads(pickle.dumps(batch)).to("meta", non_blocking=True)
+    assert batch["visual_states"].device == batch["input_ids"].device == torch.device("meta")
+    assert batch["visual_states"].lengths == [3]
+
+
+def test_a_chat_takes_visual_states_for_its_bare_image_parts():
+    processor, states = make_processor(chat_template=chat_template("vicuna")), visual_states(N_VISUAL, N_VISUAL)
+    bare, text = {"type": "image"}, {"type": "text", "text": "what is in"}
+    chats = [
+        [{"role": "user", "content": [bare, text]}, {"role": "assistant", "content": "a digit"}],
+        [{"role": "user", "content": "<image>the image"}, {"role": "assistant", "content": "in"}],
+    ]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "padding": True}
+    options["return_assistant_tokens_mask"] = True
+    expected = processor.apply_chat_template(chats, images=[open_picture()] * 2, **options)
+    got = processor.apply_chat_template(chats, visual_states=states, **options)
+    assert got["visual_states"] is states and "pixel_values" not in got
+    for key in ("input_ids", "attention_mask", "assistant_masks"):
+        assert torch.equal(got[key], expected[key])
+    del options["return_assistant_tokens_mask"]
+    nested = processor.apply_chat_template(chats, processor_kwargs={"visual_states": states}, **options)
+    assert nested["visual_states"] is states
+    own = [{"role": "user", "content": [{**bare, "image": open_picture()}, text]}]
+    with pytest.raises(ValueError, match=r"brings pictures.*visual_states"):
+        processor.apply_chat_template(own, visual_states=visual_states(N_VISUAL), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"text": ["<image>a", "<image>b"]},
+            r"has 1 pictures.*2 '<image>': \[1, 1\].*expand\(n\).*states\[\[\.\.\.\]\]",
+        ),
+        ({"text": "a"}, r"has 1 pictures.*0 '<image>'"),
+        ({"text": "<image>", "images": gradient()}, r"`images` and `visual_states`.*Pass one"),
+        ({}, r"`visual_states` was given without `text`"),
+        ({"text": "<image>", "visual_states": [visual_states(3)]}, r"a list of \['SaisaVisualStates'\].*cat"),
+    ],
+)
+def test_visual_states_and_image_tokens_have_to_match(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor()(**{"visual_states": visual_states(3), **arguments})
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@
 Importing the package registers its config, models and processor with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .compat_saisa import AutoModelForVision2Seq
+from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq
 from .configuration_saisa import SaisaConfig
 from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
 from .processing_saisa import SaisaProcessor
+from .visual_states_saisa import SaisaVisualStates
 
 
 __version__ = "0.1.0"
@@ -19,10 +20,11 @@ __all__ = [
     "SaisaForConditionalGeneration",
     "SaisaModel",
     "SaisaProcessor",
+    "SaisaVisualStates",
 ]
 
 AutoConfig.register("saisa", SaisaConfig)
 AutoModel.register(SaisaConfig, SaisaModel)
 AutoProcessor.register(SaisaConfig, SaisaProcessor)
-for auto_class in {AutoModelForImageTextToText, AutoModelForVision2Seq}:
+for auto_class in AUTO_CLASSES:
     auto_class.register(SaisaConfig, SaisaForConditionalGeneration)

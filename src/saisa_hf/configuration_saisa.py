@@ -8,16 +8,19 @@ from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
-from .compat_saisa import comparable_config_dict, portable_config_dict, readable_config_dict
+from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
 from .hub_saisa import AUTO_MAP, write_code_files
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
+    from .attention_saisa import Visibility  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
+    from .token_layout_saisa import TokenLayout  # noqa: F401
+    from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -241,6 +244,9 @@ class SaisaConfig(PretrainedConfig):
                     f"visual_layers={layers!r}: expected a list of distinct decoder layers between 0 and {count - 1}, at "
                     f"least one; None stands for all of them."
                 )
+
+
+name_for_serving(SaisaConfig.model_type, "SaisaForConditionalGeneration")
 
 
 def _listed(value):

@@ -30,11 +30,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
+from .attention_saisa import HIDDEN_KEY, Runs, Visibility, has_empty_places, hide_marked_keys, is_flash
 from .compat_saisa import cached_key_range, causal_mask, decoding_masks, save_options, tied_weights, update_cache
 from .configuration_saisa import SaisaConfig
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import language_model_family
 from .model_card_saisa import write_model_card
+from .token_layout_saisa import TokenLayout
+from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
@@ -42,10 +45,6 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
 logger = logging.get_logger(__name__)
-
-# A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
-# that gives back the keys it got. No text token has it: all of its components are the smallest normal float16.
-HIDDEN_KEY = 2.0**-14
 
 # The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
 # there on every release, so that a checkpoint has one layout; one that was saved without is read by this renaming.
@@ -90,97 +89,6 @@ class SaisaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
-class TokenLayout:
-    """Which positions of an input are text and which are visual, and every move between the two.
-
-    Made once per forward pass; nothing else in the model indexes. Text tokens are packed: the P text tokens of all
-    samples stand in one row after the other, so that samples with unlike numbers of pictures waste nothing.
-
-    Args:
-        visual_BS: bool, True at visual positions. None: the input has no visual token, and nothing is moved.
-    """
-
-    def __init__(self, visual_BS: torch.Tensor | None):
-        self.visual_BS = visual_BS
-        if visual_BS is None:
-            return
-        text_BS = ~visual_BS
-        self.batch_size, self.length = visual_BS.shape
-        device = visual_BS.device
-        lengths_B = text_BS.sum(1)
-        self.longest = int(lengths_B.max())
-        text_rank_BS = text_BS.cumsum(1) - 1
-        first_row_B = lengths_B.cumsum(0) - lengths_B
-        packed_BS = first_row_B[:, None] + text_rank_BS
-        # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, one row of zeros]
-        rows = int(lengths_B.sum())
-        visual_rank_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
-        self._key_source = torch.where(visual_BS, rows + visual_rank_BS, packed_BS).flatten()
-        self._aligned_source = torch.where(visual_BS, rows, packed_BS).flatten()
-        self._text_positions = text_BS.flatten().nonzero().squeeze(1)
-        # where query (b, t) finds its packed row; samples with fewer text tokens are filled up with row 0
-        rank_T = torch.arange(self.longest, device=device)
-        real_BT = rank_T < lengths_B[:, None]
-        self.evenly_long = bool(real_BT.all())
-        self._query_source = torch.where(real_BT, first_row_B[:, None] + rank_T, 0).flatten()
-        self._packed_queries = real_BT.flatten().nonzero().squeeze(1)
-        # position of query (b, t) in its sample
-        position_P = self._text_positions % self.length
-        self.query_position_BT = position_P[self._query_source].view(self.batch_size, self.longest)
-
-    def text(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """(B, S, ...) -> (P, ...): the rows of the text positions."""
-        if self.visual_BS is None:
-            return x_BS
-        return x_BS.flatten(0, 1).index_select(0, self._text_positions.to(x_BS.device))
-
-    def queries(self, x_PX: torch.Tensor) -> torch.Tensor:
-        """(P, X) -> (B, T, X): text rows by sample."""
-        if self.visual_BS is None:
-            return x_PX
-        if not self.evenly_long:
-            x_PX = x_PX.index_select(0, self._query_source.to(x_PX.device))
-        return x_PX.view(self.batch_size, self.longest, x_PX.shape[-1])
-
-    def pack(self, x_BTX: torch.Tensor) -> torch.Tensor:
-        """(B, T, X) -> (P, X): the inverse of `queries`."""
-        if self.visual_BS is None:
-            return x_BTX
-        x_RX = x_BTX.flatten(0, 1)
-        return x_RX if self.evenly_long else x_RX.index_select(0, self._packed_queries.to(x_RX.device))
-
-    def keys(self, text_PX: torch.Tensor, visual_VX: torch.Tensor | None) -> torch.Tensor:
-        """(P, X) and (V, X) -> (B, S, X): text and visual rows in input order. `visual_VX=None` leaves zeros."""
-        if self.visual_BS is None:
-            return text_PX
-        if visual_VX is None:
-            return self.align(text_PX)
-        rows = torch.cat([text_PX, visual_VX])
-        return rows.index_select(0, self._key_source.to(rows.device)).view(self.batch_size, self.length, -1)
-
-    def align(self, x_PX: torch.Tensor) -> torch.Tensor:
-        """(P, X) -> (B, S, X): text rows at their positions, zeros at visual positions."""
-        if self.visual_BS is None:
-            return x_PX
-        rows = torch.cat([x_PX, x_PX.new_zeros(1, x_PX.shape[-1])])
-        return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
-
-    def query_rows(self, x_BNSX: torch.Tensor) -> torch.Tensor:
-        """(B or 1, N, S, X) -> (B, N, T, X): the rows of the queries' positions."""
-        if self.visual_BS is None:
-            return x_BNSX
-        index_B1T1 = self.query_position_BT[:, None, :, None].to(x_BNSX.device)
-        return torch.take_along_dim(x_BNSX, index_B1T1, dim=2)
-
-    def align_queries(self, x_BNTL: torch.Tensor) -> torch.Tensor:
-        """(B, N, T, L) -> (B, N, S, L): attention rows at their queries' positions, zeros at visual positions."""
-        if self.visual_BS is None:
-            return x_BNTL
-        batch_size, heads, _, keys = x_BNTL.shape
-        rows_PX = self.pack(x_BNTL.transpose(1, 2).flatten(2))
-        return self.align(rows_PX).view(batch_size, self.length, heads, keys).transpose(1, 2)
-
-
 class SaisaVisualProjector(nn.Module):
     """Two-layer MLP from the encoder's features into the input space of self-attention (paper, section 3.2)."""
 
@@ -200,10 +108,10 @@ class SaisaVisualProjector(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding, each (B or 1, T, H) for the queries and (B or 1, S, H) for the keys."""
+    """Cosines and sines of the rotary embedding, (P, H) each for the text tokens and (V, H) each for the visual ones."""
 
-    queries: tuple[torch.Tensor, torch.Tensor]
-    keys: tuple[torch.Tensor, torch.Tensor]
+    text: tuple[torch.Tensor, torch.Tensor]
+    visual: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class NaavitAttention(nn.Module):
@@ -219,6 +127,7 @@ class NaavitAttention(nn.Module):
         self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self.num_key_value_groups = text.num_attention_heads // text.num_key_value_heads
         self.scaling = self.head_dim**-0.5
+        self.window = text.sliding_window if family.attention_types[layer_idx] == "sliding_attention" else None
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
         self.rotate_half = family.rotate_half
@@ -234,36 +143,46 @@ class NaavitAttention(nn.Module):
             self.q_norm = family.norm(self.head_dim, eps=text.rms_norm_eps)
             self.k_norm = family.norm(self.head_dim, eps=text.rms_norm_eps)
 
+    @property
+    def implementation(self) -> str:
+        """The name of the attention implementation. Keys that are hidden one by one need a mask tensor."""
+        chosen = self.config._attn_implementation
+        return chosen if self.sees_image or chosen == "eager" else "sdpa"
+
+    def keys_and_values(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised rows (R, D) of text or visual tokens -> their keys before rotation and their values, (R, K, H)."""
+        return self._heads(self.k_proj(x_RD), "k_norm"), self._heads(self.v_proj(x_RD))
+
     def forward(
         self,
         text_PD: torch.Tensor,
-        visual_VD: torch.Tensor | None,
+        visual: tuple[torch.Tensor, torch.Tensor] | None,
         layout: TokenLayout,
         rotation: Rotation,
-        attention_mask: torch.Tensor | None,
+        attention_mask,
         past_key_values,
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             text_PD: normalised hidden states of the text tokens.
-            visual_VD: normalised, projected features of the visual tokens; None if this layer gets none.
-            attention_mask: (B, 1, T, L), boolean (True is visible) or additive; None is plain causal attention.
+            visual: `keys_and_values` of the visual tokens; None if this layer gets none.
+            attention_mask: what the attention implementation takes (see `attention_saisa.py`); None is plain causal
+                attention.
             slots: (S,) places of the new tokens in the cache.
 
         Returns:
             (P, D) outputs of the text tokens, and (B, N, T, L) probabilities where the implementation has them.
         """
-        key_PX, value_PX = self.k_proj(text_PD), self.v_proj(text_PD)
-        key_VX = value_VX = None
-        if visual_VD is not None:
-            key_VX, value_VX = self.k_proj(visual_VD), self.v_proj(visual_VD)
-
-        query_BNTH = self._heads(layout.queries(self.q_proj(text_PD)), "q_norm")
-        key_BKSH = self._heads(layout.keys(key_PX, key_VX), "k_norm")
-        value_BKSH = self._heads(layout.keys(value_PX, value_VX))
-        query_BNTH = self._rotate(query_BNTH, *rotation.queries)
-        key_BKSH = self._rotate(key_BKSH, *rotation.keys)
+        query_PNH = self._rotated(self._heads(self.q_proj(text_PD), "q_norm"), *rotation.text)
+        key_PKH, value_PKH = self.keys_and_values(text_PD)
+        key_PKH = self._rotated(key_PKH, *rotation.text)
+        key_VKH = value_VKH = None
+        if visual is not None:
+            key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
+            key_VKH = self._rotated_visual(key_VKH, *rotation.visual)
+        query_BNTH = layout.queries(query_PNH).transpose(1, 2)
+        key_BKSH, value_BKSH = layout.keys(key_PKH, key_VKH), layout.keys(value_PKH, value_VKH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
@@ -274,74 +193,37 @@ class NaavitAttention(nn.Module):
         if not self.sees_image and (has_past or layout.visual_BS is not None):
             attention_mask = hide_marked_keys(attention_mask, key_BKSH, query_BNTH)
 
-        attention = self.eager_attention
+        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        inputs = (self, query_BNTH, key_BKSH, value_BKSH)
+        if isinstance(attention_mask, Runs):
+            output_BTNH, probabilities_BNTL = attention_mask.attend(self.implementation, *inputs, **options), None
         # a chunk of visual tokens alone has no query, which fused kernels do not expect
-        if self.config._attn_implementation != "eager" and query_BNTH.shape[2] > 0:
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        output_BTNH, probabilities_BNTL = attention(
-            self,
-            query_BNTH,
-            key_BKSH,
-            value_BKSH,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )
+        elif self.implementation == "eager" or query_BNTH.shape[2] == 0:
+            output_BTNH, probabilities_BNTL = self.eager_attention(*inputs, attention_mask, **options)
+        else:
+            if is_flash(self.implementation):
+                options["sliding_window"] = self.window
+            attention = ALL_ATTENTION_FUNCTIONS[self.implementation]
+            output_BTNH, probabilities_BNTL = attention(*inputs, attention_mask, **options)
         output_BTX = output_BTNH.flatten(2).contiguous()
         return self.o_proj(layout.pack(output_BTX)), probabilities_BNTL
 
-    def _heads(self, x_BSX: torch.Tensor, norm: str | None = None) -> torch.Tensor:
-        x_BSNH = x_BSX.view(*x_BSX.shape[:2], x_BSX.shape[-1] // self.head_dim, self.head_dim)
-        if norm is not None and hasattr(self, norm):
-            x_BSNH = getattr(self, norm)(x_BSNH)
-        return x_BSNH.transpose(1, 2)
+    def _heads(self, x_PX: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+        """(P, X) -> (P, heads, H), past the norm over each head that Qwen 3 has."""
+        x_PNH = x_PX.unflatten(-1, (-1, self.head_dim))
+        return getattr(self, norm)(x_PNH) if norm is not None and hasattr(self, norm) else x_PNH
 
-    def _rotate(self, x_BNSH: torch.Tensor, cos_BSH: torch.Tensor, sin_BSH: torch.Tensor) -> torch.Tensor:
-        return x_BNSH * cos_BSH[:, None] + self.rotate_half(x_BNSH) * sin_BSH[:, None]
+    def _rotated(self, x_PNH: torch.Tensor, cos_PH: torch.Tensor, sin_PH: torch.Tensor) -> torch.Tensor:
+        """As the language model does it, to the last bit."""
+        return x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]
 
-
-def naavit_mask(layout, slots, key_range, window, attention_mask, document_BS):
-    """Which keys each text query sees: those of its own position and earlier ones, text and visual alike.
-
-    Args:
-        slots: (S,) places of the new tokens in the cache.
-        key_range: (length, offset) of the keys in the cache.
-        window: sliding window in positions, or None.
-        attention_mask: (B, past + S), 0 at padding, or None.
-        document_BS: which of several packed samples a position belongs to, or None.
-
-    Returns:
-        bool (B, 1, T, L), True is visible. Every query sees itself, so that no row is empty.
-    """
-    length, offset = key_range
-    query_BT1 = slots[layout.query_position_BT][:, :, None]
-    key_L = torch.arange(length, device=slots.device) + offset
-    visible_BTL = key_L <= query_BT1
-    if window is not None:
-        visible_BTL = visible_BTL & (key_L > query_BT1 - window)
-    if attention_mask is not None:
-        # a static cache has more places than the mask knows of
-        real_BL = nn.functional.pad(
-            attention_mask.to(slots.device, torch.bool), (0, max(0, offset + length - attention_mask.shape[1]))
-        )
-        visible_BTL = visible_BTL & real_BL[:, None, offset : offset + length]
-    if document_BS is not None:
-        document_BT = document_BS.gather(1, layout.query_position_BT)
-        visible_BTL = visible_BTL & (document_BT[:, :, None] == document_BS[:, None, :])
-    return (visible_BTL | (key_L == query_BT1))[:, None]
-
-
-def hide_marked_keys(attention_mask, key_BKLH, query_BNTH):
-    """`attention_mask` without the keys that are marked as visual tokens which the layer does not see."""
-    if attention_mask is None and query_BNTH.shape[2] > 1:
-        return None  # plain causal attention over text alone: nothing is in the cache yet
-    marked_B11L = (key_BKLH[:, 0] == HIDDEN_KEY).all(-1)[:, None, None, :]
-    if attention_mask is None:
-        return ~marked_B11L
-    attention_mask = attention_mask[..., : marked_B11L.shape[-1]]
-    if attention_mask.dtype == torch.bool:
-        return attention_mask & ~marked_B11L
-    return attention_mask.masked_fill(marked_B11L, torch.finfo(attention_mask.dtype).min)
+    def _rotated_visual(self, x_VKH: torch.Tensor, cos_VH: torch.Tensor, sin_VH: torch.Tensor) -> torch.Tensor:
+        """The same in fewer passes over memory: with many visual tokens these are what a prefill waits for."""
+        half = self.head_dim // 2
+        rotated_VKH = x_VKH * cos_VH[:, None]
+        rotated_VKH[..., :half].addcmul_(x_VKH[..., half:], sin_VH[:, None, :half], value=-1)
+        rotated_VKH[..., half:].addcmul_(x_VKH[..., :half], sin_VH[:, None, half:])
+        return rotated_VKH
 
 
 class SaisaDecoderLayer(GradientCheckpointingLayer):
@@ -360,25 +242,30 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = family.norm(text.hidden_size, eps=text.rms_norm_eps)
         self.mlp = family.feed_forward(text)
 
-    def forward(
-        self, text_PD: torch.Tensor, features: torch.Tensor | None, **attention_arguments
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def visual_keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
+        (V, K, H) each. They depend on nothing else."""
+        weight = self.input_layernorm.weight
+        features = features.to(weight.device)
+        visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
+        return self.self_attn.keys_and_values(self.input_layernorm(visual_VD.to(weight.dtype)))
+
+    def forward(self, text_PD: torch.Tensor, visual, **attention_arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             text_PD: hidden states of the text tokens.
-            features: (V, C) of the encoder, or (V, D) already projected where all layers share the projector.
+            visual: features as in `visual_keys_and_values`, or what that returns, or None.
 
         Returns:
             (P, D) hidden states and (B, N, T, L) attention probabilities or None.
         """
-        visual_VD = None
-        if features is not None and self.sees_image:
-            features = features.to(text_PD.device)
-            visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-            visual_VD = self.input_layernorm(visual_VD.to(text_PD.dtype))
-        attended_PD, probabilities_BNTL = self.self_attn(
-            self.input_layernorm(text_PD), visual_VD, **attention_arguments
-        )
+        if visual is None or not self.sees_image:
+            visual = None
+        elif isinstance(visual, tuple):
+            visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
+        else:
+            visual = self.visual_keys_and_values(visual)
+        attended_PD, probabilities_BNTL = self.self_attn(self.input_layernorm(text_PD), visual, **attention_arguments)
         text_PD = text_PD + attended_PD
         text_PD = text_PD + self.mlp(self.post_attention_layernorm(text_PD))
         return text_PD, probabilities_BNTL
@@ -395,6 +282,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["SaisaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
@@ -480,7 +369,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         input_ids=None,
         inputs_embeds=None,
         layout: TokenLayout | None = None,
-        features: torch.Tensor | None = None,
+        visual=None,
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
@@ -489,7 +378,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         output_hidden_states=False,
         cache_position=None,
     ) -> BaseModelOutputWithPast:
-        """As `SaisaModel.forward`, with the visual positions in `layout` and the visual tokens' `features` (V, C or D)."""
+        """As `SaisaModel.forward`, with the visual positions in `layout` and, in `visual`, features of the visual tokens
+        (see `SaisaDecoderLayer.visual_keys_and_values`) or for each layer what that makes of them."""
         layout = TokenLayout(None) if layout is None else layout
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and self.gradient_checkpointing and self.training:
@@ -527,15 +417,15 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 "the model with attn_implementation='eager'."
             )
         hidden_states, attentions = [], []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(layout.align(text_PD))
             text_PD, probabilities_BNTL = layer(
                 text_PD,
-                features,
+                visual[index] if isinstance(visual, tuple) else visual,
                 layout=layout,
                 rotation=rotation,
-                attention_mask=masks[layer.attention_type],
+                attention_mask=masks[layer.attention_type, layer.sees_image],
                 past_key_values=past_key_values,
                 slots=slots,
             )
@@ -551,40 +441,41 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         )
 
     def _attention_masks(self, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents):
-        """One mask for each attention type of the language model, in the form its implementation takes."""
-        types = dict.fromkeys(layer.attention_type for layer in self.layers)
-        given_by_type = attention_mask if isinstance(attention_mask, dict) else dict.fromkeys(types, attention_mask)
-        if layout.visual_BS is None:
-            if attention_mask is given_by_type:
-                return {kind: attention_mask.get(kind) for kind in types}
-            common = (self.config, text_PD, attention_mask, slots, past_key_values, position_ids)
-            return {kind: causal_mask(kind, *common) for kind in types}
+        """What the attention implementations take as masks, by attention type and by whether a layer sees the picture."""
         masks = {}
-        for kind in types:
-            given = given_by_type.get(kind)
-            if given is not None and given.ndim == 4:
-                masks[kind] = layout.query_rows(given)
+        for index, layer in enumerate(self.layers):
+            kind = layer.attention_type, layer.sees_image
+            if kind in masks:
                 continue
-            first_of_kind = next(index for index, layer in enumerate(self.layers) if layer.attention_type == kind)
-            masks[kind] = naavit_mask(
-                layout,
-                slots,
-                key_range=cached_key_range(past_key_values, first_of_kind, slots),
-                window=self.config.sliding_window if kind == "sliding_attention" else None,
-                attention_mask=given,
-                document_BS=documents,
-            )
-            if self.config._attn_implementation == "eager":
-                masks[kind] = torch.zeros_like(masks[kind], dtype=text_PD.dtype).masked_fill(
-                    ~masks[kind], torch.finfo(text_PD.dtype).min
+            given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
+            implementation = layer.self_attn.implementation
+            key_range = cached_key_range(past_key_values, index, slots)
+            visibility = Visibility(layout, slots, key_range, layer.self_attn.window, given, documents)
+            if layout.visual_BS is not None:
+                prepared = isinstance(given, torch.Tensor) and given.ndim == 4
+                masks[kind] = (
+                    layout.query_rows(given)
+                    if prepared
+                    else visibility.for_implementation(implementation, text_PD.dtype)
                 )
+            elif implementation != self.config._attn_implementation:
+                masks[kind] = visibility.mask()
+            elif is_flash(implementation) and has_empty_places(key_range, slots):
+                visibility.layout = TokenLayout(torch.zeros(*text_PD.shape[:2], dtype=torch.bool, device=slots.device))
+                masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
+            elif isinstance(attention_mask, dict):
+                masks[kind] = given
+            else:
+                arguments = (self.config, text_PD, given, slots, past_key_values, position_ids)
+                masks[kind] = causal_mask(layer.attention_type, *arguments)
         return masks
 
     def _rotation(self, layout, text_PD, position_ids) -> Rotation:
-        keys = self.rotary_emb(text_PD, position_ids)
+        cos_sin = self.rotary_emb(text_PD, position_ids)
         if layout.visual_BS is None:
-            return Rotation(queries=keys, keys=keys)
-        return Rotation(queries=tuple(layout.query_rows(x_BSH[:, None]).squeeze(1) for x_BSH in keys), keys=keys)
+            return Rotation(cos_sin, None)
+        cos_sin = [x_BSH.expand(layout.batch_size, -1, -1) for x_BSH in cos_sin]
+        return Rotation(tuple(map(layout.text, cos_sin)), tuple(map(layout.visual, cos_sin)))
 
 
 class NestedEncoder(nn.Module):
@@ -701,6 +592,7 @@ class SaisaModel(SaisaPreTrainedModel):
         output_hidden_states: bool | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        visual_states: SaisaVisualStates | None = None,
         **kwargs,
     ) -> SaisaModelOutputWithPast:
         """
@@ -717,39 +609,47 @@ class SaisaModel(SaisaPreTrainedModel):
             output_attentions, output_hidden_states: whether to return these. None: as the config says.
             pixel_attention_mask, spatial_shapes: (pictures, patches) and (pictures, 2), what SigLIP 2's image processor
                 makes beside `pixel_values` (pictures, patches, patch size) for pictures of unlike shapes.
+            visual_states: what `get_visual_states` made of the pictures, in place of `pixel_values` and in the same order.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; numbers of placeholders and visual tokens
-                that differ.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; both `pixel_values` and `visual_states`;
+                numbers of placeholders and visual tokens that differ; `visual_states` of another model or dtype.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         cache_position = kwargs.pop("cache_position", None)
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
 
-        layout, features = TokenLayout(None), None
-        if pixel_values is not None and len(pixel_values) == 0:
-            self.check_visual_tokens(0, 0, int(self.get_placeholder_mask(input_ids, inputs_embeds).sum()))
-        elif pixel_values is not None:
-            pictures = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
-            features = torch.cat(list(pictures))
+        layout, visual, features = TokenLayout(None), None, None
+        if pixel_values is not None and visual_states is not None:
+            raise ValueError(
+                "Expected pixel_values or visual_states, got both: the states stand in place of the pictures."
+            )
+        if visual_states is not None:
+            self.check_visual_states(visual_states)
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            self.check_visual_tokens(len(features), len(pictures), int(visual_BS.sum()))
-            layout = TokenLayout(visual_BS)
+            self.check_visual_tokens("visual_states", visual_states.lengths, int(visual_BS.sum()))
+            if len(visual_states):
+                layout = TokenLayout(visual_BS, visual_states.rows(), position_ids)
+                visual = self._for_layers(visual_states.stored.features, visual_states.stored.keys_values)
+        elif pixel_values is not None:
+            visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+            pictures = []
+            if len(pixel_values):
+                encoded = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments)
+                pictures = list(encoded.pooler_output)
+            self.check_visual_tokens("pixel_values", [len(picture) for picture in pictures], int(visual_BS.sum()))
+            if pictures:
+                layout, features = TokenLayout(visual_BS), torch.cat(pictures)
+                visual = self._for_layers(features)
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             self._warn_if_pictures_are_missing(input_ids)
 
-        projected = features
-        if features is not None:
-            dtype = self.get_input_embeddings().weight.dtype
-            projected = features.to(dtype)
-            if self.config.projector_sharing == "shared":
-                projected = self.visual_projector(projected)
         outputs = self.language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             layout=layout,
-            features=projected,
+            visual=visual,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -762,11 +662,110 @@ class SaisaModel(SaisaPreTrainedModel):
         )
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=features)
 
-    def check_visual_tokens(self, features: int, pictures: int, placeholders: int):
-        """Raises ValueError if `pictures` pictures with `features` visual tokens in all do not fill `placeholders`."""
-        if features != placeholders:
+    def _for_layers(self, features: torch.Tensor | None, keys_values=None):
+        """What the language model takes as `visual`: the encoder's features, past the projector if all layers share one; or,
+        where they are at hand, each layer's keys and values."""
+        if keys_values is not None:
+            return keys_values
+        features = features.to(self.get_input_embeddings().weight.dtype)
+        return self.visual_projector(features) if self.config.projector_sharing == "shared" else features
+
+    @torch.no_grad()
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str = "keys_values", **kwargs) -> SaisaVisualStates:
+        """
+        What the decoder layers make of a batch of pictures, to be used with any number of prompts and anywhere in them
+        as `visual_states`. It is computed without gradients.
+
+        Args:
+            pixel_values: (pictures, channels, height, width), any floating dtype.
+            store: `"keys_values"` for the keys before rotation and the values of each layer that sees the picture,
+                2 * V * h_kv numbers a layer, or `"features"` for the encoder's features alone, V * C numbers, which are
+                projected at each use.
+            kwargs: handed on to the encoder.
+
+        Returns:
+            `SaisaVisualStates` of as many images, in the language model's dtype.
+
+        Raises:
+            ValueError: `store` is neither of the two; `pixel_values` is no batch of pictures.
+        """
+        if store not in ("keys_values", "features"):
+            raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
+        pictures = self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output
+        lengths = [len(picture) for picture in pictures]
+        features = torch.cat(list(pictures)).to(self.get_input_embeddings().weight.dtype)
+        keys_values = None
+        if store == "keys_values":
+            visual, features = self._for_layers(features), None
+            keys_values = tuple(
+                layer.visual_keys_and_values(visual) if layer.sees_image else None
+                for layer in self.language_model.layers
+            )
+        return SaisaVisualStates(VisualStore(lengths, features, keys_values, self.visual_fingerprint(store)))
+
+    def visual_fingerprint(self, store: str) -> str:
+        """A digest of the weights and settings on which visual states that `store` `"keys_values"` or `"features"` depend.
+
+        Weights are compared as bfloat16, so that a model has one fingerprint in float32 and in bfloat16.
+        """
+        parts = {"vision_tower": self.vision_tower}
+        settings = [self.config.vision_feature_layers, self.config.vision_feature_select_strategy]
+        if store == "keys_values":
+            settings += [
+                self.config.projector_hidden_act,
+                self.config.text_config.rms_norm_eps,
+                self.config.visual_layers,
+            ]
+            if self.config.projector_sharing == "shared":
+                parts["visual_projector"] = self.visual_projector
+            for index, layer in enumerate(self.language_model.layers):
+                names = (
+                    "visual_projector",
+                    "input_layernorm",
+                    "self_attn.k_proj",
+                    "self_attn.v_proj",
+                    "self_attn.k_norm",
+                )
+                modules = dict(layer.named_modules())
+                parts.update(
+                    {f"{index}.{name}": modules[name] for name in names if layer.sees_image and name in modules}
+                )
+        return weights_fingerprint(self, store, parts, settings)
+
+    def check_visual_states(self, states: SaisaVisualStates):
+        """Raises ValueError, or TypeError, if `states` are not what this model's `get_visual_states` makes."""
+        if not isinstance(states, SaisaVisualStates):
+            raise TypeError(
+                f"visual_states is a {type(states).__name__}: expected the SaisaVisualStates that model.get_visual_states "
+                f"returns."
+            )
+        again = "Compute them with this model: model.get_visual_states(pixel_values)."
+        layers, token_shape = self.language_model.layers, (self.config.vision_feature_size,)
+        if states.store == "keys_values":
+            if states.num_layers != len(layers):
+                raise ValueError(f"visual_states has {states.num_layers} layers, the model {len(layers)}. {again}")
+            token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
+        if states.token_shape != token_shape:
             raise ValueError(
-                f"pixel_values holds {pictures} pictures with {features} visual tokens in all, but the input has "
+                f"visual_states has {states.token_shape} numbers a token, the model {token_shape}. {again}"
+            )
+        dtype = self.get_input_embeddings().weight.dtype
+        if states.dtype != dtype:
+            raise ValueError(
+                f"visual_states is {states.dtype}, the model {dtype}: cast them with visual_states.to({dtype})."
+            )
+        fingerprint = self.visual_fingerprint(states.store)
+        if states.fingerprint != fingerprint:
+            raise ValueError(
+                f"visual_states was computed with other weights than this model's (fingerprint {states.fingerprint[:12]}, "
+                f"here {fingerprint[:12]}). {again}"
+            )
+
+    def check_visual_tokens(self, name: str, lengths: list[int], placeholders: int):
+        """Raises ValueError if pictures of `lengths` visual tokens, the argument `name`, do not fill `placeholders`."""
+        if sum(lengths) != placeholders:
+            raise ValueError(
+                f"{name} holds {len(lengths)} pictures with {sum(lengths)} visual tokens in all, but the input has "
                 f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
                 f"as visual tokens: let the processor expand the prompt, and pass each picture once."
             )
@@ -831,6 +830,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """See `SaisaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str = "keys_values", **kwargs) -> SaisaVisualStates:
+        """See `SaisaModel.get_visual_states`."""
+        return self.model.get_visual_states(pixel_values, store, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -847,6 +850,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        visual_states: SaisaVisualStates | None = None,
         **kwargs,
     ) -> SaisaCausalLMOutputWithPast:
         """
@@ -875,12 +879,13 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            visual_states=visual_states,
             return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         visual_BS = None
-        if pixel_values is not None:
+        if pixel_values is not None or visual_states is not None:
             visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept]
         layout = TokenLayout(visual_BS)
         logits_PX = self.lm_head(layout.text(outputs.last_hidden_state[:, kept]))
@@ -907,7 +912,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' own. About pictures it never answers with the image token, which stands for visual tokens alone."""
-        if kwargs.get("pixel_values") is not None:
+        if kwargs.get("pixel_values") is not None or kwargs.get("visual_states") is not None:
             never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
@@ -921,6 +926,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_values=None,
         pixel_attention_mask=None,
         spatial_shapes=None,
+        visual_states=None,
         **kwargs,
     ):
         """transformers' own, and the pictures whose placeholders are among the tokens that are not in the cache yet.
@@ -935,7 +941,13 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        if pixel_values is None:
+        pictures = _given(
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            visual_states=visual_states,
+        )
+        if pixel_values is None and visual_states is None:
             return model_inputs
         new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
@@ -953,9 +965,6 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 "The last token of a prompt is a visual token, and visual tokens predict nothing. Put a text token, a "
                 "newline for instance, behind the image."
             )
-        pictures = _given(
-            pixel_values=pixel_values, pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes
-        )
         new_B = visual_BS.sum(1).tolist()
         seen_B = new_B if new_embeds is not None else self.model.get_placeholder_mask(input_ids).sum(1).tolist()
         tokens = self._visual_tokens(pictures, sum(new_B), sum(seen_B))
@@ -972,14 +981,15 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """transformers' own, but each row's pictures stay together: rows may have different numbers of them."""
-        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
         pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
         if pictures and expand_size > 1:
             placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
             placeholders_B = placeholders_BS.sum(1).tolist()
             tokens = self._visual_tokens(pictures, sum(placeholders_B))
             if model_kwargs.get("past_key_values") is None:
-                self.model.check_visual_tokens(sum(tokens), len(tokens), sum(placeholders_B))
+                name = "visual_states" if "visual_states" in pictures else "pixel_values"
+                self.model.check_visual_tokens(name, tokens, sum(placeholders_B))
             rows = _pictures_by_row(placeholders_B, tokens)
             order = [picture for row in rows for _ in range(expand_size) for picture in row]
             pictures = {name: value[order] for name, value in pictures.items()}
@@ -990,6 +1000,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     def _visual_tokens(self, pictures: dict, *placeholders: int) -> list[int]:
         """How many visual tokens each picture has, given the numbers of placeholders that they may be meant for."""
+        if "visual_states" in pictures:
+            return pictures["visual_states"].lengths
         if "spatial_shapes" in pictures:
             return pictures["spatial_shapes"].prod(-1).tolist()
         count = len(pictures["pixel_values"])

@@ -5,12 +5,13 @@ import inspect
 
 import transformers
 from transformers import image_utils
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
     create_sliding_window_causal_mask,
 )
+from transformers.models.auto import modeling_auto
 from transformers.processing_utils import ProcessorMixin
 
 
@@ -73,6 +74,7 @@ _MASKS_TAKE_CACHE_POSITION = (
     and _CAUSAL_MASK_ARGUMENTS["cache_position"].default is inspect.Parameter.empty
 )
 _UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
+_LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in inspect.signature(DynamicLayer.lazy_initialization).parameters
 _MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
 
 
@@ -109,6 +111,13 @@ def cached_key_range(past_key_values, layer_idx, slots) -> tuple[int, int]:
 
 def update_cache(past_key_values, key_BKSH, value_BKSH, layer_idx, slots):
     """Appends keys and values to the cache and returns all of those to attend to."""
+    layers = getattr(past_key_values, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    if type(layer) is DynamicLayer and not layer.is_initialized and not past_key_values.offloading:
+        # what `update` does to an empty layer, but for a copy: behind a picture these are large
+        layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
+        layer.keys, layer.values = key_BKSH, value_BKSH
+        return key_BKSH, value_BKSH
     if _UPDATE_TAKES_CACHE_POSITION:
         return past_key_values.update(key_BKSH, value_BKSH, layer_idx, {"cache_position": slots})
     return past_key_values.update(key_BKSH, value_BKSH, layer_idx)
@@ -144,6 +153,20 @@ else:
 
     class AutoModelForVision2Seq(transformers.AutoModelForImageTextToText):
         """transformers 4's auto class, which 5.x no longer has. It finds what `AutoModelForImageTextToText` finds."""
+
+
+# the auto classes of models that answer about pictures with text
+AUTO_CLASSES = {transformers.AutoModelForImageTextToText, AutoModelForVision2Seq}
+if hasattr(transformers, "AutoModelForMultimodalLM"):
+    AUTO_CLASSES.add(transformers.AutoModelForMultimodalLM)
+
+
+def name_for_serving(model_type: str, class_name: str) -> None:
+    """Puts a model into the table of names by which `transformers serve` (5.6 and later) finds out how to load it and that it
+    takes pictures. `AutoModelForMultimodalLM.register` and a checkpoint's `auto_map` do not reach that table."""
+    names = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", None)
+    if names is not None:
+        names[model_type] = class_name
 
 
 # --- processors -------------------------------------------------------------------------------------------------------

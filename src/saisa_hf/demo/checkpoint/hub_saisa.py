@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 
-# The same in every checkpoint, whichever release saved it: 5.x has no AutoModelForVision2Seq, but 4.57 looks for it.
+# The same in every checkpoint, whichever release saved it: 5.x has no AutoModelForVision2Seq, but 4.57 looks for it, and
+# `transformers serve` loads by AutoModelForMultimodalLM, which 4.57 does not have.
 AUTO_MAP = {
     "AutoConfig": "configuration_saisa.SaisaConfig",
     "AutoModel": "modeling_saisa.SaisaModel",
     "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoProcessor": "processing_saisa.SaisaProcessor",
 }

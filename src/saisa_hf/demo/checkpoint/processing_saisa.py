@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from transformers import AddedToken, BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .compat_saisa import ImageTextProcessorMixin, portable_image_processor_config, portable_tokenizer_config
@@ -22,10 +22,13 @@ from .pictures_saisa import check_size, load_picture, pad_to_square
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
+    from .attention_saisa import Visibility  # noqa: F401
     from .configuration_saisa import SaisaConfig  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
+    from .token_layout_saisa import TokenLayout  # noqa: F401
+    from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
 
 def add_image_token(tokenizer, image_token: str = "<image>") -> int:
@@ -38,6 +41,23 @@ def add_image_token(tokenizer, image_token: str = "<image>") -> int:
     token = AddedToken(image_token, normalized=False, lstrip=False, rstrip=False, special=True)
     tokenizer.add_tokens([token], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(image_token)
+
+
+class BatchWithVisualStates(BatchFeature):
+    """A `BatchFeature` with `visual_states`: left alone where lists become tensors, moved and cast along with the tensors."""
+
+    def convert_to_tensors(self, *args, **kwargs):
+        """See `BatchFeature.convert_to_tensors`."""
+        states = self.data.pop("visual_states")
+        super().convert_to_tensors(*args, **kwargs)
+        self.data["visual_states"] = states
+        return self
+
+    def to(self, *args, **kwargs):
+        """See `BatchFeature.to`."""
+        super().to(*args, **kwargs)
+        self.data["visual_states"] = self.data["visual_states"].to(*args, **kwargs)
+        return self
 
 
 class SaisaProcessor(ImageTextProcessorMixin):
@@ -101,7 +121,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     # --- call ---
 
-    def __call__(self, images=None, text=None, audio=None, videos=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images=None, text=None, *, visual_states=None, **kwargs: Unpack[ProcessingKwargs]
+    ) -> BatchFeature:
         """Prepares texts, pictures or both.
 
         Texts are tokenized in pieces, the stretches between pictures, each as if it stood alone. This is how the authors
@@ -111,6 +133,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             images: one picture, a list of them in the order of the texts' image tokens, or a list of such lists, one per
                 text. Pictures are what `load_picture` takes.
             text: a text or a list of them. Each `image_token` in them stands for one picture.
+            visual_states: in place of `images`, what the model's `get_visual_states` made of them: `SaisaVisualStates` of as
+                many pictures as the texts have image tokens, in their order.
             kwargs: as for a tokenizer (`padding`, `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of`,
                 `add_special_tokens`, `return_attention_mask`, `return_offsets_mapping`, `return_length`,
                 `return_special_tokens_mask`), as for the image processor, `return_tensors`, and
@@ -119,15 +143,24 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask` (B, S) where there is text, `pixel_values` (pictures, C, H, W) in the order of
-            the image tokens where there are pictures.
+            the image tokens where there are pictures, `visual_states` as given: all that the model's forward and generate
+            need.
 
         Raises:
             ValueError: a picture is unreadable, too large or empty, pictures and image tokens do not match, truncation
                 would cut into a picture's placeholders, or an argument is not supported.
         """
+        if text is None and visual_states is not None:
+            raise ValueError(
+                "`visual_states` was given without `text`. Pass the text whose image tokens it stands for."
+            )
         if images is None and text is None:
             raise ValueError("Both `images` and `text` are None. Pass at least one of them.")
-        if audio is not None or videos is not None:
+        if images is not None and visual_states is not None:
+            raise ValueError(
+                "`images` and `visual_states` were both given for the same image tokens. Pass one of them."
+            )
+        if any(kwargs.pop(name, None) is not None for name in ("audio", "videos")):
             raise ValueError("SAISA takes texts and pictures: `audio` and `videos` have to be None.")
         wants_types = kwargs.pop("return_mm_token_type_ids", False)
         if "text_kwargs" in kwargs:
@@ -139,28 +172,31 @@ class SaisaProcessor(ImageTextProcessorMixin):
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         text_kwargs.pop("return_mm_token_type_ids", None)
         explicit = {**kwargs, **kwargs.get("text_kwargs", {})}
-        if "max_length" not in explicit and "truncation" not in explicit and "padding" not in explicit:
+        asked = {"max_length", "truncation", "padding"} & explicit.keys()
+        if not asked and text_kwargs.get("padding") != "max_length":
             text_kwargs.pop("max_length", None)  # what tokenizer.json was saved with is not a wish of this call
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
 
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"`text` has to be a string or a list of strings, got {_describe(text)}.")
-        pictures = _flat_pictures(images, texts, self.image_token)
         outputs, counts = {}, []
-        if pictures:
-            pixels, counts = self._pixels(pictures, images_kwargs)
-            outputs.update(pixels)
+        if visual_states is not None:
+            outputs, counts = {"visual_states": visual_states}, _lengths(visual_states, texts, self.image_token)
+        elif pictures := _flat_pictures(images, texts, self.image_token):
+            outputs = self._pixels(pictures, images_kwargs)
+            counts = self._counts(outputs, images_kwargs) if texts is not None else []
         if texts is not None:
             rows = self._tokenize(list(texts), counts, text_kwargs)
             if wants_types:
                 is_visual = [[int(i == self.image_token_id) for i in ids] for ids in rows["input_ids"]]
                 rows["mm_token_type_ids"] = is_visual
             outputs = {**rows, **outputs}
-        return BatchFeature(outputs, tensor_type=return_tensors)
+        batch_class = BatchFeature if visual_states is None else BatchWithVisualStates
+        return batch_class(outputs, tensor_type=return_tensors)
 
-    def _pixels(self, pictures: list, kwargs: dict) -> tuple[dict, list[int]]:
-        """The image processor's output for `pictures`, and the number of placeholders that each of them takes."""
+    def _pixels(self, pictures: list, kwargs: dict) -> dict:
+        """The image processor's output for `pictures`."""
         kwargs = dict(kwargs)
         data_format, timeout = kwargs.pop("input_data_format", None), kwargs.pop("timeout", None)
         loaded = [
@@ -180,16 +216,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 loaded[i] = pad_to_square(picture, color)
             else:
                 check_size(*self._resized(picture.size, kwargs), name, "resized has")
-        processed = self.image_processor(loaded, input_data_format="channels_last", **kwargs)
-        pixel_values = processed["pixel_values"]
+        return dict(self.image_processor(loaded, input_data_format="channels_last", **kwargs))
+
+    def _counts(self, processed: dict, kwargs: dict) -> list[int]:
+        """The number of placeholders that each picture of the image processor's output takes."""
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: rows and columns of patches, by picture
-            return dict(processed), [int(rows) * int(columns) for rows, columns in processed["spatial_shapes"]]
+            return [int(rows) * int(columns) for rows, columns in processed["spatial_shapes"]]
+        pixel_values = processed["pixel_values"]
         if self.image_seq_length is not None:
-            return dict(processed), [self.image_seq_length] * len(loaded)
+            return [self.image_seq_length] * len(pixel_values)
         last = str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last"
-        return dict(processed), [
-            self._placeholders(*(np.shape(p)[:2] if last else np.shape(p)[-2:])) for p in pixel_values
-        ]
+        return [self._placeholders(*(np.shape(p)[:2] if last else np.shape(p)[-2:])) for p in pixel_values]
 
     def _resized(self, size: tuple[int, int], kwargs: dict) -> tuple[int, int]:
         """(width, height) after resizing by the shortest edge, which makes a thin picture very long."""
@@ -225,7 +262,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             return MultiModalData()
         images_kwargs = self._merge_kwargs(ProcessingKwargs, **kwargs)["images_kwargs"]
         counts = {
-            size: self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs)[1][0]
+            size: self._counts(self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs), images_kwargs)[0]
             for size in {(int(height), int(width)) for height, width in image_sizes}
         }
         counts = [counts[int(height), int(width)] for height, width in image_sizes]
@@ -380,7 +417,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     # --- chat ---
 
-    def apply_chat_template(self, conversation, chat_template=None, images=None, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
         """Renders conversations and, with `tokenize=True`, prepares text and pictures for the model.
 
         Args:
@@ -390,6 +427,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             chat_template: Jinja source, or the name of one of the processor's templates; the default one if None.
             images: pictures for what the conversations name without bringing one: image tokens in strings and bare
                 `{"type": "image"}` parts, in their order.
+            visual_states: in place of `images`, see `__call__`; the conversations then bring no pictures of their own.
             kwargs: `tokenize`, `return_dict`, `add_generation_prompt`, `continue_final_message`,
                 `return_assistant_tokens_mask` (fast tokenizers; gives `assistant_masks`), `tools`, `documents`,
                 `return_tensors`, arguments of the call (flat or in `processor_kwargs`), and variables of the template.
@@ -400,6 +438,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """
         processor_kwargs = {**(kwargs.pop("processor_kwargs", None) or {})}
         images = processor_kwargs.pop("images", images)
+        visual_states = processor_kwargs.pop("visual_states", visual_states)
         kwargs.pop("load_audio_from_video", None)
         if kwargs.pop("sanitize_control_tokens", False):
             raise ValueError("sanitize_control_tokens=True is not supported.")
@@ -427,14 +466,21 @@ class SaisaProcessor(ImageTextProcessorMixin):
         )
         if not tokenize:
             return prompts if is_batch else prompts[0]
-        pictures = self._conversation_pictures(conversations, images)
+        found = self._conversation_pictures(conversations)
+        if visual_states is None:
+            images = _with_spares(found, images, self.image_token) or None
+        elif any(picture is not None for picture in found):
+            raise ValueError(
+                "The conversation brings pictures, but `visual_states` was given for all of them. Leave the data out of the "
+                'image parts, {"type": "image"}, or leave out `visual_states`.'
+            )
         bos = self.tokenizer.bos_token
         if bos is not None and prompts[0].startswith(bos):
             processor_kwargs.setdefault("add_special_tokens", False)
         return_tensors = processor_kwargs.get("return_tensors")
         if wants_mask:
             processor_kwargs.update(return_offsets_mapping=True)
-        outputs = self(text=prompts, images=pictures or None, **processor_kwargs)
+        outputs = self(text=prompts, images=images, visual_states=visual_states, **processor_kwargs)
         if wants_mask:
             offsets = outputs.pop("offset_mapping")
             offsets = offsets.tolist() if hasattr(offsets, "tolist") else offsets
@@ -461,31 +507,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
             )
         return chosen or templates
 
-    def _conversation_pictures(self, conversations: list, images) -> list:
-        """The pictures of `conversations` in the order of their image tokens; those they lack come from `images`."""
-        if images is not None and not isinstance(images, (list, tuple)):
-            images = [images]
-        spare = [p for group in images or [] for p in (group if isinstance(group, (list, tuple)) else [group])]
-        needed, pictures = 0, []
-        for messages in conversations:
-            for message in messages:
-                content = message.get("content") or []
-                for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                    if part.get("type") == "image":
-                        keys = [k for k in ("image", "url", "path", "base64") if part.get(k) is not None]
-                        found = [part[keys[0]]] if keys else [None]
-                    else:
-                        found = [None] * str(part.get("text") or "").count(self.image_token)
-                    for picture in found:
-                        if picture is None:
-                            picture = spare[needed] if needed < len(spare) else None
-                            needed += 1
-                        pictures.append(picture)
-        if needed != len(spare):
-            raise ValueError(
-                f"The conversation names {needed} pictures without bringing them ({self.image_token!r} in strings, image "
-                f"parts without data), but `images` has {len(spare)}."
-            )
+    def _conversation_pictures(self, conversations: list) -> list:
+        """What `conversations` name in the order of their image tokens: a picture, or None where they bring none."""
+        pictures = []
+        for message in (message for messages in conversations for message in messages):
+            content = message.get("content") or []
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part.get("type") == "image":
+                    given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
+                    pictures.append(given[0] if given else None)
+                else:
+                    pictures += [None] * str(part.get("text") or "").count(self.image_token)
         return pictures
 
     # --- files ---
@@ -502,10 +534,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
         Args:
             save_directory: the folder; made if need be.
             push_to_hub: whether to upload to the hub as well, to `repo_id` (default: the folder's name).
-            kwargs: arguments of `push_to_hub`.
+            kwargs: arguments of `push_to_hub`; with transformers 4 also `save_jinja_files=False`, which writes the chat
+                template into `chat_template.json`.
 
         Returns:
-            The paths of the files, the code that loads them left out.
+            The paths of the files, `processor_config.json` first, the code that loads them left out.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -514,7 +547,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         written = []
         with tempfile.TemporaryDirectory(dir=target, prefix=".processor.") as folder:
             partial = Path(folder)
-            super().save_pretrained(str(partial))
+            super().save_pretrained(
+                str(partial), **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs}
+            )
             self.image_processor.save_pretrained(str(partial))
             vocabulary = getattr(self.tokenizer, "vocab_file", None)
             if vocabulary and str(vocabulary).endswith(".model") and os.path.isfile(vocabulary):
@@ -526,7 +561,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             )
             _rewrite_json(partial / "preprocessor_config.json", portable_image_processor_config)
             _rewrite_json(partial / "processor_config.json", lambda _: self._config())
-            for source in sorted(path for path in partial.rglob("*") if path.is_file()):
+            files = [path for path in partial.rglob("*") if path.is_file()]
+            for source in sorted(files, key=lambda path: (path.name != "processor_config.json", path)):
                 destination = target / source.relative_to(partial)
                 destination.parent.mkdir(exist_ok=True)
                 os.replace(source, destination)
@@ -602,6 +638,36 @@ def _flat_pictures(images, texts, image_token: str) -> list:
             f"`images` has {len(groups)} pictures, but the texts have {sum(needed)} {image_token!r}: {needed}, text by text."
         )
     return groups
+
+
+def _lengths(visual_states, texts: list[str], image_token: str) -> list[int]:
+    """The visual tokens of each picture in `visual_states`, which has to hold as many as `texts` have image tokens."""
+    if not hasattr(visual_states, "lengths"):
+        raise ValueError(
+            f"`visual_states` is {_describe(visual_states)}. Expected one SaisaVisualStates for the whole batch: "
+            "model.get_visual_states makes them, SaisaVisualStates.cat([...]) joins several."
+        )
+    needed = [text.count(image_token) for text in texts]
+    if sum(needed) != len(visual_states):
+        raise ValueError(
+            f"`visual_states` has {len(visual_states)} pictures, but the texts have {sum(needed)} {image_token!r}: {needed}, "
+            "text by text. Pass `states.expand(n)` for the same pictures in n texts, or choose with `states[[...]]`."
+        )
+    return list(visual_states.lengths)
+
+
+def _with_spares(pictures: list, images, image_token: str) -> list:
+    """`pictures` with `images`, one or a list of them or of lists, in the order of the places that hold None."""
+    groups = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+    spare = [picture for group in groups for picture in (group if isinstance(group, (list, tuple)) else [group])]
+    needed = sum(picture is None for picture in pictures)
+    if needed != len(spare):
+        raise ValueError(
+            f"The conversation names {needed} pictures without bringing them ({image_token!r} in strings, image parts "
+            f"without data), but `images` has {len(spare)}."
+        )
+    spares = iter(spare)
+    return [next(spares) if picture is None else picture for picture in pictures]
 
 
 def _picture_list(images) -> list:

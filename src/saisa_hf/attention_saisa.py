@@ -1,0 +1,258 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""NAAViT's attention in the forms that transformers' attention implementations take.
+
+A text query at position p sees the keys at positions <= p, text and visual alike. There are three ways to say so:
+
+- a mask tensor (B, 1, T, L), boolean for `sdpa` and additive for `eager`;
+- a block mask, the same rule as a function of indices, for `flex_attention`;
+- runs. A run is a stretch of text between pictures. The run that covers positions [a, b) attends to the keys [0, b) with
+  a plain causal mask that is aligned to the bottom right, as a chunk of a prefill does. So every fused kernel applies and
+  no mask exists: `flash_attention_2` and its kin, and `sdpa` where a mask would be large.
+
+Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a given order.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .token_layout_saisa import Segment, TokenLayout, segments_of
+
+
+# A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
+# that gives back the keys it got. No text token has it: all of its components are the smallest normal float16.
+HIDDEN_KEY = 2.0**-14
+
+# From this many elements on (64 MiB of booleans) `sdpa` does without a mask tensor where it can.
+LARGE_MASK = 2**26
+
+
+def is_flash(implementation: str) -> bool:
+    """Whether `implementation` is one of transformers' flash attentions, which take padding masks alone."""
+    return "flash" in implementation
+
+
+def has_empty_places(key_range: tuple[int, int], slots: torch.Tensor) -> bool:
+    """Whether a cache hands out places behind the last token, as caches of a fixed size do."""
+    length, offset = key_range
+    return length + offset > int(slots[-1]) + 1
+
+
+@dataclass
+class Visibility:
+    """Which keys the text queries see, and the forms in which attention implementations want to know it.
+
+    Attributes:
+        layout: where text and pictures are.
+        slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
+        key_range: (length, offset) of the keys in the cache.
+        window: sliding window in positions, or None.
+        attention_mask: (B, past + S), 0 at padding, or None.
+        document_BS: which of several packed samples a position belongs to, or None.
+    """
+
+    layout: TokenLayout
+    slots: torch.Tensor
+    key_range: tuple[int, int]
+    window: int | None = None
+    attention_mask: torch.Tensor | None = None
+    document_BS: torch.Tensor | None = None
+
+    def for_implementation(self, implementation: str, dtype: torch.dtype) -> "torch.Tensor | BlockMask | Runs":
+        """What the attention implementation of that name takes as its mask, for queries of `dtype`."""
+        if implementation == "eager":
+            visible = self.mask()
+            return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+        if implementation == "flex_attention":
+            return self.block_mask()
+        if is_flash(implementation):
+            return Runs(self)
+        size = self.layout.query_position_BT.numel() * self.key_range[0]
+        if implementation == "sdpa" and size >= LARGE_MASK and self.window is None and self.equal_in_all_samples():
+            return Runs(self)
+        return self.mask()
+
+    def mask(self) -> torch.Tensor:
+        """bool (B or 1, 1, T, L), True is visible. Every query sees itself, so that no row is empty."""
+        length, offset = self.key_range
+        query_BT1 = self._query_slots()[:, :, None]
+        key_L = torch.arange(length, device=self.slots.device) + offset
+        visible_BTL = key_L <= query_BT1
+        if self.window is not None:
+            visible_BTL = visible_BTL & (key_L > query_BT1 - self.window)
+        real_BL = self.real_keys()
+        if real_BL is not None:
+            visible_BTL = visible_BTL & real_BL[:, None]
+        if self.document_BS is not None:
+            document_BT = self.document_BS.gather(1, self.layout.query_position_BT)
+            visible_BTL = visible_BTL & (document_BT[:, :, None] == self.document_BS[:, None, :])
+        return (visible_BTL | (key_L == query_BT1))[:, None]
+
+    def block_mask(self) -> BlockMask:
+        """The same as a function of indices, with the blocks that are empty."""
+        length, offset = self.key_range
+        query_BT, real_BL = self._query_slots(), self.real_keys()
+        document_BS, document_BT = self.document_BS, None
+        if document_BS is not None:
+            document_BT = document_BS.gather(1, self.layout.query_position_BT)
+
+        def visible(b, _head, t, k):
+            query, key = query_BT[b, t], k + offset
+            seen = key <= query
+            if self.window is not None:
+                seen = seen & (key > query - self.window)
+            if real_BL is not None:
+                seen = seen & real_BL[b, k]
+            if document_BS is not None:
+                seen = seen & (document_BT[b, t] == document_BS[b, k])
+            return seen | (key == query)
+
+        return create_block_mask(visible, len(query_BT), None, query_BT.shape[1], length, device=self.slots.device)
+
+    def equal_in_all_samples(self) -> bool:
+        """Whether every sample has its pictures at the same positions and nothing to skip."""
+        skips = self.attention_mask is not None and not bool(self.attention_mask.all())
+        return self.layout.segments is not None and not skips and self.document_BS is None
+
+    def real_keys(self) -> torch.Tensor | None:
+        """bool (B, L), False at padding; None without padding mask. A static cache has more places than that knows of."""
+        if self.attention_mask is None:
+            return None
+        length, offset = self.key_range
+        mask = self.attention_mask.to(self.slots.device, torch.bool)
+        return nn.functional.pad(mask, (0, max(0, offset + length - mask.shape[1])))[:, offset : offset + length]
+
+    def _query_slots(self) -> torch.Tensor:
+        """(B or 1, T) places of the queries."""
+        return self.slots[None] if self.layout.visual_BS is None else self.slots[self.layout.query_position_BT]
+
+
+class Runs:
+    """NAAViT as plain causal attention: each run of text over all keys up to its own end.
+
+    Padding and other packed samples are left out of the queries and keys of a run; a sliding window is the kernel's affair.
+
+    Args:
+        visibility: what the queries see.
+    """
+
+    def __init__(self, visibility: Visibility):
+        self.window = visibility.window
+        self.slices = self.rows = None
+        if visibility.equal_in_all_samples():
+            self.slices = list(_runs_as_slices(visibility))
+        else:
+            self.rows = list(_runs_as_rows(visibility))
+
+    def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> torch.Tensor:
+        """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
+
+        def kernel(query, key, value, **lengths):
+            return self._kernel(implementation, module, query, key, value, **options, **lengths)
+
+        if self.slices is not None:
+            inputs = (query_BNTH, key_BKLH, value_BKLH)
+            runs = [[x[:, :, part] for x, part in zip(inputs, (t, k, k))] for t, k in self.slices]
+            return torch.cat([kernel(*run) for run in runs], dim=1)
+        query_RNH, key_RKH, value_RKH = (x.transpose(1, 2).flatten(0, 1) for x in (query_BNTH, key_BKLH, value_BKLH))
+        output_RNH = torch.zeros_like(query_RNH)
+        for queries, keys, lengths in self.rows:
+            queries, keys = queries.to(query_RNH.device), keys.to(query_RNH.device)
+            run = [
+                x[rows][None].transpose(1, 2) for x, rows in zip((query_RNH, key_RKH, value_RKH), (queries, keys, keys))
+            ]
+            lengths = {
+                name: n.to(query_RNH.device) if isinstance(n, torch.Tensor) else n for name, n in lengths.items()
+            }
+            output_RNH = output_RNH.index_copy(0, queries, kernel(*run, **lengths)[0])
+        batch_size, heads, queries, head_size = query_BNTH.shape
+        return output_RNH.view(batch_size, queries, heads, head_size)
+
+    def _kernel(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options):
+        """(B, T, N, H): causal attention aligned to the bottom right."""
+        mask = None
+        if implementation == "sdpa":
+            options["is_causal"] = False
+            if query_BNTH.shape[2] > 1:
+                mask = causal_lower_right(query_BNTH.shape[2], key_BKLH.shape[2])
+        else:
+            options.update(is_causal=True, sliding_window=self.window)
+        attention = ALL_ATTENTION_FUNCTIONS[implementation]
+        return attention(module, query_BNTH, key_BKLH, value_BKLH, mask, **options)[0]
+
+
+def _runs_as_slices(visibility: Visibility):
+    """Yields for each run its slices of T and of L, which all samples share."""
+    first = int(visibility.slots[0]) - visibility.key_range[1]
+    text = 0
+    for visual, start, end in visibility.layout.segments:
+        if not visual:
+            yield slice(text, text + end - start), slice(0, first + end)
+            text += end - start
+
+
+def _runs_as_rows(visibility: Visibility):
+    """Yields for the first run of all samples, then for the second of all that have one, and so on: its rows (R,) of the
+    flattened (B * T) queries, those of the flattened (B * L) keys, and how many of them each sample has, as transformers'
+    flash attentions want to be told."""
+    layout, (length, offset) = visibility.layout, visibility.key_range
+    visual_BS, slot_S = layout.visual_BS.cpu(), visibility.slots.cpu() - offset
+    key_L, real_BL = torch.arange(length), visibility.real_keys()
+    real_BL = torch.ones(len(visual_BS), length, dtype=torch.bool) if real_BL is None else real_BL.cpu()
+    documents_BS = None if visibility.document_BS is None else visibility.document_BS.cpu()
+    by_sample = []
+    for b, visual_S in enumerate(visual_BS):
+        rank_S, runs = (~visual_S).cumsum(0) - 1, []
+        # packed samples follow each other without a cache, so that places of keys are positions
+        for _, start, end in _text_segments(visual_S, None if documents_BS is None else documents_BS[b]):
+            position_R = torch.arange(start, end)
+            position_R = position_R[real_BL[b, slot_S[start:end]]]
+            seen_L = real_BL[b] & (key_L <= slot_S[end - 1])
+            if documents_BS is not None:
+                seen_L = seen_L & (documents_BS[b] == documents_BS[b, start])
+            if len(position_R):
+                runs.append((b * layout.longest + rank_S[position_R], b * length + seen_L.nonzero().squeeze(1)))
+        by_sample.append(runs)
+    for number in range(max(map(len, by_sample))):
+        queries, keys = zip(*(runs[number] for runs in by_sample if len(runs) > number))
+        yield torch.cat(queries), torch.cat(keys), _varlen_arguments(queries, keys)
+
+
+def _text_segments(visual_S: torch.Tensor, document_S: torch.Tensor | None) -> list[Segment]:
+    """The stretches of text in one sample; those of unlike documents are stretches of their own."""
+    segments = [segment for segment in segments_of(visual_S) if not segment.visual]
+    if document_S is None:
+        return segments
+    cut = []
+    for _, start, end in segments:
+        changes = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1)
+        bounds = [start, *(changes + start + 1).tolist(), end]
+        cut += [Segment(False, *pair) for pair in pairwise(bounds)]
+    return cut
+
+
+def _varlen_arguments(queries: list[torch.Tensor], keys: list[torch.Tensor]) -> dict:
+    arguments = {}
+    for name, rows in (("q", queries), ("k", keys)):
+        lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
+        arguments[f"cu_seq_lens_{name}"] = lengths.cumsum(0, dtype=torch.int32)
+        arguments[f"max_length_{name}"] = int(lengths.max())
+    return arguments
+
+
+def hide_marked_keys(attention_mask, key_BKLH, query_BNTH):
+    """`attention_mask` without the keys that are marked as visual tokens which the layer does not see."""
+    if attention_mask is None and query_BNTH.shape[2] > 1:
+        return None  # plain causal attention over text alone: nothing is in the cache yet
+    marked_B11L = (key_BKLH[:, 0] == HIDDEN_KEY).all(-1)[:, None, None, :]
+    if attention_mask is None:
+        return ~marked_B11L
+    attention_mask = attention_mask[..., : marked_B11L.shape[-1]]
+    if attention_mask.dtype == torch.bool:
+        return attention_mask & ~marked_B11L
+    return attention_mask.masked_fill(marked_B11L, torch.finfo(attention_mask.dtype).min)

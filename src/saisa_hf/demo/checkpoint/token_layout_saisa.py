@@ -1,0 +1,185 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""TokenLayout: which positions of an input are text and which are visual, and every move between the two.
+
+Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a given order.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+
+
+class Segment(NamedTuple):
+    """A stretch [start, end) of an input that is text throughout or visual throughout."""
+
+    visual: bool
+    start: int
+    end: int
+
+
+def segments_of(visual_S: torch.Tensor) -> list[Segment]:
+    """The stretches of text and of visual tokens that `visual_S`, a bool tensor (S,) on the CPU, consists of."""
+    length = len(visual_S)
+    cuts = (torch.nonzero(visual_S[1:] != visual_S[:-1]).squeeze(1) + 1).tolist()
+    bounds = [0, *cuts, length]
+    return [Segment(bool(visual_S[start]), start, end) for start, end in pairwise(bounds) if end > start]
+
+
+def all_equal(x_BS: torch.Tensor) -> bool:
+    """Whether all samples are the same."""
+    return bool((x_BS == x_BS[:1]).all())
+
+
+class TokenLayout:
+    """Which positions of an input are text and which are visual, and every move between the two.
+
+    Made once per forward pass; nothing else in the model indexes. Text tokens are packed: the P text tokens of all
+    samples stand in one row after the other, so that samples with unlike numbers of pictures waste nothing. Where all
+    samples have their pictures at the same positions, as a single sample does, rows are joined without an index.
+
+    Args:
+        visual_BS: bool, True at visual positions. None: the input has no visual token, and nothing is moved.
+        visual_rows: (V,) where the visual tokens find their rows among stored ones. None: one row for each, in order.
+        position_ids: (B or 1, S) positions, or None where they count from 0 in every sample.
+    """
+
+    def __init__(
+        self,
+        visual_BS: torch.Tensor | None,
+        visual_rows: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ):
+        self.visual_BS = visual_BS
+        if visual_BS is None:
+            return
+        device = visual_BS.device
+        visual_BS = visual_BS.cpu()
+        text_BS = ~visual_BS
+        self.batch_size, self.length = visual_BS.shape
+        lengths_B = text_BS.sum(1)
+        self.longest = int(lengths_B.max())
+        self.segments = segments_of(visual_BS[0]) if all_equal(visual_BS) else None
+        first_row_B = lengths_B.cumsum(0) - lengths_B
+        packed_BS = first_row_B[:, None] + text_BS.cumsum(1) - 1
+        rows = int(lengths_B.sum())
+        self._text_positions = text_BS.flatten().nonzero().squeeze(1).to(device)
+        # where query (b, t) finds its packed row; samples with fewer text tokens are filled up with row 0
+        rank_T = torch.arange(self.longest)
+        real_BT = rank_T < lengths_B[:, None]
+        self.evenly_long = bool(real_BT.all())
+        query_source_BT = torch.where(real_BT, first_row_B[:, None] + rank_T, 0)
+        self._query_source = query_source_BT.flatten().to(device)
+        self._packed_queries = real_BT.flatten().nonzero().squeeze(1).to(device)
+        # position of query (b, t) in its sample
+        self.query_position_BT = (self._text_positions % self.length)[query_source_BT.to(device)]
+        self._visual_positions = visual_BS.flatten().nonzero().squeeze(1).to(device)
+        self._visual_rows = None if visual_rows is None else visual_rows.to(device)
+        # the same pictures at the same positions in every sample: their rows are kept once
+        self.shared = (
+            visual_rows is not None
+            and self.segments is not None
+            and all_equal(visual_rows.view(self.batch_size, -1))
+            and (position_ids is None or all_equal(position_ids))
+        )
+        if self.shared:
+            first_sample = visual_BS[:1].sum()
+            self._visual_positions = self._visual_positions[:first_sample]
+            self._visual_rows = self._visual_rows[:first_sample]
+        self._stored_slice = None
+        if visual_rows is not None and len(self._visual_rows):
+            first, count = int(visual_rows[0]), len(self._visual_rows)
+            if torch.equal(visual_rows[:count].cpu(), torch.arange(first, first + count)):
+                self._stored_slice = slice(first, first + count)
+        if self.segments is None:
+            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, one row of zeros]
+            visual_rank_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
+            self._key_source = torch.where(visual_BS, rows + visual_rank_BS, packed_BS).flatten().to(device)
+            self._aligned_source = torch.where(visual_BS, rows, packed_BS).flatten().to(device)
+
+    def text(self, x_BS: torch.Tensor) -> torch.Tensor:
+        """(B, S, ...) -> (P, ...): the rows of the text positions."""
+        if self.visual_BS is None:
+            return x_BS
+        return x_BS.flatten(0, 1).index_select(0, self._text_positions.to(x_BS.device))
+
+    def visual(self, x_BSX: torch.Tensor) -> torch.Tensor:
+        """(B, S, X) -> (V, X): the rows of the visual positions; those of the first sample alone where they are shared."""
+        return x_BSX.flatten(0, 1).index_select(0, self._visual_positions.to(x_BSX.device))
+
+    def placed(self, stored_VX: torch.Tensor) -> torch.Tensor:
+        """Stored rows -> (V, X), the rows of the visual tokens in input order; those of the first sample alone where they are
+        shared."""
+        if self._visual_rows is None:
+            return stored_VX
+        if self._stored_slice is not None:
+            return stored_VX[self._stored_slice]
+        return stored_VX.index_select(0, self._visual_rows.to(stored_VX.device))
+
+    def queries(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """(P, X) -> (B, T, X): text rows by sample."""
+        if self.visual_BS is None:
+            return x_PX
+        if not self.evenly_long:
+            x_PX = x_PX.index_select(0, self._query_source.to(x_PX.device))
+        return self._by_sample(x_PX)
+
+    def pack(self, x_BTX: torch.Tensor) -> torch.Tensor:
+        """(B, T, X) -> (P, X): the inverse of `queries`."""
+        if self.visual_BS is None:
+            return x_BTX
+        x_RX = x_BTX.flatten(0, 1)
+        return x_RX if self.evenly_long else x_RX.index_select(0, self._packed_queries.to(x_RX.device))
+
+    def keys(self, text_PKH: torch.Tensor, visual_VKH: torch.Tensor | None) -> torch.Tensor:
+        """(P, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order.
+        `visual_VKH=None` leaves zeros."""
+        if self.visual_BS is None:
+            return text_PKH.transpose(1, 2)
+        if visual_VKH is None:
+            visual_VKH = text_PKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_PKH.shape[1:])
+        if self.segments is not None:
+            samples = 1 if self.shared else self.batch_size
+            visual_BKVH = visual_VKH.unflatten(0, (samples, -1)).transpose(1, 2).expand(self.batch_size, -1, -1, -1)
+            return self._join(self._by_sample(text_PKH).transpose(1, 2), visual_BKVH, dim=2)
+        rows = torch.cat([text_PKH, visual_VKH])
+        rows = rows.index_select(0, self._key_source.to(rows.device))
+        return rows.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
+
+    def align(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """(P, X) -> (B, S, X): text rows at their positions, zeros at visual positions."""
+        if self.visual_BS is None:
+            return x_PX
+        if self.segments is not None:
+            zeros_11X = x_PX.new_zeros(1, 1, x_PX.shape[-1])
+            zeros_BVX = zeros_11X.expand(self.batch_size, self.length - self.longest, -1)
+            return self._join(self._by_sample(x_PX), zeros_BVX, dim=1)
+        rows = torch.cat([x_PX, x_PX.new_zeros(1, x_PX.shape[-1])])
+        return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
+
+    def query_rows(self, x_BNSX: torch.Tensor) -> torch.Tensor:
+        """(B or 1, N, S, X) -> (B, N, T, X): the rows of the queries' positions."""
+        if self.visual_BS is None:
+            return x_BNSX
+        index_B1T1 = self.query_position_BT[:, None, :, None].to(x_BNSX.device)
+        return torch.take_along_dim(x_BNSX, index_B1T1, dim=2)
+
+    def align_queries(self, x_BNTL: torch.Tensor) -> torch.Tensor:
+        """(B, N, T, L) -> (B, N, S, L): attention rows at their queries' positions, zeros at visual positions."""
+        if self.visual_BS is None:
+            return x_BNTL
+        batch_size, heads, _, keys = x_BNTL.shape
+        rows_PX = self.pack(x_BNTL.transpose(1, 2).flatten(2))
+        return self.align(rows_PX).view(batch_size, self.length, heads, keys).transpose(1, 2)
+
+    def _by_sample(self, x_PX: torch.Tensor) -> torch.Tensor:
+        """(P, ...) -> (B, T, ...) where all samples have T text tokens."""
+        return x_PX.view(self.batch_size, self.longest, *x_PX.shape[1:])
+
+    def _join(self, text: torch.Tensor, visual: torch.Tensor, dim: int) -> torch.Tensor:
+        """Text and visual tokens of all samples along `dim`, stretch by stretch in input order."""
+        taken, pieces = {False: 0, True: 0}, []
+        for is_visual, start, end in self.segments:
+            pieces.append((visual if is_visual else text).narrow(dim, taken[is_visual], end - start))
+            taken[is_visual] += end - start
+        return torch.cat(pieces, dim)
