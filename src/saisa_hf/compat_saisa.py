@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know."""
 
+import copy
 import inspect
 
 import transformers
@@ -123,14 +124,24 @@ def update_cache(past_key_values, key_BKSH, value_BKSH, layer_idx, slots):
     return past_key_values.update(key_BKSH, value_BKSH, layer_idx)
 
 
+def has_empty_places(past_key_values) -> bool:
+    """Whether a cache hands out all of its places, also those that nothing was written to: those of a fixed size do."""
+    return past_key_values is not None and past_key_values.is_compileable
+
+
 def decoding_masks(config, attention_mask, **kwargs):
     """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is.
 
     For caches of a fixed size `generate` makes (B, 1, S, L) masks in advance. A prompt needs none of that size: only its
-    text tokens are queries, and the model masks those.
+    text tokens are queries, and the model masks those. Flex attention gets a mask tensor as well: `generate` cannot hand
+    over a block mask on every release, and one that is made here moves on with the cache before it is used.
     """
     if kwargs[_EMBEDS_ARGUMENT].shape[1] > 1:
         return attention_mask
+    config = config.get_text_config()
+    if config._attn_implementation == "flex_attention":
+        config = copy.copy(config)
+        config._attn_implementation_internal = "eager"
     return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
 
 

@@ -37,12 +37,6 @@ def is_flash(implementation: str) -> bool:
     return "flash" in implementation
 
 
-def has_empty_places(key_range: tuple[int, int], slots: torch.Tensor) -> bool:
-    """Whether a cache hands out places behind the last token, as caches of a fixed size do."""
-    length, offset = key_range
-    return length + offset > int(slots[-1]) + 1
-
-
 @dataclass
 class Visibility:
     """Which keys the text queries see, and the forms in which attention implementations want to know it.

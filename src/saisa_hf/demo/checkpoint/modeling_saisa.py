@@ -30,8 +30,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
-from .attention_saisa import HIDDEN_KEY, Runs, Visibility, has_empty_places, hide_marked_keys, is_flash
-from .compat_saisa import cached_key_range, causal_mask, decoding_masks, save_options, tied_weights, update_cache
+from .attention_saisa import HIDDEN_KEY, Runs, Visibility, hide_marked_keys, is_flash
+from .compat_saisa import (
+    cached_key_range,
+    causal_mask,
+    decoding_masks,
+    has_empty_places,
+    save_options,
+    tied_weights,
+    update_cache,
+)
 from .configuration_saisa import SaisaConfig
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import language_model_family
@@ -451,17 +459,15 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             implementation = layer.self_attn.implementation
             key_range = cached_key_range(past_key_values, index, slots)
             visibility = Visibility(layout, slots, key_range, layer.self_attn.window, given, documents)
-            if layout.visual_BS is not None:
-                prepared = isinstance(given, torch.Tensor) and given.ndim == 4
-                masks[kind] = (
-                    layout.query_rows(given)
-                    if prepared
-                    else visibility.for_implementation(implementation, text_PD.dtype)
-                )
+            if isinstance(given, torch.Tensor) and given.ndim == 4:
+                masks[kind] = layout.query_rows(given)
+            elif layout.visual_BS is not None:
+                masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
             elif implementation != self.config._attn_implementation:
                 masks[kind] = visibility.mask()
-            elif is_flash(implementation) and has_empty_places(key_range, slots):
-                visibility.layout = TokenLayout(torch.zeros(*text_PD.shape[:2], dtype=torch.bool, device=slots.device))
+            elif has_empty_places(past_key_values) and (is_flash(implementation) or implementation == "flex_attention"):
+                # transformers does not tell them which places of the cache are filled
+                visibility.layout = TokenLayout(torch.zeros(text_PD.shape[:2], dtype=torch.bool, device=slots.device))
                 masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
             elif isinstance(attention_mask, dict):
                 masks[kind] = given
