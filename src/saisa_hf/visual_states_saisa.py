@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -47,6 +48,10 @@ class VisualStore:
             return {"features": self.features}
         pairs = [(index, pair) for index, pair in enumerate(self.keys_values) if pair is not None]
         return {f"{name}.{index}": x for index, pair in pairs for name, x in zip(("keys", "values"), pair)}
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """First row and end of each picture."""
+        return list(pairwise(accumulate(self.lengths, initial=0)))
 
     def map(self, function, lengths: list[int] | None = None) -> "VisualStore":
         """The same with `function` applied to each tensor."""
@@ -246,11 +251,8 @@ class SaisaVisualStates:
         """(visual tokens,) rows of the stored tensors in the order of the placeholders; None: all of them as they are."""
         if self.order == tuple(range(len(self.stored.lengths))):
             return None
-        return torch.cat([torch.arange(*self._bounds(picture)) for picture in self.order])
-
-    def _bounds(self, picture: int) -> tuple[int, int]:
-        first = sum(self.stored.lengths[:picture])
-        return first, first + self.stored.lengths[picture]
+        bounds = self.stored.bounds()
+        return torch.cat([torch.arange(*bounds[picture]) for picture in self.order])
 
     def _any_tensor(self) -> torch.Tensor:
         return next(iter(self.stored.tensors().values()))
@@ -260,7 +262,8 @@ class SaisaVisualStates:
         used = list(dict.fromkeys(self.order))
         if used == list(range(len(self.stored.lengths))):
             return self
-        bounds = [self._bounds(picture) for picture in used]
+        all_bounds = self.stored.bounds()
+        bounds = [all_bounds[picture] for picture in used]
         stored = self.stored.map(
             lambda x: torch.cat([x[first:end] for first, end in bounds]) if bounds else x[:0],
             [self.stored.lengths[picture] for picture in used],
@@ -273,22 +276,31 @@ def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torc
 
     Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest.
     """
-    weights = {f"{part}.{key}": p for part, module in parts.items() for key, p in module.named_parameters()}
-    state = [(key, id(p), p.data_ptr() if p.device.type != "meta" else 0, _version(p)) for key, p in weights.items()]
+    # names are made for the digest alone: this is asked at every use
+    found = []
+    for module in parts.values():
+        _collect_parameters(module, found)
+    state = [
+        (id(p), 0 if p.is_meta else p.data_ptr(), 0 if p.is_inference() else p._version) for p in found if p is not None
+    ]
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
     if name in remembered and remembered[name][0] == (state, settings):
         return remembered[name][1]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for key, p in weights.items():
-        digest.update(f"{key} {tuple(p.shape)} ".encode())
-        if p.device.type != "meta":  # weights that are elsewhere are not fetched for this
-            digest.update(_sums(p))
+    for part, module in parts.items():
+        for key, p in module.named_parameters():
+            digest.update(f"{part}.{key} {tuple(p.shape)} ".encode())
+            if not p.is_meta:  # weights that are elsewhere are not fetched for this
+                digest.update(_sums(p))
     remembered[name] = ((state, settings), digest.hexdigest())
     return digest.hexdigest()
 
 
-def _version(p: torch.Tensor) -> int:
-    return 0 if p.is_inference() else p._version
+def _collect_parameters(module: torch.nn.Module, found: list):
+    found += module._parameters.values()
+    for child in module._modules.values():
+        if child is not None:
+            _collect_parameters(child, found)
 
 
 def _sums(p: torch.Tensor) -> bytes:

@@ -258,6 +258,17 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
         return self.self_attn.keys_and_values(self.input_layernorm(visual_VD.to(weight.dtype)))
 
+    def visual_modules(self) -> dict[str, nn.Module]:
+        """The modules on whose weights `visual_keys_and_values` depends."""
+        modules = {
+            "visual_projector": getattr(self, "visual_projector", None),
+            "input_layernorm": self.input_layernorm,
+            "k_proj": self.self_attn.k_proj,
+            "v_proj": self.self_attn.v_proj,
+            "k_norm": getattr(self.self_attn, "k_norm", None),
+        }
+        return {name: module for name, module in modules.items() if module is not None}
+
     def forward(self, text_PD: torch.Tensor, visual, **attention_arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
@@ -717,25 +728,13 @@ class SaisaModel(SaisaPreTrainedModel):
         parts = {"vision_tower": self.vision_tower}
         settings = [self.config.vision_feature_layers, self.config.vision_feature_select_strategy]
         if store == "keys_values":
-            settings += [
-                self.config.projector_hidden_act,
-                self.config.text_config.rms_norm_eps,
-                self.config.visual_layers,
-            ]
-            if self.config.projector_sharing == "shared":
+            config = self.config
+            settings += [config.projector_hidden_act, config.text_config.rms_norm_eps, config.visual_layers]
+            if config.projector_sharing == "shared":
                 parts["visual_projector"] = self.visual_projector
             for index, layer in enumerate(self.language_model.layers):
-                names = (
-                    "visual_projector",
-                    "input_layernorm",
-                    "self_attn.k_proj",
-                    "self_attn.v_proj",
-                    "self_attn.k_norm",
-                )
-                modules = dict(layer.named_modules())
-                parts.update(
-                    {f"{index}.{name}": modules[name] for name in names if layer.sees_image and name in modules}
-                )
+                if layer.sees_image:
+                    parts.update({f"{index}.{name}": module for name, module in layer.visual_modules().items()})
         return weights_fingerprint(self, store, parts, settings)
 
     def check_visual_states(self, states: SaisaVisualStates):
