@@ -5,6 +5,7 @@ Heavy modules are imported by the sub-command that needs them, so that `saisa --
 """
 
 import argparse
+import math
 import os
 import sys
 from importlib.metadata import version
@@ -18,6 +19,18 @@ one trained with that code) into one that transformers loads:
 
 The result holds weights, configuration, code files, model card and, where SRC has a tokenizer, the processor with its
 chat template. DST appears when everything is written and checked; on failure nothing is left behind.
+"""
+
+CHAT_HELP = """\
+Answers questions about pictures in the terminal:
+
+  saisa chat ./saisa-vicuna --image cat.jpg dog.jpg
+  echo "how many cats are there?" | saisa chat ./saisa-vicuna --image cat.jpg
+
+Keys and values of the conversation are kept: each turn computes its own tokens alone. Commands,
+among them /image PATH at any turn, are listed by /help; Ctrl-C stops an answer. Where stdin or stdout
+is no terminal, each line of stdin is a question or a command, stdout holds nothing but answers, and
+the first error ends the program.
 """
 
 
@@ -88,7 +101,74 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        "chat",
+        help="talk with a model about pictures",
+        description=CHAT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("model", metavar="MODEL", help="folder, or hub id, of a SAISA checkpoint")
+    command.add_argument(
+        "--image",
+        metavar="PATH",
+        nargs="+",
+        default=[],
+        action="extend",
+        help="pictures (or addresses) for the first question",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="compute in this (default: auto, what the checkpoint is stored in)",
+    )
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest there is)"
+    )
+    command.add_argument(
+        "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, flash_attention_2 ..."
+    )
+    command.add_argument(
+        "--max-new-tokens", metavar="N", type=_positive, default=512, help="longest answer (default: %(default)s)"
+    )
+    command.add_argument("--system", metavar="TEXT", help="system message, where the model's chat template has one")
+    command.add_argument(
+        "--temperature", metavar="T", type=_temperature, help="of sampling; 0: greedy (default: as the checkpoint says)"
+    )
+    command.set_defaults(run=_chat)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
+    return value
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from .chat import chat
+
+    return chat(
+        arguments.model,
+        arguments.image,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        attn_implementation=arguments.attn_implementation,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+    )
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,440 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Talking with a model: `Conversation` for programs, and `saisa chat` in the terminal."""
+
+import contextlib
+import os
+import queue
+import re
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from .modeling_saisa import SaisaForConditionalGeneration
+from .pictures_saisa import load_picture
+from .processing_saisa import SaisaProcessor
+
+
+COMMANDS = """\
+/image PATH ...   shows pictures (files or http(s) addresses) with the next question
+/clear            forgets the conversation and its pictures
+/help             shows this
+/exit             leaves, as Ctrl-D does
+An empty line sends waiting pictures without a question. Ctrl-C stops an answer; what there is of it stays."""
+
+
+class Conversation:
+    """A chat whose keys and values stay in the cache, so that each turn costs its own tokens alone.
+
+    Each turn renders the whole conversation with the processor's chat template. What that has in common with the cached
+    tokens is kept, the rest of the cache is dropped: the model always reads exactly what the processor makes of `messages`.
+
+    Args:
+        model: a `SaisaForConditionalGeneration`.
+        processor: its `SaisaProcessor`, with a chat template.
+        system: the system message, where the template has one.
+        generation: arguments of `generate` for every answer, for one sequence that is not a beam search's. `max_new_tokens`
+            is 512 if left out.
+
+    Attributes:
+        messages: the turns so far, as `apply_chat_template` takes them. They may be changed between turns.
+        finish_reason: how the last answer ended: `"stop"` (the model closed it), `"length"` (`max_new_tokens`), or
+            `"interrupted"`.
+    """
+
+    def __init__(self, model, processor, system: str | None = None, **generation):
+        self.model = model
+        self.processor = processor
+        self.system = system
+        self.generation = {"max_new_tokens": 512, **generation}
+        self._interrupt = _Interrupt()
+        self._answering = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all turns; the system message stays."""
+        self.messages = [] if self.system is None else [_message("system", self.system)]
+        self.finish_reason = None
+        self._forget_cache()
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache, text and visual."""
+        return len(self._cached_ids)
+
+    def stop(self) -> None:
+        """Ends the answer that is being given after its current token; from another thread, or a signal handler."""
+        self._interrupt.asked = True
+
+    def ask(self, text: str = "", images: Iterable = ()) -> Iterator[str]:
+        """Asks a question and yields the answer piece by piece, as its tokens come.
+
+        An answer that is not read to its end (`stop`, closing the iterator, an exception in between) ends there, and what
+        there is of it becomes part of the conversation. An error in the question or in the model leaves the conversation as
+        it was.
+
+        Args:
+            text: the question; may be empty if there are pictures.
+            images: pictures that come with it, in front of the text; what `load_picture` takes.
+
+        Raises:
+            ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
+            RuntimeError: the answer to another question is still being read.
+        """
+        if not self._answering.acquire(blocking=False):
+            raise RuntimeError("An answer is still being read: read its iterator to the end, or close it.")
+        try:
+            yield from self._answer([*self.messages, self._question(text, images)])
+        finally:
+            self._answering.release()
+
+    def _question(self, text: str, images: Iterable) -> dict:
+        pictures = [load_picture(picture, f"picture {index}") for index, picture in enumerate(images)]
+        if not text and not pictures:
+            raise ValueError("Nothing to ask: `text` is empty and there are no `images`.")
+        if self.processor.image_token in text:
+            raise ValueError(
+                f"The text has {self.processor.image_token!r} in it, which stands for a picture. Leave it out: pictures are "
+                "given beside the text, and stand in front of it."
+            )
+        return _message("user", text, pictures)
+
+    def _answer(self, messages: list[dict]) -> Iterator[str]:
+        inputs = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        ).to(self.model.device)
+        prompt = inputs["input_ids"][0].tolist()
+        pixels = inputs.get("pixel_values")
+        cache = self._take_cache(prompt, pixels)
+        self._interrupt, tokens, outcome = _Interrupt(), queue.SimpleQueue(), []
+        # in a thread of its own, so that whoever reads the answer can stop it between two tokens
+        arguments = (inputs, cache, self._interrupt, tokens, outcome)
+        thread = threading.Thread(target=self._generate, args=arguments)
+        thread.start()
+
+        answer, shown = [], 0
+        try:
+            while (token := tokens.get()) is not None:
+                answer.append(token)
+                text = self._decode(answer)
+                if len(text) > shown and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half of a character's bytes
+                    piece, shown = text[shown:], len(text)
+                    yield piece
+        finally:
+            self._interrupt.asked = True
+            thread.join()
+            (result,) = outcome
+            if isinstance(result, torch.Tensor):
+                answer = result[0, len(prompt) :].tolist()
+                text = self._decode(answer)
+                self.messages = [*messages, _message("assistant", text.rstrip())]
+                self.finish_reason = self._reason(answer)
+                self._cache, self._cached_pixels = cache, pixels
+                # the last token has not been through the model
+                self._cached_ids = result[0, : cache.get_seq_length()].tolist()
+        if not isinstance(result, torch.Tensor):
+            raise result
+        if len(text) > shown:
+            yield text[shown:]
+
+    def _generate(self, inputs, cache, interrupt, tokens: queue.SimpleQueue, outcome: list) -> None:
+        """Puts the answer's tokens and a final None into `tokens`, all ids (1, S) or an exception into `outcome`."""
+        generation = dict(self.generation)
+        stopping = [*(generation.pop("stopping_criteria", None) or []), interrupt]
+        if "stop_strings" in generation:
+            generation.setdefault("tokenizer", self.processor.tokenizer)
+        try:
+            ids = self.model.generate(
+                **inputs,
+                past_key_values=cache,
+                streamer=_TokenStreamer(tokens),
+                stopping_criteria=stopping,
+                return_dict_in_generate=False,
+                **generation,
+            )
+            outcome.append(ids)
+        except BaseException as error:
+            outcome.append(error)
+        finally:
+            tokens.put(None)
+
+    def _reason(self, answer: list[int]) -> str:
+        ends = self.generation.get("eos_token_id", self.model.generation_config.eos_token_id)
+        if answer[-1] in (ends if isinstance(ends, list) else [ends]):
+            return "stop"
+        if len(answer) >= self.generation["max_new_tokens"]:
+            return "length"
+        return "interrupted" if self._interrupt.fired else "stop"
+
+    def _decode(self, ids: list[int]) -> str:
+        decoded = self.processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return decoded.lstrip()  # templates put the space in front of an answer themselves
+
+    def _forget_cache(self) -> None:
+        # all layers keep all keys, in models with a sliding window too: only such a cache can be cropped anywhere
+        self._cache, self._cached_ids, self._cached_pixels = DynamicCache(), [], None
+
+    def _take_cache(self, prompt: list[int], pixels: torch.Tensor | None) -> DynamicCache:
+        """The cache, cropped to what it has in common with `prompt`, whose last token has to be computed in any case. The
+        conversation is left with an empty one: an answer that fails may leave it in any state."""
+        cache, cached_ids, cached_pixels = self._cache, self._cached_ids, self._cached_pixels
+        self._forget_cache()
+        kept = min(len(cached_ids), len(prompt) - 1)
+        kept = next((i for i in range(kept) if cached_ids[i] != prompt[i]), kept)
+        if kept == 0 or not _agree(cached_pixels, pixels):  # placeholders look the same whatever they stand for
+            return self._cache
+        if kept < len(cached_ids):
+            cache.crop(kept - len(cached_ids))  # negative: what a positive number means differs between releases
+        return cache
+
+
+def _agree(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
+    """Whether the pictures that both have a place for are the same."""
+    if old is None or new is None:
+        return True
+    count = min(len(old), len(new))
+    return torch.equal(old[:count], new[:count])
+
+
+def _message(role: str, text: str, pictures: Iterable = ()) -> dict:
+    parts = [{"type": "image", "image": picture} for picture in pictures]
+    return {"role": role, "content": [*parts, {"type": "text", "text": text}] if text or not parts else parts}
+
+
+class _TokenStreamer(BaseStreamer):
+    """Puts the tokens that `generate` makes into a queue; the first thing it hands over is the prompt."""
+
+    def __init__(self, tokens: queue.SimpleQueue):
+        self.tokens, self.prompt_passed = tokens, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_passed:
+            for token in value.flatten().tolist():
+                self.tokens.put(token)
+        self.prompt_passed = True
+
+    def end(self) -> None:
+        pass
+
+
+class _Interrupt(StoppingCriteria):
+    """Stops `generate` after the token that is being computed when `asked` is set."""
+
+    def __init__(self):
+        self.asked = self.fired = False
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        self.fired = self.asked
+        return torch.full((input_ids.shape[0],), self.fired, dtype=torch.bool, device=input_ids.device)
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+def chat(
+    checkpoint: str,
+    images: Iterable[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    system: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+) -> int:
+    """`saisa chat`: a conversation on stdin and stdout, and its exit status.
+
+    Args:
+        checkpoint: folder or hub id.
+        images: paths or addresses of pictures that come with the first question.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for what the checkpoint is stored in.
+        device: as PyTorch names it, or `"auto"`: CUDA, else MPS, else the CPU.
+        temperature: of sampling; 0 takes the likeliest token, None leaves it to the checkpoint.
+
+    Raises:
+        OSError, ValueError: what cannot be used is named in one line. Where stdin or stdout is no terminal, questions and
+            commands raise these too.
+    """
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    waiting = [_read_picture(path) for path in images]
+    sampling = {} if temperature is None else {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature}
+    with _quiet_transformers(progress=interactive):
+        model, processor = _load(checkpoint, dtype, device, attn_implementation)
+        conversation = Conversation(model, processor, system, max_new_tokens=max_new_tokens, **sampling)
+        terminal = Terminal(conversation, interactive)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        precision = str(model.dtype).removeprefix("torch.")
+        terminal.say(f"{checkpoint}: {size / 1e6:,.1f} million parameters, {precision}, {model.device}\n\n{COMMANDS}\n")
+        terminal.show(waiting)
+        return terminal.run()
+
+
+@contextlib.contextmanager
+def _quiet_transformers(progress: bool):
+    """No warnings of transformers between the lines of a conversation, and progress bars only where somebody sees them."""
+    settings = transformers.logging
+    verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    if not progress:
+        settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if bars:
+            settings.enable_progress_bar()
+
+
+def _load(checkpoint: str, dtype: str, device: str, attn_implementation: str | None):
+    """Model and processor, by the package's own classes."""
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        checkpoint = str(path)
+    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", checkpoint):
+        raise FileNotFoundError(f"MODEL {checkpoint!r} is not a folder, nor does it look like a hub id ('user/name').")
+    config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    if config.get("model_type") != "saisa":
+        raise ValueError(f"MODEL {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
+    model = SaisaForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=dtype, device_map=_device(device), attn_implementation=attn_implementation
+    )
+    return model.eval(), SaisaProcessor.from_pretrained(checkpoint)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _read_picture(path: str):
+    """(PIL picture, what to call it); OSError where it cannot be had."""
+    name = path
+    if not path.startswith(("http://", "https://", "data:")):
+        path = os.path.expanduser(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"There is no picture {name!r}.")
+    try:
+        return load_picture(path, f"picture {name!r}", timeout=60), name
+    except ValueError as error:
+        raise OSError(str(error)) from error
+
+
+class Terminal:
+    """Reads questions and commands from stdin, and writes answers to stdout as they come.
+
+    Args:
+        conversation: a `Conversation`.
+        interactive: whether a person sits at both ends. If not, nothing but answers is written, and errors are raised.
+    """
+
+    def __init__(self, conversation: Conversation, interactive: bool):
+        self.conversation = conversation
+        self.interactive = interactive
+        self.waiting = []
+        self.positions = conversation.model.config.text_config.max_position_embeddings
+
+    def run(self) -> int:
+        """Goes on until /exit or the end of stdin."""
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (arrow keys and history for input())
+        while True:
+            try:
+                line = input("> " if self.interactive else "").strip()
+            except EOFError:
+                self.say("")
+                return 0
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                self.say("\n(/exit or Ctrl-D leaves)")
+                continue
+            try:
+                if line == "/exit":
+                    return 0
+                self.handle(line)
+            except (OSError, ValueError, RuntimeError) as error:
+                if not self.interactive:
+                    raise
+                self.say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def handle(self, line: str) -> None:
+        """One line of input: a command, or a question."""
+        command = re.match(r"/[a-z]+(?=\s|$)", line)
+        if command is None:
+            if line or self.waiting:
+                self.answer(line)
+        elif command[0] == "/image":
+            self.show([_read_picture(path) for path in _paths(line.removeprefix("/image").strip())])
+        elif command[0] == "/clear":
+            self.conversation.clear()
+            self.waiting = []
+            self.say("A new conversation.")
+        elif command[0] == "/help":
+            self.say(COMMANDS)
+        else:
+            raise ValueError(f"{command[0]} is no command; /help lists them.")
+
+    def show(self, pictures: list) -> None:
+        """Keeps (picture, name) pairs for the next question."""
+        self.waiting += [picture for picture, _ in pictures]
+        for picture, name in pictures:
+            self.say(f"({name}, {picture.width} x {picture.height}, goes with the next question)")
+
+    def answer(self, question: str) -> None:
+        """Prints the answer to `question` about the waiting pictures, until it ends or Ctrl-C ends it."""
+        with self._stopped_by_ctrl_c():
+            for piece in self.conversation.ask(question, self.waiting):
+                print(piece, end="", flush=True)
+        print(flush=True)
+        self.waiting = []
+        if self.conversation.finish_reason == "interrupted":
+            self.say("(stopped)")
+        elif self.conversation.finish_reason == "length":
+            self.say(f"(cut after {self.conversation.generation['max_new_tokens']} tokens: --max-new-tokens)")
+        if self.conversation.cached_tokens > self.positions:
+            self.say(f"(more than the {self.positions} tokens that the model was made for: /clear starts again)")
+
+    def say(self, text: str) -> None:
+        """Prints what is no answer."""
+        if self.interactive:
+            print(text, flush=True)
+
+    @contextlib.contextmanager
+    def _stopped_by_ctrl_c(self):
+        """Where a person sits there, the first Ctrl-C stops the answer; the second one does what it always does."""
+        if not self.interactive:
+            yield
+            return
+        previous = signal.getsignal(signal.SIGINT)
+
+        def stop(signum, frame):
+            signal.signal(signal.SIGINT, previous)
+            self.conversation.stop()
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _paths(text: str) -> list[str]:
+    """The paths behind /image; one that exists may have spaces in it without being quoted."""
+    paths = [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
+    if not paths:
+        raise ValueError("/image needs the path or address of a picture.")
+    return paths
