@@ -175,6 +175,14 @@ def test_nothing_visual_is_computed_again(model):
         assert rows == expected
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4}])
+def test_many_answers_look_at_each_picture_once(model, options):
+    prompts, seen = prompts_from_rows([[BOS, "image", 5, "image", 6], [BOS, 7, 8], [BOS, "image", 9]]), []
+    model.model.vision_tower.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    model.generate(**prompts.prompt, max_new_tokens=4, **options)
+    assert seen == [3]
+
+
 def test_an_answer_never_contains_the_placeholder(model):
     with torch.no_grad():
         model.lm_head.weight[model.config.image_token_id] = 100.0

@@ -916,10 +916,15 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
     create_masks_for_generate = staticmethod(decoding_masks)
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' own. About pictures it never answers with the image token, which stands for visual tokens alone."""
-        if kwargs.get("pixel_values") is not None or kwargs.get("visual_states") is not None:
+        """transformers' own, with two differences about pictures. It never answers with the image token, which stands for
+        visual tokens alone, and it reads the prompt at once: `prefill_chunk_size` is for text.
+        """
+        pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
+        _check_one_of(pixel_values, visual_states)
+        if pixel_values is not None or visual_states is not None:
             never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
+            kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def prepare_inputs_for_generation(
@@ -985,7 +990,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         return {**model_inputs, **pictures}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        """transformers' own, but each row's pictures stay together: rows may have different numbers of them."""
+        """transformers' own, but each row's pictures stay together, as rows may have different numbers of them."""
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
         pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
         if pictures and expand_size > 1:
@@ -997,6 +1002,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 self.model.check_visual_tokens(name, tokens, sum(placeholders_B))
             rows = _pictures_by_row(placeholders_B, tokens)
             order = [picture for row in rows for _ in range(expand_size) for picture in row]
+            if "pixel_values" in pictures and order:  # a picture is encoded once for all sequences of its row
+                pictures = {"visual_states": self.model.get_visual_states(**pictures)}
             pictures = {name: value[order] for name, value in pictures.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -1014,6 +1021,11 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         if count and count * each not in placeholders and placeholders[-1] % count == 0:
             each = placeholders[-1] // count
         return [each] * count
+
+
+def _check_one_of(pixel_values, visual_states):
+    if pixel_values is not None and visual_states is not None:
+        raise ValueError("Expected pixel_values or visual_states, got both: the states stand in place of the pictures.")
 
 
 def _given(**arguments) -> dict:
