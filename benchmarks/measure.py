@@ -1,0 +1,141 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the benchmarks share: the machine, times that can be compared, FLOPs, peak memory, and tables."""
+
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+import saisa_hf
+
+
+def machine(device: str) -> dict:
+    """What a number depends on: processors, threads, other load, versions."""
+    cpu = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def describe(machine: dict) -> str:
+    """`machine` in two lines."""
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    load = "" if machine["load"] is None else f", load {machine['load']} at the start"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers"))
+    return f"{processor}{load}\n{versions}"
+
+
+def interleaved(
+    calls: dict[str, Callable], repeats: int, device: str, cpu_time: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of each call, `repeats` times all of them in turn, so that what else the machine does meets all alike. What a
+    call returns is freed outside of its time. The first round warms up and is not counted.
+
+    Args:
+        cpu_time: count the processor time of this process in place of wall time.
+    """
+    clock = time.process_time if cpu_time else time.perf_counter
+    seconds = {name: [] for name in calls}
+    for _ in progress(range(repeats + 1), "timing"):
+        gc.collect()  # rather than within some call
+        for name, call in calls.items():
+            _wait(device)
+            start = clock()
+            result = call()
+            _wait(device)
+            seconds[name].append(clock() - start)
+            del result
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+
+
+def flops(call: Callable) -> int:
+    """Floating-point operations of the matrix products in `call`, counted while it runs; a multiply-add is two."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+PEAK_MEMORY = {
+    "cuda": "PyTorch's CUDA allocator counts it",
+    "cpu": "PyTorch's profiler records each allocation and release",
+}
+
+
+def peak_memory(call: Callable, device: str) -> int:
+    """The most bytes that `call` holds at once, above what is there before (see `PEAK_MEMORY`)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table whose columns are aligned, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells):
+        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(map(line, [header, rule, *rows]))
+
+
+def progress(items, what: str):
+    """`items`, counted on the last line of a terminal."""
+    items = list(items)
+    for number, item in enumerate(items, start=1):
+        if sys.stderr.isatty():
+            print(
+                f"\r{what} {number}/{len(items)} ", end="" if number < len(items) else "\n", file=sys.stderr, flush=True
+            )
+        yield item
+
+
+def write_json(path: str | Path, result: dict) -> None:
+    """`result` with the version of saisa_hf, as a file."""
+    Path(path).write_text(json.dumps({"saisa_hf": saisa_hf.__version__, **result}, indent=1) + "\n")
+
+
+def _wait(device: str):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,110 @@
+"""Runs the tests that transformers holds its own models and processors to on saisa_hf.
+
+    python conformance/run.py REPOSITORY TAG [--llava] [pytest arguments]
+
+It copies the tests of release TAG out of REPOSITORY, a git clone of transformers (bare or not), puts the two test files of
+this folder beside them, and runs these against the transformers and the saisa_hf that are installed. No test asks the hub
+for anything. With `--llava` the same tests run for LLaVA, and those are listed that pass there and not here.
+
+Exits with 1 where a test failed.
+"""
+
+import argparse
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+import transformers
+from PIL import Image
+
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE.parent / ".compat" / "conformance"
+OURS = ("test_modeling_saisa.py", "test_processing_saisa.py")
+LLAVA = ("../llava/test_modeling_llava.py", "test_processing_llava.py")  # its own processing test is on the hub's files
+
+
+def prepare(repository: str, tag: str) -> Path:
+    """The folder with the tests of release `tag`, in which pytest is to run."""
+    tree = WORK / tag
+    if not (tree / "complete").exists():
+        shutil.rmtree(tree, ignore_errors=True)
+        command = ["git", "-C", repository, "archive", tag, "tests", "utils", "conftest.py", "pyproject.toml"]
+        files = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+            archive.extractall(tree)
+        # the picture of the chat tests; they take a file of its name here in place of the one on the hub
+        Image.effect_noise((64, 48), 60).convert("RGB").save(tree / "coco_sample.png")
+        (tree / "src").mkdir()
+        (tree / "complete").touch()
+    # the tests import the library by this path
+    library = tree / "src" / "transformers"
+    library.unlink(missing_ok=True)
+    library.symlink_to(Path(transformers.__file__).parent)
+    folder = tree / "tests" / "models" / "saisa"
+    folder.mkdir(exist_ok=True)
+    (folder / "__init__.py").touch()
+    for source in HERE.glob("test_*.py"):
+        shutil.copy(source, folder)
+    return tree
+
+
+def run(tree: Path, files: tuple[str, ...], report: Path, arguments: list[str]) -> int:
+    """Runs pytest in `tree`, writes JUnit's XML to `report`, and returns the exit status."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--timeout", "600", "--junitxml", str(report)]
+    command += ["-p", "no:warnings", "-p", "no:cacheprovider", *arguments]
+    command += [os.path.normpath(f"tests/models/saisa/{name}") for name in files]
+    return subprocess.run(
+        command, cwd=tree, env={"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+    ).returncode
+
+
+def outcomes(report: Path) -> dict[str, tuple[str, str]]:
+    """("passed", "skipped" or "failed", reason) of each test in JUnit's XML, by "modeling" or "processing" and its name."""
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        kind = "modeling" if "modeling" in case.get("classname") else "processing"
+        outcome = ("passed", "")
+        for child in case:
+            if child.tag in ("skipped", "failure", "error"):
+                outcome = ("skipped" if child.tag == "skipped" else "failed", child.get("message", ""))
+        found[f"{kind}: {case.get('name')}"] = outcome
+    return found
+
+
+def print_counts(name: str, found: dict[str, tuple[str, str]]) -> None:
+    for kind in ("modeling", "processing"):
+        seen = [outcome for test, (outcome, _) in found.items() if test.startswith(kind)]
+        print(f"{name}, {kind}: " + ", ".join(f"{seen.count(it)} {it}" for it in ("passed", "failed", "skipped")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("repository", help="a git clone of transformers that has TAG")
+    parser.add_argument("tag", help=f"the release to take the tests of: v{transformers.__version__} is installed here")
+    parser.add_argument("--llava", action="store_true", help="list what passes for LLaVA and does not for SAISA")
+    options, arguments = parser.parse_known_args()
+
+    tree = prepare(options.repository, options.tag)
+    status = run(tree, OURS, tree / "saisa.xml", arguments)
+    ours = outcomes(tree / "saisa.xml")
+    if options.llava:
+        # LLaVA's integration tests load models from the hub
+        run(tree, LLAVA, tree / "llava.xml", ["-k", "not IntegrationTest", *arguments])
+        theirs = outcomes(tree / "llava.xml")
+        print_counts("LLaVA", theirs)
+        for test, (outcome, _) in sorted(theirs.items()):
+            here, reason = ours.get(test, ("missing", ""))
+            if outcome == "passed" and here != "passed":
+                print(f"  passes for LLaVA, {here} for SAISA: {test} ({reason})")
+    print_counts("SAISA", ours)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
