@@ -56,12 +56,15 @@ def prepare(repository: str, tag: str) -> Path:
 
 def run(tree: Path, files: tuple[str, ...], report: Path, arguments: list[str]) -> int:
     """Runs pytest in `tree`, writes JUnit's XML to `report`, and returns the exit status."""
+    report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--timeout", "600", "--junitxml", str(report)]
     command += ["-p", "no:warnings", "-p", "no:cacheprovider", *arguments]
     command += [os.path.normpath(f"tests/models/saisa/{name}") for name in files]
-    return subprocess.run(
-        command, cwd=tree, env={"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
-    ).returncode
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
+    status = subprocess.run(command, cwd=tree, env=environment).returncode
+    if not report.exists():
+        raise SystemExit(f"pytest ended with status {status} before it wrote its report.")
+    return status
 
 
 def outcomes(report: Path) -> dict[str, tuple[str, str]]:

@@ -142,7 +142,9 @@ def decoding_masks(config, attention_mask, **kwargs):
     if config._attn_implementation == "flex_attention":
         config = copy.copy(config)
         config._attn_implementation_internal = "eager"
-    return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+    masks = create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+    none_made = masks is None or (isinstance(masks, dict) and None in masks.values())
+    return attention_mask if none_made else masks  # left padding counts where transformers sees no need for a mask, too
 
 
 # --- models -----------------------------------------------------------------------------------------------------------

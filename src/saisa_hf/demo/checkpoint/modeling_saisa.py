@@ -796,6 +796,10 @@ def _patchify(pixel_values, patch_size: int, kwargs: dict):
     return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+class SuppressImageToken(SuppressTokensLogitsProcessor):
+    """A class of its own, since `generate` takes one of its own classes for the caller's `suppress_tokens`."""
+
+
 class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
     """`SaisaModel` with the language model's head: answers questions about pictures, and trains to.
 
@@ -922,7 +926,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         _check_one_of(pixel_values, visual_states)
         if pixel_values is not None or visual_states is not None:
-            never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+            never = SuppressImageToken([self.config.image_token_id], device=self.device)
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
             kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
