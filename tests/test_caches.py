@@ -299,9 +299,11 @@ def logits_in_bfloat16(made, model_name, attention, cache_name):
 @pytest.mark.parametrize("cache_name", ["dynamic", "static"])
 def test_in_bfloat16_implementations_differ_as_those_of_llava_do(cache_name, attention):
     """From eager attention with a dynamic cache, and a fifth more at most, which is for chance."""
+    # in 4.57 flash attention reads the empty places of a static cache: LLaVA's logits are wrong there, not imprecise
+    theirs_with = "dynamic" if attention.startswith("flash") and not TRANSFORMERS_5 else cache_name
     ours, theirs = (
-        (logits_in_bfloat16(made, "full and window of 6", attention, cache_name) - plain).norm() / plain.norm()
-        for made in (copy.copy, llava_like)
+        (logits_in_bfloat16(made, "full and window of 6", attention, cache) - plain).norm() / plain.norm()
+        for made, cache in ((copy.copy, cache_name), (llava_like, theirs_with))
         for plain in [logits_in_bfloat16(made, "full and window of 6", "eager", "dynamic")]
     )
     assert ours <= 1.2 * theirs < 0.1
