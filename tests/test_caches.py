@@ -27,6 +27,7 @@ from tiny_models import (
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache
 
 from saisa_hf import SaisaForConditionalGeneration
+from saisa_hf.compat_saisa import TRANSFORMERS_5
 from saisa_hf.demo.run import CHECKPOINT, ask_model, load
 from saisa_hf.demo.scenes import held_out_questions
 
