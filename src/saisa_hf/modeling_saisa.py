@@ -188,9 +188,9 @@ class NaavitAttention(nn.Module):
         key_VKH = value_VKH = None
         if visual is not None:
             key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
-            key_VKH = self._rotated_visual(key_VKH, *rotation.visual)
         query_BNTH = layout.queries(query_PNH).transpose(1, 2)
-        key_BKSH, value_BKSH = layout.keys(key_PKH, key_VKH), layout.keys(value_PKH, value_VKH)
+        key_BKSH = layout.keys(key_PKH, key_VKH, None if visual is None else rotation.visual)
+        value_BKSH = layout.keys(value_PKH, value_VKH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
@@ -224,14 +224,6 @@ class NaavitAttention(nn.Module):
     def _rotated(self, x_PNH: torch.Tensor, cos_PH: torch.Tensor, sin_PH: torch.Tensor) -> torch.Tensor:
         """As the language model does it, to the last bit."""
         return x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]
-
-    def _rotated_visual(self, x_VKH: torch.Tensor, cos_VH: torch.Tensor, sin_VH: torch.Tensor) -> torch.Tensor:
-        """The same in fewer passes over memory: with many visual tokens these are what a prefill waits for."""
-        half = self.head_dim // 2
-        rotated_VKH = x_VKH * cos_VH[:, None]
-        rotated_VKH[..., :half].addcmul_(x_VKH[..., half:], sin_VH[:, None, :half], value=-1)
-        rotated_VKH[..., half:].addcmul_(x_VKH[..., :half], sin_VH[:, None, half:])
-        return rotated_VKH
 
 
 class SaisaDecoderLayer(GradientCheckpointingLayer):
@@ -573,7 +565,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
         dtype = next(self.vision_tower.parameters()).dtype
-        outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
+        outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
         features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)
