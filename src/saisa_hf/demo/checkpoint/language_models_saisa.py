@@ -63,6 +63,11 @@ def language_model_family(config) -> LanguageModelFamily:
     )
 
 
+def checkpoint_state_dict(decoder) -> dict:
+    """The tensors of `decoder`, transformers' model without its head, under the names that they have in checkpoints."""
+    return decoder.state_dict()
+
+
 def _attention_types(config) -> tuple[str, ...]:
     if config.model_type in ("qwen2", "qwen3"):
         return tuple(config.layer_types)

@@ -41,9 +41,11 @@ from .compat_saisa import (
     update_cache,
 )
 from .configuration_saisa import SaisaConfig
+from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import language_model_family
 from .model_card_saisa import write_model_card
+from .parts_saisa import assemble
 from .token_layout_saisa import TokenLayout
 from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
@@ -351,7 +353,7 @@ class SaisaPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """transformers' own; a convolutional encoder, which has no attention, is left out of what is meant for all."""
         vision = getattr(self.config, "vision_config", None)
-        if isinstance(attn_implementation, str) and getattr(vision, "model_type", None) == "convnext":
+        if isinstance(attn_implementation, str) and vision is not None and not has_choice_of_attention(vision):
             attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
         return super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -517,10 +519,14 @@ class NestedEncoder(nn.Module):
 def build_vision_tower(config) -> nn.Module:
     """The encoder for `config`, with the parameter names of transformers up to 5.5."""
     # a convolutional encoder has no attention to choose: transformers refuses any choice but this
-    choice = {"attn_implementation": "eager"} if config.model_type == "convnext" else {}
-    encoder = AutoModel.from_config(config, **choice)
-    if config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
-        encoder = NestedEncoder(encoder)
+    choice = {} if has_choice_of_attention(config) else {"attn_implementation": "eager"}
+    return as_vision_tower(AutoModel.from_config(config, **choice))
+
+
+def as_vision_tower(encoder: PreTrainedModel) -> nn.Module:
+    """`encoder` with the parameter names of transformers up to 5.5."""
+    if encoder.config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
+        return NestedEncoder(encoder)
     return encoder
 
 
@@ -814,6 +820,43 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         self.model = SaisaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_parts(cls, text_model, vision_model, *, image_token_id=None, dtype=None, **arguments):
+        """
+        An untrained model from a language model and a vision encoder. On text alone it is that language model; its
+        projectors are new: each linear map's weights and biases are uniform in +-1 / sqrt(inputs), as LLaVA's code makes
+        them.
+
+        Args:
+            text_model: folder or hub id of a language model of a supported family, or a model of transformers with its
+                head. The tensors of a model are shared, not copied.
+            vision_model: folder or hub id of a vision encoder, also of a CLIP or SigLIP with a text tower, or an encoder of
+                transformers, which becomes the vision tower itself.
+            image_token_id: the image token's index. If embedding and head have no such row, they get rows up to it, the mean
+                of the old ones, which `generation_config.suppress_tokens` keeps out of answers. None: the first new row.
+            dtype: of all weights; None is the language model's.
+            arguments: of `SaisaConfig`: `vision_feature_layer`, `visual_layers`, `projector_hidden_size` ...
+
+        Returns:
+            the model in eval mode, with the language model's generation config.
+
+        Raises:
+            ValueError: a part is of no supported kind, is quantized, lacks tensors, or does not fit the arguments.
+            OSError: a folder or repository cannot be read.
+        """
+
+        def make_model(config, encoder):
+            with torch.device("meta"):
+                model = cls(config)
+            model.model.vision_tower = as_vision_tower(encoder)
+            model.language_model.rotary_emb = language_model_family(config.text_config).rotary_embedding(
+                config.text_config
+            )
+            return model
+
+        arguments |= {"image_token_id": image_token_id, "dtype": dtype}
+        return assemble(make_model, SaisaVisualProjector, cls.config_class, text_model, vision_model, **arguments)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
