@@ -10,12 +10,20 @@ from transformers import (
     CLIPVisionConfig,
     ConvNextConfig,
     Dinov2Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
 )
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
@@ -64,7 +72,27 @@ TEXT_CONFIGS = {
     "qwen3_window": lambda: Qwen3Config(
         **_TEXT, head_dim=6, attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
-}
+    "gemma2": lambda: Gemma2Config(
+        **_TEXT, head_dim=12, query_pre_attn_scalar=5, sliding_window=6,
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_TEXT, head_dim=12, query_pre_attn_scalar=5, sliding_window=6, rope_local_base_freq=30.0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**_TEXT, partial_rotary_factor=0.5),
+    "phi3_window": lambda: Phi3Config(**_TEXT, sliding_window=6),
+    "olmo2": lambda: Olmo2Config(**_TEXT),
+    "granite": lambda: GraniteConfig(
+        **_TEXT, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=2.0
+    ),
+    "smollm3": lambda: SmolLM3Config(**_TEXT, no_rope_layers=[1, 0, 1], attention_bias=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_TEXT, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
+    "mixtral": lambda: MixtralConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+}  # fmt: skip
 TEXT_MODELS = list(TEXT_CONFIGS)
 # A stretched rotary embedding depends on the longest sequence of the whole batch, so rows are not independent there.
 BATCHABLE_TEXT_MODELS = [name for name in TEXT_MODELS if name != "dynamic_scaling"]

@@ -11,11 +11,11 @@ from transformers.configuration_utils import PretrainedConfig
 from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
 from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states
 from .hub_saisa import AUTO_MAP, write_code_files
+from .language_models_saisa import FAMILIES, language_model_family
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
     from .attention_saisa import Visibility  # noqa: F401
-    from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .parts_saisa import assemble  # noqa: F401
@@ -24,8 +24,6 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
-
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
     "model_type": "clip_vision_model",
@@ -52,8 +50,9 @@ class SaisaConfig(PretrainedConfig):
             (`vit`, `dinov3_vit`, `timm_wrapper` ...). A dict without `model_type` is CLIP's. Defaults to CLIP ViT-L/14 at
             336 px.
         text_config (`dict` or `PretrainedConfig`, *optional*):
-            The language model: `llama`, `mistral`, `qwen2` or `qwen3`. A dict without `model_type` is Llama's.
-            Defaults to Llama 7B with 32064 vocabulary rows.
+            The language model: `llama`, `mistral`, `qwen2`, `qwen3`, `gemma2`, `gemma3_text`, `phi3`, `olmo2`, `granite`,
+            `smollm3`, `qwen3_moe` or `mixtral`. A dict without `model_type` is Llama's. Defaults to Llama 7B with 32064
+            vocabulary rows.
         image_token_id (`int`, *optional*, defaults to 32000):
             Vocabulary index of the placeholder that stands for one visual token. Also readable as `image_token_index`.
         image_seq_length (`int`, *optional*):
@@ -102,7 +101,7 @@ class SaisaConfig(PretrainedConfig):
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, None)
-        self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, LANGUAGE_MODELS)
+        self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, tuple(FAMILIES))
         self.image_token_id = kwargs.pop("image_token_index", image_token_id)
         self.vision_feature_layer = _listed(vision_feature_layer)
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -249,6 +248,11 @@ class SaisaConfig(PretrainedConfig):
                 f"vision_feature_layer={self.vision_feature_layer!r}: these states of {vision.model_type} differ in size and "
                 f"cannot be put side by side. Choose one stage."
             )
+        for name, value in language_model_family(text).only.items():
+            if getattr(text, name, value) not in (value, None):
+                raise ValueError(
+                    f"text_config.{name}={getattr(text, name)!r} is not supported for {text.model_type}: expected {value!r}."
+                )
         if self.visual_layers is not None:
             count, layers = text.num_hidden_layers, self.visual_layers
             whole = isinstance(layers, list) and all(_is_index(layer) and 0 <= layer < count for layer in layers)

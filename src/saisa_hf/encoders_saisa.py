@@ -79,7 +79,7 @@ def _asked(settings: str) -> EncoderStates:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"vision_config.model_type={name!r} is not supported: it is no encoder that takes pictures of {height} x {width} "
-            f"pixels as `pixel_values` ({type(error).__name__}: {reason}). Such are {', '.join(CLASS_TOKENS)}, vit and others."
+            f"pixels as `pixel_values` ({type(error).__name__}: {reason}). Such are {', '.join(CLASS_TOKENS)} and vit."
         ) from error
     if not states or any(state.ndim not in (3, 4) for state in states):
         raise ValueError(f"vision_config.model_type={name!r} is not supported: it yields no hidden states of patches.")
