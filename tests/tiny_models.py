@@ -73,7 +73,7 @@ TEXT_CONFIGS = {
         **_TEXT, head_dim=6, attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
     "gemma2": lambda: Gemma2Config(
-        **_TEXT, head_dim=12, query_pre_attn_scalar=5, sliding_window=6,
+        **_TEXT, head_dim=12, query_pre_attn_scalar=40, sliding_window=6,
         attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
     ),
     "gemma3": lambda: Gemma3TextConfig(

@@ -276,11 +276,13 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         family = language_model_family(text)
         self.attention_type = family.attention_types[layer_idx]
         self.sees_image = config.sees_image(layer_idx)
+        self.norms, self.feed_forward_name = family.norms, family.feed_forward_name
+        if self.norms.before_attention is not None:
+            self.add_module(self.norms.before_attention, family.norm(text.hidden_size))
         self.self_attn = NaavitAttention(config, layer_idx)
         if self.sees_image and config.projector_sharing == "per_layer":
             self.visual_projector = SaisaVisualProjector(config)
-        self.norms, self.feed_forward_name = family.norms, family.feed_forward_name
-        for name in filter(None, self.norms):
+        for name in filter(None, self.norms[1:]):
             self.add_module(name, family.norm(text.hidden_size))
         self.add_module(self.feed_forward_name, family.feed_forward(layer_idx))
         self.residual_multiplier = family.residual_multiplier

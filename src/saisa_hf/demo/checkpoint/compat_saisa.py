@@ -32,14 +32,15 @@ def readable_config_dict(config: dict) -> dict:
     silence, so that a theta of 500000 turns into 10000.
     """
     config = dict(config)
-    if config.get("rope_parameters") is None:
+    rope = config.get("rope_parameters")
+    if rope is None:
         return config
-    if TRANSFORMERS_5:
-        for name in ("rope_theta", "rope_scaling", "rope_local_base_freq"):
-            config.pop(name, None)
-        return config
-    rope = config.pop("rope_parameters")
-    return {**config, **_rope_of_4(rope, config)}
+    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
+        config.pop(name, None)
+    if not TRANSFORMERS_5:
+        del config["rope_parameters"]
+        config |= {name: value for name, value in _rope_of_4(rope, config).items() if value is not None}
+    return config
 
 
 def portable_config_dict(config: dict) -> dict:
@@ -61,7 +62,7 @@ def _rope_of_4(rope: dict, config: dict) -> dict:
     if "full_attention" in rope:
         found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10000.0)
         rope = rope["full_attention"]
-    found["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    found["rope_theta"] = rope.get("rope_theta", 10000.0)
     if "partial_rotary_factor" in rope:
         found["partial_rotary_factor"] = rope["partial_rotary_factor"]
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
@@ -87,8 +88,10 @@ def _rope_of_5(config: dict) -> dict:
 
 def comparable_config_dict(config: dict) -> dict:
     """`config`, a sub-config as the installed release writes it, equal to what that release reads back from config.json:
-    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it."""
-    return config if TRANSFORMERS_5 else portable_config_dict(config)
+    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it, or keeps it beside its own."""
+    if TRANSFORMERS_5:
+        return {name: value for name, value in config.items() if name != "partial_rotary_factor"}
+    return portable_config_dict(config)
 
 
 # --- caches and masks -------------------------------------------------------------------------------------------------

@@ -421,7 +421,8 @@ class Experts(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""
         x_RD = x.flatten(0, -2)
-        weight_RE, expert_RE = self.gate(x_RD).softmax(-1, dtype=torch.float32).topk(self.chosen, dim=-1)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        weight_RE, expert_RE = self.gate(x_RD).softmax(-1, dtype=precise).topk(self.chosen, dim=-1)
         if self.normalised:
             weight_RE = weight_RE / weight_RE.sum(-1, keepdim=True)
         output_RD = torch.zeros_like(x_RD)
