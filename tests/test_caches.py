@@ -307,7 +307,7 @@ def test_in_bfloat16_implementations_differ_as_those_of_llava_do(cache_name, att
         for made, cache in ((copy.copy, cache_name), (llava_like, theirs_with))
         for plain in [logits_in_bfloat16(made, "full and window of 6", "eager", "dynamic")]
     )
-    assert ours <= 1.2 * theirs < 0.1
+    assert ours <= 1.2 * theirs and ours < 0.05
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -542,8 +542,7 @@ def assert_turn_by_turn_is_at_once(model_name, cache_name, attention):
 @pytest.mark.parametrize("pictures", ["of the turn", "of all turns"])
 @pytest.mark.parametrize("cache_name", ["dynamic", "static"])
 def test_answers_on_the_cache_are_those_to_the_whole_conversation(cache_name, pictures, attention):
-    # a kernel that cuts padding away counts a window without it; so do transformers' own models
-    model_name = "full" if attention.startswith("flash") else "windows, pictures in two layers"
+    model_name = "windows, pictures in two layers"
     model = build(model_name, attn_implementation=attention)
     cache, ids, masks = new_cache(cache_name, model.config), [], []
     for number in range(len(TURNS)):

@@ -566,7 +566,9 @@ def test_guessing_tokens_from_the_prompt_changes_nothing():
         # few words, so that what was seen comes again; the placeholder itself may be guessed
         options["suppress_tokens"] = [*range(3), *range(7, IMAGE_TOKEN)]
         guessed = model.generate(**prompts.prompt, **options, prompt_lookup_num_tokens=6)
-        assert torch.equal(guessed, model.generate(**prompts.prompt, **options))
+        plain = model.generate(**prompts.prompt, **options)
+        # with 4.57 the last guess may go beyond `max_new_tokens`, for any model
+        assert torch.equal(guessed[:, : plain.shape[1]], plain)
 
 
 def test_an_answer_about_an_image_never_contains_the_placeholder():

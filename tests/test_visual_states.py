@@ -10,7 +10,7 @@ import torch
 from implementations import IMPLEMENTATIONS, runnable
 from tiny_models import BOS, PAD, TEXT_CONFIGS, VOCAB_SIZE, prompts_from_rows, random_prompts, tiny_model
 
-from saisa_hf import SaisaForConditionalGeneration, SaisaVisualStates
+from saisa_hf import SaisaForConditionalGeneration, SaisaVisualStates, token_layout_saisa
 
 
 STORES = ["keys_values", "features"]
@@ -132,6 +132,24 @@ def test_equal_layouts_share_the_rows_of_their_pictures(model, images, positions
         close(model(**without_pixels(inputs), visual_states=states[order]).logits, expected)
 
 
+@pytest.mark.parametrize("cached_bytes", [1, 2**19])
+@pytest.mark.parametrize("text", ["llama", "qwen3"])
+def test_keys_written_in_place_are_those_that_are_joined(text, cached_bytes, monkeypatch):
+    """With gradients they are joined; without, on a CPU, written a few heads at a time."""
+    monkeypatch.setattr(token_layout_saisa, "CACHED_BYTES", cached_bytes)
+    model = tiny_model(text)
+    prompts = prompts_from_rows([[BOS, "image", 4, 5, "image", "image", 6], [BOS, "image", 7, 8, "image", "image", 9]])
+    own = {"input_ids": prompts.input_ids, "pixel_values": prompts.pixel_values}
+    shared = {"input_ids": prompts.input_ids, "visual_states": model.get_visual_states(pictures(3)).expand(2)}
+    for arguments in (own, shared):
+        joined = model(**arguments)
+        with torch.no_grad():
+            written = model(**arguments)
+        assert joined.logits.requires_grad and torch.equal(written.logits, joined.logits)
+        for before, after in zip(joined.past_key_values.layers, written.past_key_values.layers):
+            assert torch.equal(before.keys, after.keys) and torch.equal(before.values, after.values)
+
+
 def test_pictures_of_unlike_sizes():
     model = tiny_model("llama", vision="siglip2")
     shapes = torch.tensor([[2, 2], [1, 3], [1, 1]])
@@ -163,7 +181,10 @@ def test_nothing_visual_is_computed_again(model):
     }
     for name, module in watched.items():
         module.register_forward_hook(
-            lambda _m, args, _o, name=name: rows.update({name: rows.get(name, 0) + len(args[0])})
+            lambda _module, args, kwargs, _output, name=name: rows.update(
+                {name: rows.get(name, 0) + len(args[0] if args else kwargs["pixel_values"])}
+            ),
+            with_kwargs=True,
         )
     text, visual = int((~prompts.visual).sum()), int(prompts.visual.sum())
     for store, expected in {
@@ -178,7 +199,9 @@ def test_nothing_visual_is_computed_again(model):
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 4}])
 def test_many_answers_look_at_each_picture_once(model, options):
     prompts, seen = prompts_from_rows([[BOS, "image", 5, "image", 6], [BOS, 7, 8], [BOS, "image", 9]]), []
-    model.model.vision_tower.register_forward_hook(lambda _module, inputs, _output: seen.append(len(inputs[0])))
+    model.model.vision_tower.register_forward_pre_hook(
+        lambda _module, _, inputs: seen.append(len(inputs["pixel_values"])), with_kwargs=True
+    )
     model.generate(**prompts.prompt, max_new_tokens=4, **options)
     assert seen == [3]
 

@@ -21,7 +21,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .token_layout_saisa import Segment, TokenLayout, segments_of
+from .token_layout_saisa import TokenLayout, segments_of
 
 
 # A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
@@ -203,7 +203,7 @@ def _runs_as_rows(visibility: Visibility):
     for b, visual_S in enumerate(visual_BS):
         rank_S, runs = (~visual_S).cumsum(0) - 1, []
         # packed samples follow each other without a cache, so that places of keys are positions
-        for _, start, end in _text_segments(visual_S, None if documents_BS is None else documents_BS[b]):
+        for start, end in _text_segments(visual_S, None if documents_BS is None else documents_BS[b]):
             position_R = torch.arange(start, end)
             position_R = position_R[real_BL[b, slot_S[start:end]]]
             seen_L = real_BL[b] & (key_L <= slot_S[end - 1])
@@ -217,16 +217,16 @@ def _runs_as_rows(visibility: Visibility):
         yield torch.cat(queries), torch.cat(keys), _varlen_arguments(queries, keys)
 
 
-def _text_segments(visual_S: torch.Tensor, document_S: torch.Tensor | None) -> list[Segment]:
-    """The stretches of text in one sample; those of unlike documents are stretches of their own."""
-    segments = [segment for segment in segments_of(visual_S) if not segment.visual]
+def _text_segments(visual_S: torch.Tensor, document_S: torch.Tensor | None) -> list[tuple[int, int]]:
+    """The stretches [start, end) of text in one sample; those of unlike documents are stretches of their own."""
+    segments = [(start, end) for visual, start, end in segments_of(visual_S) if not visual]
     if document_S is None:
         return segments
     cut = []
-    for _, start, end in segments:
+    for start, end in segments:
         changes = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1)
         bounds = [start, *(changes + start + 1).tolist(), end]
-        cut += [Segment(False, *pair) for pair in pairwise(bounds)]
+        cut += pairwise(bounds)
     return cut
 
 

@@ -164,9 +164,10 @@ def decoding_masks(config, attention_mask, **kwargs):
     text tokens are queries, and the model masks those. Flex attention gets a mask tensor as well: `generate` cannot hand
     over a block mask on every release, and one that is made here moves on with the cache before it is used.
     """
-    if kwargs[_EMBEDS_ARGUMENT].shape[1] > 1:
-        return attention_mask
     config = config.get_text_config()
+    # for flash attention transformers would cut the padding mask to the places of the cache, whichever tokens these hold
+    if kwargs[_EMBEDS_ARGUMENT].shape[1] > 1 or "flash" in (config._attn_implementation or ""):
+        return attention_mask
     if config._attn_implementation == "flex_attention":
         config = copy.copy(config)
         config._attn_implementation_internal = "eager"

@@ -5,30 +5,36 @@ Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a g
 """
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 
 
-class Segment(NamedTuple):
-    """A stretch [start, end) of an input that is text throughout or visual throughout."""
-
-    visual: bool
-    start: int
-    end: int
+# Keys are rotated so many bytes at a time on a CPU: they stay in a core's own cache from the first pass to the last.
+CACHED_BYTES = 2**19
 
 
-def segments_of(visual_S: torch.Tensor) -> list[Segment]:
-    """The stretches of text and of visual tokens that `visual_S`, a bool tensor (S,) on the CPU, consists of."""
+def segments_of(visual_S: torch.Tensor) -> list[tuple[bool, int, int]]:
+    """The stretches [start, end) of text and of visual tokens that `visual_S`, a bool tensor (S,) on the CPU, consists of, as
+    (visual, start, end)."""
     length = len(visual_S)
     cuts = (torch.nonzero(visual_S[1:] != visual_S[:-1]).squeeze(1) + 1).tolist()
     bounds = [0, *cuts, length]
-    return [Segment(bool(visual_S[start]), start, end) for start, end in pairwise(bounds) if end > start]
+    return [(bool(visual_S[start]), start, end) for start, end in pairwise(bounds) if end > start]
 
 
 def all_equal(x_BS: torch.Tensor) -> bool:
     """Whether all samples are the same."""
     return bool((x_BS == x_BS[:1]).all())
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The rotary embedding of (..., H) by cosines and sines (..., H), into `out` if given: what language models do, in fewer
+    passes over memory. With many visual tokens these are what a prefill waits for."""
+    half = x.shape[-1] // 2
+    out = x * cos if out is None else torch.mul(x, cos, out=out)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 class TokenLayout:
@@ -131,16 +137,26 @@ class TokenLayout:
         x_RX = x_BTX.flatten(0, 1)
         return x_RX if self.evenly_long else x_RX.index_select(0, self._packed_queries.to(x_RX.device))
 
-    def keys(self, text_PKH: torch.Tensor, visual_VKH: torch.Tensor | None) -> torch.Tensor:
+    def keys(
+        self,
+        text_PKH: torch.Tensor,
+        visual_VKH: torch.Tensor | None,
+        rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """(P, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order.
-        `visual_VKH=None` leaves zeros."""
+        `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are still to be rotated.
+        """
         if self.visual_BS is None:
             return text_PKH.transpose(1, 2)
         if visual_VKH is None:
             visual_VKH = text_PKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_PKH.shape[1:])
+        cos_sin_V1H = () if rotation is None else tuple(x_VH[:, None] for x_VH in rotation)
+        if self.segments is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return self._written(text_PKH, visual_VKH, *cos_sin_V1H)
+        if rotation is not None:
+            visual_VKH = rotated(visual_VKH, *cos_sin_V1H)
         if self.segments is not None:
-            samples = 1 if self.shared else self.batch_size
-            visual_BKVH = visual_VKH.unflatten(0, (samples, -1)).transpose(1, 2).expand(self.batch_size, -1, -1, -1)
+            visual_BKVH = self._visual_by_sample(visual_VKH).expand(self.batch_size, -1, -1, -1)
             return self._join(self._by_sample(text_PKH).transpose(1, 2), visual_BKVH, dim=2)
         rows = torch.cat([text_PKH, visual_VKH])
         rows = rows.index_select(0, self._key_source.to(rows.device))
@@ -175,6 +191,34 @@ class TokenLayout:
     def _by_sample(self, x_PX: torch.Tensor) -> torch.Tensor:
         """(P, ...) -> (B, T, ...) where all samples have T text tokens."""
         return x_PX.view(self.batch_size, self.longest, *x_PX.shape[1:])
+
+    def _visual_by_sample(self, x_VKH: torch.Tensor) -> torch.Tensor:
+        """(V, K, H) -> (B, K, visual tokens of a sample, H), or (1, ...) where all samples share them."""
+        return x_VKH.unflatten(0, (1 if self.shared else self.batch_size, -1)).transpose(1, 2)
+
+    def _written(self, text_PKH, visual_VKH, *cos_sin_V1H) -> torch.Tensor:
+        """As `keys`: each row is written to its place straight away, the rotated ones a few heads at a time on a CPU."""
+        heads, head_size = text_PKH.shape[1:]
+        joined_BKSH = text_PKH.new_empty(self.batch_size, heads, self.length, head_size)
+        text_BKTH = self._by_sample(text_PKH).transpose(1, 2)
+        visual_BKVH, *cos_sin_B1VH = map(self._visual_by_sample, (visual_VKH, *cos_sin_V1H))
+        taken = {False: 0, True: 0}
+        for is_visual, start, end in self.segments:
+            part, place_BKSH = slice(taken[is_visual], taken[is_visual] + end - start), joined_BKSH[:, :, start:end]
+            taken[is_visual] += end - start
+            if not is_visual or not cos_sin_B1VH:
+                place_BKSH.copy_((visual_BKVH if is_visual else text_BKTH)[:, :, part])
+                continue
+            cos, sin = (x_B1VH[:, :, part] for x_B1VH in cos_sin_B1VH)
+            own_BKSH = place_BKSH[: len(cos)]
+            at_once = heads
+            if own_BKSH.device.type == "cpu":
+                at_once = max(1, CACHED_BYTES // (own_BKSH[:, 0].numel() * own_BKSH.element_size()))
+            for x, out in zip(visual_BKVH[:, :, part].split(at_once, 1), own_BKSH.split(at_once, 1)):
+                rotated(x, cos, sin, out)
+            if self.shared:
+                place_BKSH[1:] = own_BKSH
+        return joined_BKSH
 
     def _join(self, text: torch.Tensor, visual: torch.Tensor, dim: int) -> torch.Tensor:
         """Text and visual tokens of all samples along `dim`, stretch by stretch in input order."""

@@ -207,12 +207,17 @@ class NaavitAttention(nn.Module):
         """
         query_PNH, key_PKH, value_PKH = self._queries_keys_values(text_PD)
         query_PNH, key_PKH = (self._rotated(x, *rotation.text) for x in (query_PNH, key_PKH))
-        key_VKH = value_VKH = None
+        key_VKH = value_VKH = visual_rotation = None
         if visual is not None:
             key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
-            key_VKH = self._rotated_visual(key_VKH, *rotation.visual)
+            cos_VH = rotation.visual[0]
+            if self.rotates and cos_VH.shape[-1] == self.head_dim and cos_VH.dtype == key_VKH.dtype:
+                visual_rotation = rotation.visual  # the layout does it in fewer passes over memory
+            else:
+                key_VKH = self._rotated(key_VKH, *rotation.visual)
         query_BNTH = layout.queries(query_PNH).transpose(1, 2)
-        key_BKSH, value_BKSH = layout.keys(key_PKH, key_VKH), layout.keys(value_PKH, value_VKH)
+        key_BKSH = layout.keys(key_PKH, key_VKH, visual_rotation)
+        value_BKSH = layout.keys(value_PKH, value_VKH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
@@ -255,16 +260,6 @@ class NaavitAttention(nn.Module):
         if size < x_PNH.shape[-1]:
             return torch.cat([self._rotated(x_PNH[..., :size], cos_PH, sin_PH), x_PNH[..., size:]], dim=-1)
         return (x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]).to(dtype)
-
-    def _rotated_visual(self, x_VKH: torch.Tensor, cos_VH: torch.Tensor, sin_VH: torch.Tensor) -> torch.Tensor:
-        """The same in fewer passes over memory: with many visual tokens these are what a prefill waits for."""
-        if not self.rotates or cos_VH.shape[-1] < self.head_dim or cos_VH.dtype != x_VKH.dtype:
-            return self._rotated(x_VKH, cos_VH, sin_VH)
-        half = self.head_dim // 2
-        rotated_VKH = x_VKH * cos_VH[:, None]
-        rotated_VKH[..., :half].addcmul_(x_VKH[..., half:], sin_VH[:, None, :half], value=-1)
-        rotated_VKH[..., half:].addcmul_(x_VKH[..., :half], sin_VH[:, None, half:])
-        return rotated_VKH
 
 
 class SaisaDecoderLayer(GradientCheckpointingLayer):
@@ -630,7 +625,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
         dtype = next(self.vision_tower.parameters()).dtype
-        outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
+        outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
         features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)

@@ -35,12 +35,19 @@ class VisualStore:
         keys_values: for each decoder layer the keys before rotation and the values, (V, K, H) each, or None for a layer that
             does not see the picture; None where `features` are stored instead.
         fingerprint: digest of the weights that they were computed with.
+
+    In memory keys and values lie head by head, as in a cache, so that they go there in long stretches.
     """
 
     lengths: list[int]
     features: torch.Tensor | None
     keys_values: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] | None
     fingerprint: str
+
+    def __post_init__(self):
+        if self.keys_values is not None:
+            by_head = tuple(None if pair is None else tuple(map(_head_by_head, pair)) for pair in self.keys_values)
+            object.__setattr__(self, "keys_values", by_head)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name: `features`, or `keys.{layer}` and `values.{layer}`."""
@@ -269,6 +276,11 @@ class SaisaVisualStates:
             [self.stored.lengths[picture] for picture in used],
         )
         return SaisaVisualStates(stored, [used.index(picture) for picture in self.order])
+
+
+def _head_by_head(x_VKH: torch.Tensor) -> torch.Tensor:
+    """The same tensor with the memory order (K, V, H); no copy if it has that."""
+    return x_VKH.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torch.nn.Module], settings: list) -> str:
