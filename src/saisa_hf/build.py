@@ -140,7 +140,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | Non
         the image token.
     """
     tokenizer.name_or_path = ""
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     vocabulary = tokenizer.get_vocab()

@@ -350,7 +350,6 @@ def language_model_family(config) -> LanguageModelFamily:
 def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
     """The tensors of `decoder`, transformers' model without its head, under the names that they have in checkpoints and
     here. transformers 5 joins the experts of a layer in memory: they are copied."""
-    family = language_model_family(decoder.config) if decoder.config.model_type in FAMILIES else None
     weights = {}
     for name, x in decoder.state_dict().items():
         joined = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
@@ -361,7 +360,8 @@ def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
             kinds = joined[2].replace("gate_up", "gate_proj up").split()
             for kind, part in zip(kinds, of_expert.chunk(len(kinds))):
                 weights[f"{joined[1]}.{expert}.{kind}.weight"] = part.clone()
-    return weights if family is None else {family.checkpoint_name(name): x for name, x in weights.items()}
+    family = language_model_family(decoder.config)
+    return {family.checkpoint_name(name): x for name, x in weights.items()}
 
 
 def initialize(module: nn.Module) -> None:

@@ -73,8 +73,11 @@ def _asked(settings: str) -> EncoderStates:
             pixel_values = torch.empty(1, getattr(config, "num_channels", 3), height, width)
             pixel_values = pixel_values.to(next(encoder.parameters()).dtype)
             states = encoder(pixel_values=pixel_values, output_hidden_states=True, return_dict=True).hidden_states
-    except ImportError:
-        raise
+    except ImportError as error:
+        extra = ": pip install 'saisa-hf[timm]'" if name == "timm_wrapper" else ""
+        raise ImportError(
+            f"vision_config.model_type={name!r} needs a package that is not installed{extra}. {error}"
+        ) from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(

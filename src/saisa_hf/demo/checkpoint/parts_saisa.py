@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from .language_models_saisa import checkpoint_state_dict
+from .language_models_saisa import FAMILIES, checkpoint_state_dict
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -35,6 +35,10 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
     if getattr(text_model, "hf_quantizer", None) is not None:
         raise ValueError("text_model is quantized: load it as it was published, and quantize what is built.")
     decoder, head = text_model.get_decoder(), text_model.get_output_embeddings()
+    if decoder.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"text_model is a {decoder.config.model_type}, which is not supported: expected one of {', '.join(FAMILIES)}."
+        )
     dtype = decoder.get_input_embeddings().weight.dtype if dtype is None else dtype
     weights = {name: _cast(x, dtype) for name, x in checkpoint_state_dict(decoder).items()}
     encoder = _encoder(vision_model, dtype)
