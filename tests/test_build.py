@@ -2,10 +2,16 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from remote_families import run
+from safetensors.torch import load_file, save_file
+from test_remote_code import OTHER_PYTHON
 from test_text_only import eager_without_sdpa, text_prompts
 from tiny_models import IMAGE_TOKEN, TEXT_CONFIGS, VISION_CONFIGS, VOCAB_SIZE, prompts_from_rows, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -30,8 +36,8 @@ from saisa_hf.cli import main
 from saisa_hf.language_models_saisa import FAMILIES, checkpoint_state_dict
 
 
-FAMILY_NAMES = ["llama", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3"]
-FAMILY_NAMES += ["qwen3_moe", "mixtral"]
+NEW_FAMILIES = ["gemma2", "gemma3", "granite", "mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3"]
+FAMILY_NAMES = ["llama", "mistral_window", "qwen2", "qwen3", *NEW_FAMILIES]
 
 
 def language_model(name="qwen3", dtype=torch.float32):
@@ -182,6 +188,25 @@ def test_a_class_loaded_by_remote_code_builds_from_parts_too(tmp_path, monkeypat
     ids = text_prompts().input_ids
     with torch.no_grad():
         assert torch.equal(made(ids).logits, model(ids).logits)
+
+
+def test_every_family_loads_by_remote_code_in_the_other_major_release(tmp_path):
+    """Or in this one, where no other is at hand."""
+    prompts = text_prompts()
+    inputs = {"ids": prompts.input_ids, "mask": prompts.attention_mask}
+    inputs |= {"prompt": torch.tensor([[1, 5, *[VOCAB_SIZE] * 4, 6, 7]]), "pixels": torch.randn(1, 3, 8, 8)}
+    for text in NEW_FAMILIES:
+        model, *_ = from_parts(text)
+        if text == "gemma2":
+            model.set_attn_implementation({"text_config": "eager"})
+        model.save_pretrained(tmp_path / text)
+        save_file({**inputs, **run(model, inputs)}, tmp_path / f"{text}.safetensors")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    environment = inherited | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [OTHER_PYTHON or sys.executable, str(Path(__file__).with_name("remote_families.py")), str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == sorted(NEW_FAMILIES)
 
 
 def headless():

@@ -44,10 +44,13 @@ def readable_config_dict(config: dict) -> dict:
 
 
 def portable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config as the installed release writes it, with the rotary settings in both forms."""
+    """`config`, a sub-config as the installed release writes it, in a form that 4.57 and 5.x read alike: with the rotary
+    settings of both."""
     config = dict(config)
     if "_name_or_path" in config:
         config["_name_or_path"] = ""  # where a part came from on the machine that saved it
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]  # 5.x's name, and the one that 4.57 reads
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and ("rope_theta" in rope or "full_attention" in rope):
         config |= _rope_of_4(rope, config)
