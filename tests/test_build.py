@@ -24,6 +24,7 @@ from transformers import (
     CLIPModel,
     LlamaModel,
     PreTrainedTokenizerFast,
+    TimmWrapperConfig,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -413,6 +414,21 @@ def test_visual_tokens_are_counted_on_what_the_image_processor_makes(tmp_path):
     model, _, inputs, _ = ask(tmp_path / "out", "word1")
     assert VISION_CONFIGS["dinov2"]().image_size == 8 and model.config.image_seq_length == 16
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+
+
+def test_timms_encoders_get_an_image_processor_that_needs_no_torchvision(tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'saisa-hf[timm]', which brings torchvision")
+    seen = {"input_size": [3, 64, 64], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    vision = TimmWrapperConfig(
+        architecture="convnext_atto", num_labels=2, pretrained_cfg=seen | {"interpolation": "bicubic"}
+    )
+    lm, vision = parts_on_disk(tmp_path, vision=AutoModel.from_config(vision))
+    (vision / "preprocessor_config.json").unlink()
+    quietly(lm, vision, tmp_path / "out")
+    model, processor, inputs, _ = ask(tmp_path / "out", "word1")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length == 16
+    made = processor.image_processor
+    assert (list(made.image_mean), list(made.image_std), made.size["shortest_edge"]) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7], 80)
 
 
 def test_an_encoder_that_refuses_its_processors_pictures_is_reported_and_nothing_is_left(tmp_path):

@@ -10,9 +10,11 @@ from transformers import (
     CLIPVisionConfig,
     ConvNextConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GraniteConfig,
+    IJepaConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -21,9 +23,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    ResNetConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
     SmolLM3Config,
+    SwinConfig,
+    ViTConfig,
 )
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
@@ -117,6 +122,19 @@ VISION_CONFIGS = {
     ),
 }
 VISION_MODELS = list(VISION_CONFIGS)
+# Encoders that SAISA knows by nothing but what they yield
+OTHER_VISION_CONFIGS = {
+    "vit": lambda: ViTConfig(**_VISION),
+    "registers": lambda: Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=4,
+        num_register_tokens=3,
+    ),
+    "ijepa": lambda: IJepaConfig(**_VISION),
+    "swin": lambda: SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2
+    ),
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1]),
+}  # fmt: skip
 
 
 def randomize(module, seed=0, gain=1.3):
@@ -141,7 +159,7 @@ def randomize(module, seed=0, gain=1.3):
 def tiny_config(text="llama", vision="clip", vision_seq_length=4, **kwargs):
     """A `SaisaConfig` over one of `TEXT_CONFIGS` and one of `VISION_CONFIGS` (names, or configs)."""
     text_config = TEXT_CONFIGS[text]() if isinstance(text, str) else text
-    vision_config = VISION_CONFIGS[vision]() if isinstance(vision, str) else vision
+    vision_config = (VISION_CONFIGS | OTHER_VISION_CONFIGS)[vision]() if isinstance(vision, str) else vision
     kwargs = {"tie_word_embeddings": bool(getattr(text_config, "tie_word_embeddings", False))} | kwargs
     return SaisaConfig(
         vision_config=vision_config,

@@ -364,7 +364,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["key_mapping"] = {**VISION_MODEL_NAMES, **(kwargs.get("key_mapping") or {})}
+        names = VISION_MODEL_NAMES if _encoder_type(pretrained_model_name_or_path, kwargs) in NESTED_ENCODERS else {}
+        kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
             parts = ["vision_tower.", "visual_projector.", "language_model."]
@@ -408,6 +409,16 @@ class SaisaPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
         """Nothing to do: the config's `auto_map` is complete as it stands."""
+
+
+def _encoder_type(checkpoint, kwargs: dict) -> str:
+    """The `model_type` of the encoder of `checkpoint`, given the arguments of `from_pretrained`."""
+    config = kwargs.get("config")
+    if isinstance(config, SaisaConfig):
+        return config.vision_config.model_type
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})
+    return (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
 
 
 class SaisaLanguageModel(SaisaPreTrainedModel):
