@@ -23,12 +23,17 @@ class DenseOutput:
     attentions: list
 
 
-def inverse_frequencies(text_config, length):
-    """(H / 2,) float64 inverse frequencies of the rotary embedding, and the factor its cosines and sines carry."""
+def inverse_frequencies(text_config, length, windowed=False):
+    """(R / 2,) float64 inverse frequencies of the rotary embedding, for the R numbers of a head that are rotated, and the
+    factor its cosines and sines carry. `windowed`: of Gemma 3's layers with a window."""
     rope = dict(text_config.get("rope_parameters") or text_config.get("rope_scaling") or {})
+    rope = rope.get("sliding_attention" if windowed else "full_attention", rope)
     theta = rope.get("rope_theta") or text_config.get("rope_theta")
+    if windowed and text_config.get("rope_local_base_freq"):
+        theta = text_config["rope_local_base_freq"]
     kind = rope.get("rope_type", "default")
     head = _head_size(text_config)
+    head = int(head * (rope.get("partial_rotary_factor") or text_config.get("partial_rotary_factor") or 1))
     trained = text_config["max_position_embeddings"]
     if kind == "dynamic":
         stretch = rope["factor"] * max(length, trained) / trained - (rope["factor"] - 1)
@@ -77,64 +82,124 @@ def dense_saisa(state_dict, config, input_ids, features=None, positions=None, ro
     visual = [i for i, token in enumerate(ids) if token == config.image_token_id]
     text = [i for i, token in enumerate(ids) if token != config.image_token_id]
     positions = list(range(len(ids))) if positions is None else positions.tolist()
-    frequencies, amplitude = inverse_frequencies(text_config, rope_length or max(positions) + 1)
+    family = text_config["model_type"]
+    rotations = {
+        windowed: inverse_frequencies(text_config, rope_length or max(positions) + 1, windowed)
+        for windowed in (False, family == "gemma3_text")
+    }
+    gemma = family in ("gemma2", "gemma3_text")
     eps = text_config["rms_norm_eps"]
     N = text_config["num_attention_heads"]
     K = text_config.get("num_key_value_heads") or N
-    H = _head_size(text_config)
+    D, H = text_config["hidden_size"], _head_size(text_config)
     L = text_config["num_hidden_layers"]
     seeing = range(L) if config.visual_layers is None else config.visual_layers
     lm = "model.language_model."
+    # what Gemma's and Granite's configs say beside
+    scale = (text_config["query_pre_attn_scalar"] if gemma else H) ** -0.5
+    scale = text_config["attention_multiplier"] if family == "granite" else scale
+    bounded = family == "gemma2" and config.text_config._attn_implementation == "eager"
+    residual = text_config["residual_multiplier"] if family == "granite" else 1
+    amplified = text_config["embedding_multiplier"] if family == "granite" else math.sqrt(D) if gemma else 1
+
+    def norm(name, x):
+        """The norm of that name, or x as it is where the family has none of that name."""
+        return _rms_norm(x, w[name] + 1 if gemma else w[name], eps) if name in w else x
+
+    before, behind = "post_attention_layernorm.weight", None
+    if gemma:
+        before, behind = "pre_feedforward_layernorm.weight", "post_attention_layernorm.weight"
+    elif family == "olmo2":
+        before, behind = None, "post_attention_layernorm.weight"
 
     embedding = w[lm + "embed_tokens.weight"]
-    h = {i: embedding[ids[i]] for i in text}  # a row for each text position; visual positions never have one
+    # a row for each text position; visual positions never have one
+    h = {i: embedding[ids[i]] * amplified for i in text}
     hidden_states, attentions = [_rows(h, len(ids))], []
 
     for layer in range(L):
         p = f"{lm}layers.{layer}."
-        normed = {i: _rms_norm(h[i], w[p + "input_layernorm.weight"], eps) for i in text}
+        normed = {i: norm(p + "input_layernorm.weight", h[i]) for i in text}
         if layer in seeing and visual:
             q = "model.visual_projector." if config.projector_sharing == "shared" else p + "visual_projector."
             U = F.gelu(_linear(w, q + "linear_1", features.double()))
             U = _linear(w, q + "linear_2", U)
             for i, u in zip(visual, U, strict=True):
-                normed[i] = _rms_norm(u, w[p + "input_layernorm.weight"], eps)
-
-        keys, values = {}, {}
-        for i, x in normed.items():
-            k = _linear(w, p + "self_attn.k_proj", x).view(K, H)
-            if p + "self_attn.k_norm.weight" in w:
-                k = _rms_norm(k, w[p + "self_attn.k_norm.weight"], eps)
-            keys[i] = _rotate(k, positions[i], frequencies, amplitude)
-            values[i] = _linear(w, p + "self_attn.v_proj", x).view(K, H)
+                normed[i] = norm(p + "input_layernorm.weight", u)
 
         window = _window(text_config, layer)
+        rotated = text_config.get("no_rope_layers") is None or text_config["no_rope_layers"][layer]
+        frequencies, amplitude = rotations[family == "gemma3_text" and window < math.inf]
+        if p + "self_attn.qkv_proj.weight" in w:  # Phi-3: one matrix below the other
+            names = [p + f"self_attn.{x}_proj.weight" for x in "qkv"]
+            w.update(zip(names, w[p + "self_attn.qkv_proj.weight"].split([N * H, K * H, K * H])))
+
+        def heads(which, x, p=p):
+            """(N or K, H) queries, keys or values of one token, before they are rotated."""
+            y, name = _linear(w, f"{p}self_attn.{which}_proj", x), f"{p}self_attn.{which}_norm.weight"
+            return norm(name, y).view(-1, H) if family == "olmo2" else norm(name, y.view(-1, H))
+
+        def turned(x, i, on=rotated, frequencies=frequencies, amplitude=amplitude):
+            return _rotate(x, positions[i], frequencies, amplitude) if on else x
+
+        keys = {i: turned(heads("k", x), i) for i, x in normed.items()}
+        values = {i: heads("v", x) for i, x in normed.items()}
         attention = torch.zeros(N, len(ids), len(ids), dtype=torch.float64)
         for i in text:
-            q = _linear(w, p + "self_attn.q_proj", normed[i]).view(N, H)
-            if p + "self_attn.q_norm.weight" in w:
-                q = _rms_norm(q, w[p + "self_attn.q_norm.weight"], eps)
-            q = _rotate(q, positions[i], frequencies, amplitude)
+            q = turned(heads("q", normed[i]), i)
             seen = [j for j in sorted(keys) if j <= i and positions[i] - positions[j] < window]
             k = torch.stack([keys[j] for j in seen])  # (seen, K, H)
             v = torch.stack([values[j] for j in seen])
             mixed = []
             for n in range(N):
                 group = n // (N // K)
-                probabilities = torch.softmax(k[:, group] @ q[n] / math.sqrt(H), dim=0)
+                scores = k[:, group] @ q[n] * scale
+                if bounded:
+                    scores = (
+                        text_config["attn_logit_softcapping"] * (scores / text_config["attn_logit_softcapping"]).tanh()
+                    )
+                probabilities = torch.softmax(scores, dim=0)
                 attention[n, i, seen] = probabilities
                 mixed.append(probabilities @ v[:, group])
-            h[i] = h[i] + _linear(w, p + "self_attn.o_proj", torch.cat(mixed))
-            x = _rms_norm(h[i], w[p + "post_attention_layernorm.weight"], eps)
-            gated = F.silu(_linear(w, p + "mlp.gate_proj", x)) * _linear(w, p + "mlp.up_proj", x)
-            h[i] = h[i] + _linear(w, p + "mlp.down_proj", gated)
+            attended = _linear(w, p + "self_attn.o_proj", torch.cat(mixed))
+            h[i] = h[i] + residual * (norm(p + behind, attended) if behind else attended)
+            fed = _feed_forward(w, p, norm(p + before, h[i]) if before else h[i], text_config)
+            h[i] = h[i] + residual * norm(p + "post_feedforward_layernorm.weight", fed)
         attentions.append(attention)
         hidden_states.append(_rows(h, len(ids)))
 
-    h = {i: _rms_norm(x, w[lm + "norm.weight"], eps) for i, x in h.items()}
+    h = {i: norm(lm + "norm.weight", x) for i, x in h.items()}
     hidden_states[-1] = _rows(h, len(ids))
     head = embedding if config.tie_word_embeddings else w["lm_head.weight"]
-    return DenseOutput(_rows({i: head @ x for i, x in h.items()}, len(ids)), hidden_states, attentions)
+    logits = {i: head @ x / text_config.get("logits_scaling", 1) for i, x in h.items()}
+    if bound := text_config.get("final_logit_softcapping"):
+        logits = {i: bound * (x / bound).tanh() for i, x in logits.items()}
+    return DenseOutput(_rows(logits, len(ids)), hidden_states, attentions)
+
+
+def _feed_forward(w, p, x, text_config):
+    """The gated network of the layer whose names begin with `p`, or a mixture of such."""
+    if text_config["model_type"] == "mixtral":
+        names, router, kinds = p + "block_sparse_moe.experts.{}.", p + "block_sparse_moe.gate", ("w1", "w3", "w2")
+    else:
+        names, router, kinds = p + "mlp.experts.{}.", p + "mlp.gate", ("gate_proj", "up_proj", "down_proj")
+
+    if p + "mlp.gate_up_proj.weight" in w:  # Phi-3: one matrix below the other
+        gate, up = w[p + "mlp.gate_up_proj.weight"].chunk(2)
+        w.update({p + "mlp.gate_proj.weight": gate, p + "mlp.up_proj.weight": up})
+
+    def network(prefix):
+        gate, up, down = (prefix + kind for kind in kinds)
+        opened = _linear(w, gate, x)
+        opened = F.gelu(opened, approximate="tanh") if "hidden_activation" in text_config else F.silu(opened)
+        return _linear(w, down, opened * _linear(w, up, x))
+
+    if router + ".weight" not in w:
+        return network(p + "mlp.")
+    shares = torch.softmax(_linear(w, router, x), dim=0)
+    chosen = sorted(range(len(shares)), key=lambda e: -shares[e])[: text_config["num_experts_per_tok"]]
+    total = sum(shares[e] for e in chosen) if text_config.get("norm_topk_prob", True) else 1
+    return sum(shares[e] / total * network(names.format(e)) for e in chosen)
 
 
 def _head_size(text_config):
@@ -165,8 +230,9 @@ def _rms_norm(x, weight, eps):
 
 
 def _rotate(x, position, frequencies, amplitude):
-    """Rotate (heads, H) vectors, whose first and second halves hold the two coordinates of each plane."""
+    """Rotate (heads, H) vectors, whose first and second halves hold the two coordinates of each plane; where there are
+    fewer planes, those of their first numbers."""
     angles = position * frequencies
     cos, sin = amplitude * angles.cos(), amplitude * angles.sin()
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    a, b, rest = x.split([len(frequencies), len(frequencies), x.shape[-1] - 2 * len(frequencies)], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)

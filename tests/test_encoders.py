@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import VISION_CONFIGS, prompts_from_rows, randomize, tiny_model
-from transformers import AutoModel
+from tiny_models import VISION_CONFIGS, prompts_from_rows, randomize, tiny_config, tiny_model
+from transformers import AutoModel, TimmWrapperConfig
+from transformers.utils import is_timm_available
 
 from saisa_hf import SaisaForConditionalGeneration
 
@@ -167,3 +168,84 @@ def test_a_convolutional_encoder_is_left_out_of_the_choice_of_attention(tmp_path
         for changed in (model, again):
             assert changed.config.text_config._attn_implementation == implementation
             assert changed.config.vision_config._attn_implementation == "eager"
+
+
+# --- encoders that are asked what they yield --------------------------------------------------------------------------
+
+# encoder, its state, size of its pictures, tokens in front of the patches, visual tokens without them, width
+ASKED = [
+    ("vit", -2, 8, 1, 4, 24),
+    ("registers", -2, 8, 4, 4, 24),  # a class token and three registers
+    ("ijepa", 1, 8, 0, 4, 24),
+    ("swin", -2, 16, 0, 4, 32),
+    ("resnet", -2, 224, 0, 196, 16),
+]
+
+
+def runs_end_to_end(model, image_size, tmp_path):
+    """Pictures matter, and what is saved is what is loaded."""
+    prompts = prompts_from_rows(
+        [[1, 5, "image", 6, 7], [1, "image", 8, 2]], seq_length=model.config.image_seq_length, image_size=image_size
+    )
+    with torch.no_grad():
+        logits = model(**prompts.inputs).logits
+        changed = model(**prompts.inputs | {"pixel_values": -prompts.pixel_values}).logits
+    assert not torch.isclose(logits[:, -2:], changed[:, -2:]).all(-1).any()
+    model.save_pretrained(tmp_path)
+    again, info = SaisaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert again.config.image_seq_length == model.config.image_seq_length
+    with torch.no_grad():
+        assert torch.equal(again(**prompts.inputs).logits, logits)
+
+
+@pytest.mark.parametrize("vision, layer, size, prefix, tokens, width", ASKED)
+def test_an_encoder_is_asked_what_it_yields(vision, layer, size, prefix, tokens, width, tmp_path):
+    config = tiny_config("llama", vision, vision_seq_length=None, vision_feature_layer=layer)
+    assert (config.vision_prefix_tokens, config.image_seq_length, config.vision_feature_size) == (prefix, tokens, width)
+    whole = tiny_config(
+        "llama", vision, None, vision_feature_layer=layer, vision_feature_select_strategy="full"
+    )  # fmt: skip
+    assert whole.image_seq_length == tokens + prefix
+    model = tiny_model("llama", vision, vision_seq_length=None, vision_feature_layer=layer)
+    pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values, return_dict=True).pooler_output
+        state = model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
+    assert features.shape == (2, tokens, width)
+    assert torch.equal(features, as_tokens(state, vision, "full")[:, prefix:])
+    runs_end_to_end(model, size, tmp_path)
+
+
+def test_states_of_unlike_sizes_cannot_be_put_side_by_side():
+    with pytest.raises(ValueError, match=r"these states of swin differ in size"):
+        tiny_config("llama", "swin", vision_feature_layer=[0, -1])
+
+
+TIMM = [
+    ("convnext_atto", None, 64, 16, 160),  # OpenCLIP's ConvNeXt towers are of this kind
+    ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}, 32, 4, 192),
+]
+
+
+@pytest.mark.parametrize("architecture, arguments, size, tokens, width", TIMM)
+def test_timms_encoders_run_through_transformers_wrapper(architecture, arguments, size, tokens, width, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed: pip install 'saisa-hf[timm]', which brings torchvision")
+    vision = TimmWrapperConfig(
+        architecture=architecture, model_args=arguments, num_labels=2, pretrained_cfg={"input_size": [3, size, size]}
+    )
+    model = tiny_model("llama", vision, vision_seq_length=None)
+    assert (model.config.image_seq_length, model.config.vision_feature_size) == (tokens, width)
+    pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values, return_dict=True).pooler_output
+        state = model.vision_tower.timm_model.forward_intermediates(pixel_values)[1][-2]
+    assert torch.equal(features, as_tokens(state, "timm", "full"))
+    runs_end_to_end(model, size, tmp_path)
+
+
+def test_without_timm_the_extra_is_named():
+    if is_timm_available():
+        pytest.skip("timm is installed here")
+    with pytest.raises(ImportError, match=r"saisa-hf\[timm\]"):
+        tiny_config("llama", TimmWrapperConfig(architecture="convnext_atto", num_labels=2), None)

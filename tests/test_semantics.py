@@ -48,13 +48,17 @@ def in_float64(model):
     """Compute in float64 throughout: transformers' norms and rotary embeddings round to float32 in any model."""
 
     def norm(module):
+        gemma = text_config["model_type"].startswith("gemma")
+
         def forward(x):
-            return module.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.variance_epsilon)
+            weight = 1 + module.weight if gemma else module.weight
+            return weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + text_config["rms_norm_eps"])
 
         return forward
 
-    def rotary(x, position_ids):
-        frequencies, factor = inverse_frequencies(text_config, int(position_ids.max()) + 1)
+    def rotary(x, position_ids, attention_type):
+        windowed = attention_type == "sliding_attention" and text_config["model_type"] == "gemma3_text"
+        frequencies, factor = inverse_frequencies(text_config, int(position_ids.max()) + 1, windowed)
         angles = position_ids[..., None].double() * torch.cat([frequencies, frequencies])
         return angles.cos() * factor, angles.sin() * factor
 
@@ -62,8 +66,7 @@ def in_float64(model):
     for module in model.model.language_model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = norm(module)
-        elif type(module).__name__.endswith("RotaryEmbedding"):
-            module.forward = rotary
+    model.model.language_model.rotary_emb.forward = rotary
     return model.double()
 
 
@@ -97,7 +100,9 @@ def assert_equals_the_dense_computation(model, prompts, tolerance, attentions=Fa
 def test_a_batch_equals_the_dense_computation_in_float64(text, side):
     for seed in range(2):
         model = in_float64(tiny_model(text, seed=seed))
-        assert_equals_the_dense_computation(model, random_prompts(seed, side).to(torch.float64), 1e-9)
+        eager = model.config.text_config._attn_implementation == "eager"  # which rounds probabilities to float32
+        prompts = random_prompts(seed, side).to(torch.float64)
+        assert_equals_the_dense_computation(model, prompts, 1e-5 if eager else 1e-9)
 
 
 @pytest.mark.parametrize("text", TEXT_MODELS)
@@ -415,6 +420,8 @@ def test_a_wrong_number_of_images_is_refused(images):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("text", TEXT_MODELS)
 def test_eager_equals_sdpa(text, side):
+    if text == "gemma2" and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4.57 runs Gemma 2 with sdpa without the bound on its scores")
     prompts = random_prompts(11, side)
     eager, sdpa = (logits(tiny_model(text, attn_implementation=a), prompts) for a in ("eager", "sdpa"))
     close(eager[prompts.text], sdpa[prompts.text])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
     IMAGE_TOKEN,
     PAD,
@@ -14,16 +15,19 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM
 
+from saisa_hf.language_models_saisa import checkpoint_state_dict
+
 
 SIDES = ["left", "right"]
 
 
 def pair(text, attn_implementation="sdpa", dtype=torch.float32, **kwargs):
     """(SAISA model, transformers' own language model) with the same weights, copied by key."""
-    theirs = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text](), attn_implementation=attn_implementation)
+    their_implementation = eager_without_sdpa(text, attn_implementation)
+    theirs = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text](), attn_implementation=their_implementation)
     theirs = randomize(theirs, seed=1).to(dtype).eval()
     ours = tiny_model(text, attn_implementation=attn_implementation, dtype=dtype, **kwargs)
-    ours.model.language_model.load_state_dict(theirs.model.state_dict(), strict=False)
+    ours.model.language_model.load_state_dict(checkpoint_state_dict(theirs.model), strict=False)
     if not ours.config.tie_word_embeddings:
         ours.lm_head.load_state_dict(theirs.lm_head.state_dict())
     for setting in ("pad_token_id", "eos_token_id"):
@@ -47,27 +51,35 @@ def named(prompts, *names):
     return {name: getattr(prompts, name) for name in names}
 
 
-def assert_same(ours, theirs, name):
+def assert_same(ours, theirs, name, tolerance=0):
     a, b = getattr(ours, name), getattr(theirs, name)
-    if isinstance(b, torch.Tensor):
-        assert torch.equal(a, b), f"{name}: {(a - b).abs().max()}"
-    else:
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert torch.equal(x, y), f"{name}: {(x - y).abs().max()}"
+    a, b = ((a,), (b,)) if isinstance(b, torch.Tensor) else (a, b)
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert x.shape == y.shape and (x - y).abs().max() <= tolerance, f"{name}: {(x - y).abs().max()}"
+
+
+def tolerance(text):
+    """transformers 5 adds up the experts of a token in another order."""
+    return 1e-5 if text in ("qwen3_moe", "mixtral") and not transformers.__version__.startswith("4.") else 0
+
+
+def eager_without_sdpa(text, attn_implementation="sdpa"):
+    """What transformers runs where `attn_implementation` is asked for: Gemma 2's scores are bounded, which sdpa cannot."""
+    unsupported = text == "gemma2" and transformers.__version__.startswith("5.")
+    return "eager" if attn_implementation == "sdpa" and unsupported else attn_implementation
 
 
 @pytest.mark.parametrize("text", TEXT_MODELS)
 def test_a_language_model_checkpoint_loads_key_for_key(text):
     theirs = AutoModelForCausalLM.from_config(TEXT_CONFIGS[text]())
     ours = tiny_model(text)
-    found = ours.model.language_model.load_state_dict(theirs.model.state_dict(), strict=False)
+    found = ours.model.language_model.load_state_dict(checkpoint_state_dict(theirs.model), strict=False)
     assert not found.unexpected_keys
     assert found.missing_keys and all(".visual_projector." in key for key in found.missing_keys)
-    shapes = {name: p.shape for name, p in theirs.state_dict().items() if name.startswith("model.")}
-    mine = ours.state_dict()
-    for name, shape in shapes.items():
-        assert mine[name.replace("model.", "model.language_model.", 1)].shape == shape
+    mine = ours.model.language_model.state_dict()
+    for name, weight in checkpoint_state_dict(theirs.model).items():
+        assert mine[name].shape == weight.shape
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -89,11 +101,13 @@ def test_forward_is_the_language_models_to_the_last_bit(text, attn_implementatio
             with torch.no_grad():
                 a, b = ours(**inputs, **wanted), theirs(**inputs, **wanted)
             for name in [*names, "loss"]:
-                assert_same(a, b, name)
+                assert_same(a, b, name, tolerance(text))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("text", ["llama3_scaling", "mistral_window", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "text", ["llama3_scaling", "mistral_window", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2", "granite"]
+)
 def test_half_precision_is_the_language_models_to_the_last_bit(text, dtype):
     ours, theirs = pair(text, dtype=dtype)
     prompts = text_prompts(1)
@@ -114,11 +128,12 @@ def test_the_projectors_do_not_touch_text(options):
 def test_inputs_embeds_and_logits_to_keep_are_the_language_models(text):
     ours, theirs = pair(text)
     prompts = text_prompts(3)
-    embeds = theirs.get_input_embeddings()(prompts.input_ids).detach()
     with torch.no_grad():
         for keep in (1, 4, torch.tensor([0, 5])):
-            inputs = {"inputs_embeds": embeds, "attention_mask": prompts.attention_mask, "logits_to_keep": keep}
-            assert_same(ours(**inputs), theirs(**inputs), "logits")
+            inputs = {"attention_mask": prompts.attention_mask, "logits_to_keep": keep}
+            # Gemma 2 scales its embeddings in the embedding (here, and in transformers 5) or behind it (4.57)
+            a, b = (m(inputs_embeds=m.get_input_embeddings()(prompts.input_ids), **inputs) for m in (ours, theirs))
+            assert_same(a, b, "logits", tolerance(text))
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -133,7 +148,7 @@ def test_prefill_chunks_and_decoding_are_the_language_models_to_the_last_bit(tex
             inputs["position_ids"] = prompts.position_ids[:, start:stop]
         with torch.no_grad():
             a, b = (m(**inputs, past_key_values=c, use_cache=True) for m, c in zip((ours, theirs), caches))
-        assert_same(a, b, "logits")
+        assert_same(a, b, "logits", tolerance(text))
         caches = [a.past_key_values, b.past_key_values]
         assert caches[0].get_seq_length() == caches[1].get_seq_length() == stop
 
@@ -147,8 +162,8 @@ def test_generation_is_the_language_models(text):
     for way in ways if text in ("llama", "mistral_window", "qwen2_window", "qwen3") else ways[:1]:
         options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         a, b = (m.generate(**inputs, **options | way) for m in (ours, theirs))
-        for name in ("sequences", "logits"):
-            assert_same(a, b, name)
+        assert_same(a, b, "sequences")
+        assert_same(a, b, "logits", tolerance(text))
     torch.manual_seed(0)
     a = ours.generate(**inputs, do_sample=True, max_new_tokens=8)
     torch.manual_seed(0)

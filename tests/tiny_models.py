@@ -10,12 +10,25 @@ from transformers import (
     CLIPVisionConfig,
     ConvNextConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GraniteConfig,
+    IJepaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    ResNetConfig,
     Siglip2VisionConfig,
     SiglipVisionConfig,
+    SmolLM3Config,
+    SwinConfig,
+    ViTConfig,
 )
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
@@ -64,7 +77,27 @@ TEXT_CONFIGS = {
     "qwen3_window": lambda: Qwen3Config(
         **_TEXT, head_dim=6, attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
-}
+    "gemma2": lambda: Gemma2Config(
+        **_TEXT, head_dim=12, query_pre_attn_scalar=40, sliding_window=6,
+        attn_logit_softcapping=2.0, final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: Gemma3TextConfig(
+        **_TEXT, head_dim=12, query_pre_attn_scalar=5, sliding_window=6, rope_local_base_freq=30.0,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "phi3": lambda: Phi3Config(**_TEXT, partial_rotary_factor=0.5),
+    "phi3_window": lambda: Phi3Config(**_TEXT, sliding_window=6),
+    "olmo2": lambda: Olmo2Config(**_TEXT),
+    "granite": lambda: GraniteConfig(
+        **_TEXT, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=2.0
+    ),
+    "smollm3": lambda: SmolLM3Config(**_TEXT, no_rope_layers=[1, 0, 1], attention_bias=True),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_TEXT, head_dim=12, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20, mlp_only_layers=[1],
+        norm_topk_prob=True,
+    ),
+    "mixtral": lambda: MixtralConfig(**_TEXT, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+}  # fmt: skip
 TEXT_MODELS = list(TEXT_CONFIGS)
 # A stretched rotary embedding depends on the longest sequence of the whole batch, so rows are not independent there.
 BATCHABLE_TEXT_MODELS = [name for name in TEXT_MODELS if name != "dynamic_scaling"]
@@ -89,6 +122,19 @@ VISION_CONFIGS = {
     ),
 }
 VISION_MODELS = list(VISION_CONFIGS)
+# Encoders that SAISA knows by nothing but what they yield
+OTHER_VISION_CONFIGS = {
+    "vit": lambda: ViTConfig(**_VISION),
+    "registers": lambda: Dinov2WithRegistersConfig(
+        hidden_size=24, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=4,
+        num_register_tokens=3,
+    ),
+    "ijepa": lambda: IJepaConfig(**_VISION),
+    "swin": lambda: SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2
+    ),
+    "resnet": lambda: ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1]),
+}  # fmt: skip
 
 
 def randomize(module, seed=0, gain=1.3):
@@ -113,7 +159,7 @@ def randomize(module, seed=0, gain=1.3):
 def tiny_config(text="llama", vision="clip", vision_seq_length=4, **kwargs):
     """A `SaisaConfig` over one of `TEXT_CONFIGS` and one of `VISION_CONFIGS` (names, or configs)."""
     text_config = TEXT_CONFIGS[text]() if isinstance(text, str) else text
-    vision_config = VISION_CONFIGS[vision]() if isinstance(vision, str) else vision
+    vision_config = (VISION_CONFIGS | OTHER_VISION_CONFIGS)[vision]() if isinstance(vision, str) else vision
     kwargs = {"tie_word_embeddings": bool(getattr(text_config, "tie_word_embeddings", False))} | kwargs
     return SaisaConfig(
         vision_config=vision_config,

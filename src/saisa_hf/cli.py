@@ -21,6 +21,16 @@ The result holds weights, configuration, code files, model card and, where SRC h
 chat template. DST appears when everything is written and checked; on failure nothing is left behind.
 """
 
+BUILD_HELP = """\
+Builds an untrained model from a language model and a vision encoder, ready for the first training stage:
+
+  saisa build Qwen/Qwen3-0.6B google/siglip-base-patch16-224 ./my-saisa
+  saisa build ./llama ./clip ./my-saisa --projector-sharing shared --dtype bfloat16
+
+The language model's and the encoder's weights are kept bit for bit, the projectors are new. The tokenizer keeps the
+image token it has, or gets one; its chat template is made to take pictures. DST appears when everything is written.
+"""
+
 CHAT_HELP = """\
 Answers questions about pictures in the terminal:
 
@@ -103,6 +113,56 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
+        "build",
+        help="build an untrained model from a language model and a vision encoder",
+        usage="saisa build LANGUAGE_MODEL VISION_MODEL DST [options]",
+        description=BUILD_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "paths",
+        metavar="LANGUAGE_MODEL VISION_MODEL DST",
+        nargs="+",
+        help="folders or hub ids of the language model and the vision encoder, and the folder to make",
+    )
+    command.add_argument(
+        "--image-token", metavar="TEXT", help="what stands for a picture (default: the tokenizer's own, else <image>)"
+    )
+    command.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="vicuna, llama_3, chatml, plain, or a .jinja file (default: the tokenizer's own, else plain)",
+    )
+    command.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the language model's)"
+    )
+    command.add_argument(
+        "--vision-feature-layer", metavar="N", type=int, nargs="+", help="states of the encoder to use (default: -2)"
+    )
+    command.add_argument(
+        "--vision-feature-select-strategy",
+        choices=("default", "full"),
+        help="full: with class token (default: without)",
+    )
+    command.add_argument(
+        "--projector-sharing", choices=("per_layer", "shared"), help="shared: one projector, for the first stage"
+    )
+    command.add_argument(
+        "--projector-hidden-size", metavar="N", type=_positive, help="width in it (default: the language model's)"
+    )
+    command.add_argument(
+        "--visual-layers", metavar="N", type=int, nargs="+", help="decoder layers that see pictures (default: all)"
+    )
+    command.add_argument("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
+    command.add_argument("--seed", metavar="N", type=int, default=0, help="of the projectors (default: %(default)s)")
+    command.add_argument(
+        "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
+    )
+    command.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository as well")
+    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    command.set_defaults(run=_build, parser=command)
+
+    command = commands.add_parser(
         "chat",
         help="talk with a model about pictures",
         description=CHAT_HELP,
@@ -182,5 +242,30 @@ def _convert(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
+    )
+    return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    if len(arguments.paths) != 3:
+        arguments.parser.error(f"expected LANGUAGE_MODEL VISION_MODEL DST, got {' '.join(arguments.paths)}")
+    from .build import build
+
+    names = ("vision_feature_layer", "vision_feature_select_strategy", "projector_sharing", "projector_hidden_size")
+    settings = {name: getattr(arguments, name) for name in (*names, "visual_layers")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if len(settings.get("vision_feature_layer", ())) == 1:
+        settings["vision_feature_layer"] = settings["vision_feature_layer"][0]
+    build(
+        *arguments.paths,
+        image_token=arguments.image_token,
+        chat_template=arguments.chat_template,
+        dtype=arguments.dtype,
+        pad_to_square=arguments.pad_to_square,
+        seed=arguments.seed,
+        max_shard_size=arguments.max_shard_size,
+        overwrite=arguments.overwrite,
+        push_to_hub=arguments.push_to_hub,
+        **settings,
     )
     return 0

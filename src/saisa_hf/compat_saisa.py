@@ -2,9 +2,12 @@
 """Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know."""
 
 import copy
+import importlib.util
 import inspect
 
+import torch
 import transformers
+from torch import nn
 from transformers import image_utils
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import (
@@ -30,40 +33,68 @@ def readable_config_dict(config: dict) -> dict:
     """
     config = dict(config)
     rope = config.get("rope_parameters")
-    if TRANSFORMERS_5:
-        if rope is not None:
-            config.pop("rope_theta", None)
-            config.pop("rope_scaling", None)
-    elif rope is not None:
-        rope = dict(config.pop("rope_parameters"))
-        config["rope_theta"] = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-        config.pop("rope_scaling", None)
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = rope
+    if rope is None:
+        return config
+    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
+        config.pop(name, None)
+    if not TRANSFORMERS_5:
+        del config["rope_parameters"]
+        config |= {name: value for name, value in _rope_of_4(rope, config).items() if value is not None}
     return config
 
 
 def portable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config as the installed release writes it, with the rotary settings in both forms."""
+    """`config`, a sub-config as the installed release writes it, in a form that 4.57 and 5.x read alike: with the rotary
+    settings of both."""
     config = dict(config)
     if "_name_or_path" in config:
         config["_name_or_path"] = ""  # where a part came from on the machine that saved it
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]  # 5.x's name, and the one that 4.57 reads
     rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_theta" in rope:
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    if isinstance(rope, dict) and ("rope_theta" in rope or "full_attention" in rope):
+        config |= _rope_of_4(rope, config)
     elif rope is None and config.get("rope_theta") is not None:
-        scaling = dict(config.get("rope_scaling") or {})
-        scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-        config["rope_parameters"] = {"rope_theta": config["rope_theta"], **scaling}
+        config["rope_parameters"] = _rope_of_5(config)
     return config
+
+
+def _rope_of_4(rope: dict, config: dict) -> dict:
+    """The rotary settings of 4.x for `rope`, those of 5.x; Gemma 3 has two sets of them."""
+    found = {}
+    if "full_attention" in rope:
+        found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10000.0)
+        rope = rope["full_attention"]
+    found["rope_theta"] = rope.get("rope_theta", 10000.0)
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type", "default") == "default":
+        scaling = None
+    elif config.get("model_type") == "phi3":  # it insists on these three
+        scaling = {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return {**found, "rope_scaling": scaling}
+
+
+def _rope_of_5(config: dict) -> dict:
+    """The rotary settings of 5.x for those of 4.x in `config`."""
+    scaling = dict(config.get("rope_scaling") or {})
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    rope = {"rope_theta": config["rope_theta"], **scaling}
+    if config.get("partial_rotary_factor") is not None:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    if config.get("rope_local_base_freq") is not None:
+        local = {"rope_theta": config["rope_local_base_freq"], "rope_type": "default"}
+        return {"full_attention": rope, "sliding_attention": local}
+    return rope
 
 
 def comparable_config_dict(config: dict) -> dict:
     """`config`, a sub-config as the installed release writes it, equal to what that release reads back from config.json:
-    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it."""
-    return config if TRANSFORMERS_5 else portable_config_dict(config)
+    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it, or keeps it beside its own."""
+    if TRANSFORMERS_5:
+        return {name: value for name, value in config.items() if name != "partial_rotary_factor"}
+    return portable_config_dict(config)
 
 
 # --- caches and masks -------------------------------------------------------------------------------------------------
@@ -154,6 +185,48 @@ def decoding_masks(config, attention_mask, **kwargs):
 def tied_weights(target: str, source: str):
     """`_tied_weights_keys` for a parameter `target` that shares `source`."""
     return {target: source} if TRANSFORMERS_5 else [target]
+
+
+if importlib.util.find_spec("transformers.initialization"):
+    from transformers import initialization as init  # leaves alone what was loaded
+else:
+
+    class init:
+        """What 5.x calls `transformers.initialization`. 4.x asks for new weights only where none were loaded."""
+
+        zeros_ = staticmethod(nn.init.zeros_)
+
+        @staticmethod
+        def copy_(tensor, other):
+            with torch.no_grad():
+                return tensor.copy_(other)
+
+
+class RotaryByLayerType(nn.Module):
+    """A rotary embedding that is asked for the kind of layer as well. Most have one for all; Gemma 3 has two: one module on
+    5.x, two of them on 4.57.
+
+    Args:
+        rotary_class: transformers' class.
+        config: the language model's.
+    """
+
+    def __init__(self, rotary_class, config):
+        super().__init__()
+        self.rotary_emb = rotary_class(config=config)
+        self.takes_layer_type = "layer_type" in inspect.signature(rotary_class.forward).parameters
+        if not self.takes_layer_type and getattr(config, "rope_local_base_freq", None) is not None:
+            config = copy.deepcopy(config)
+            config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+            self.rotary_emb_local = rotary_class(config=config)
+
+    def forward(self, x, position_ids, attention_type: str):
+        """Cosines and sines, (B or 1, S, H) each or fewer than H where part of a head is rotated."""
+        if self.takes_layer_type:
+            return self.rotary_emb(x, position_ids, attention_type)
+        if attention_type == "sliding_attention" and hasattr(self, "rotary_emb_local"):
+            return self.rotary_emb_local(x, position_ids)
+        return self.rotary_emb(x, position_ids)
 
 
 def save_options() -> dict:

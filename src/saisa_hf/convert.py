@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, LlamaConfig
 
 from .chat_templates import chat_template as chat_template_source
-from .configuration_saisa import CLASS_TOKENS, SaisaConfig
+from .configuration_saisa import SaisaConfig
 from .model_card_saisa import licence_in_card, write_model_card
 from .modeling_saisa import SaisaForConditionalGeneration
 from .processing_saisa import SaisaProcessor, add_image_token
@@ -494,7 +494,7 @@ def _processor(config: SaisaConfig, settings: dict, tokenizer, tower_folder: Pat
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=CLASS_TOKENS[config.vision_config.model_type],
+        num_additional_image_tokens=config.vision_prefix_tokens,
         image_seq_length=config.image_seq_length,
         image_token=IMAGE_TOKEN,
         chat_template=_chat_template(chat_template, tokenizer),

@@ -9,29 +9,21 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
+from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states
 from .hub_saisa import AUTO_MAP, write_code_files
+from .language_models_saisa import FAMILIES, language_model_family
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
     from .attention_saisa import Visibility  # noqa: F401
-    from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
+    from .parts_saisa import assemble  # noqa: F401
     from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
-
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-# encoder -> how many tokens in front of the patch tokens are no picture of a patch
-CLASS_TOKENS = {
-    "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
-    "dinov2": 1,
-    "convnext": 0,
-}
 
 DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
     "model_type": "clip_vision_model",
@@ -53,11 +45,14 @@ class SaisaConfig(PretrainedConfig):
 
     Args:
         vision_config (`dict` or `PretrainedConfig`, *optional*):
-            The vision encoder: `clip_vision_model`, `siglip_vision_model`, `siglip2_vision_model`, `dinov2` or
-            `convnext`. A dict without `model_type` is CLIP's. Defaults to CLIP ViT-L/14 at 336 px.
+            The vision encoder: `clip_vision_model`, `siglip_vision_model`, `siglip2_vision_model`, `dinov2`, `convnext`,
+            or another that `AutoModel` builds and that yields states of patches or feature maps for `pixel_values`
+            (`vit`, `dinov3_vit`, `timm_wrapper` ...). A dict without `model_type` is CLIP's. Defaults to CLIP ViT-L/14 at
+            336 px.
         text_config (`dict` or `PretrainedConfig`, *optional*):
-            The language model: `llama`, `mistral`, `qwen2` or `qwen3`. A dict without `model_type` is Llama's.
-            Defaults to Llama 7B with 32064 vocabulary rows.
+            The language model: `llama`, `mistral`, `qwen2`, `qwen3`, `gemma2`, `gemma3_text`, `phi3`, `olmo2`, `granite`,
+            `smollm3`, `qwen3_moe` or `mixtral`. A dict without `model_type` is Llama's. Defaults to Llama 7B with 32064
+            vocabulary rows.
         image_token_id (`int`, *optional*, defaults to 32000):
             Vocabulary index of the placeholder that stands for one visual token. Also readable as `image_token_index`.
         image_seq_length (`int`, *optional*):
@@ -105,8 +100,8 @@ class SaisaConfig(PretrainedConfig):
         tie_word_embeddings=None,
         **kwargs,
     ):
-        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, tuple(CLASS_TOKENS))
-        self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, LANGUAGE_MODELS)
+        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, None)
+        self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, tuple(FAMILIES))
         self.image_token_id = kwargs.pop("image_token_index", image_token_id)
         self.vision_feature_layer = _listed(vision_feature_layer)
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -145,12 +140,20 @@ class SaisaConfig(PretrainedConfig):
         if vision.model_type == "convnext":  # one width per stage; state 0 is the stem's, as wide as the first stage
             widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
             return sum(widths[layer] for layer in self.vision_feature_layers)
+        if vision.model_type not in CLASS_TOKENS:
+            return sum(self._encoder_states().widths[layer] for layer in self.vision_feature_layers)
         return vision.hidden_size * len(self.vision_feature_layers)
+
+    @property
+    def vision_prefix_tokens(self) -> int:
+        """How many tokens at the front of the encoder's states are no picture of a patch: class and register tokens."""
+        known = CLASS_TOKENS.get(self.vision_config.model_type)
+        return self._encoder_states().prefix if known is None else known
 
     @property
     def dropped_vision_tokens(self) -> int:
         """How many tokens at the front of the encoder's states are not handed on as visual tokens."""
-        return CLASS_TOKENS[self.vision_config.model_type] if self.vision_feature_select_strategy == "default" else 0
+        return self.vision_prefix_tokens if self.vision_feature_select_strategy == "default" else 0
 
     def sees_image(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
@@ -188,6 +191,8 @@ class SaisaConfig(PretrainedConfig):
         vision = self.vision_config
         if vision.model_type == "siglip2_vision_model":
             return vision.num_patches
+        if vision.model_type not in CLASS_TOKENS:
+            return self._encoder_states().tokens[self.vision_feature_layers[0]] - self.dropped_vision_tokens
         size = getattr(vision, "image_size", None)
         if not _is_count(size):
             raise ValueError(
@@ -197,7 +202,10 @@ class SaisaConfig(PretrainedConfig):
         if vision.model_type == "convnext":
             return (size // self._convnext_strides()[self.vision_feature_layers[0]]) ** 2
         patches = (size // vision.patch_size) ** 2
-        return patches + CLASS_TOKENS[vision.model_type] - self.dropped_vision_tokens
+        return patches + self.vision_prefix_tokens - self.dropped_vision_tokens
+
+    def _encoder_states(self) -> EncoderStates:
+        return encoder_states(self.vision_config)
 
     def _convnext_strides(self) -> list[int]:
         """Pixels per feature for each of ConvNeXt's states: the stem's, then those of the stages. The stem divides by
@@ -223,19 +231,28 @@ class SaisaConfig(PretrainedConfig):
             value = getattr(self, name)
             if value is not None and not _is_count(value):
                 raise ValueError(f"{name}={value!r}: expected {what}.")
-        convolutional = vision.model_type == "convnext"
-        states = (len(vision.hidden_sizes) if convolutional else vision.num_hidden_layers) + 1
+        if vision.model_type not in CLASS_TOKENS:
+            states, sizes = len(self._encoder_states().tokens), self._encoder_states().tokens
+        elif vision.model_type == "convnext":
+            states, sizes = len(vision.hidden_sizes) + 1, self._convnext_strides()
+        else:
+            states, sizes = vision.num_hidden_layers + 1, None
         layers = self.vision_feature_layers if isinstance(self.vision_feature_layer, (int, list)) else []
         if not layers or not all(_is_index(layer) and -states <= layer < states for layer in layers):
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer!r}: expected an index into the hidden states of "
                 f"{vision.model_type}, or a list of them; with {states - 1} layers, {-states} to {states - 1} are allowed."
             )
-        if convolutional and len({self._convnext_strides()[layer] for layer in layers}) > 1:
+        if sizes is not None and len({sizes[layer] for layer in layers}) > 1:
             raise ValueError(
-                f"vision_feature_layer={self.vision_feature_layer!r}: these states of convnext differ in size and cannot be "
-                f"put side by side. Choose one stage."
+                f"vision_feature_layer={self.vision_feature_layer!r}: these states of {vision.model_type} differ in size and "
+                f"cannot be put side by side. Choose one stage."
             )
+        for name, value in language_model_family(text).only.items():
+            if getattr(text, name, value) not in (value, None):
+                raise ValueError(
+                    f"text_config.{name}={getattr(text, name)!r} is not supported for {text.model_type}: expected {value!r}."
+                )
         if self.visual_layers is not None:
             count, layers = text.num_hidden_layers, self.visual_layers
             whole = isinstance(layers, list) and all(_is_index(layer) and 0 <= layer < count for layer in layers)
@@ -263,7 +280,8 @@ def _is_count(value) -> bool:
 
 
 def _sub_config(field, value, default, allowed):
-    """The config object for `value` (None, dict or config), its `model_type` checked against `allowed`."""
+    """The config object for `value` (None, dict or config), its `model_type` checked against `allowed`, where given."""
+    allowed = tuple(CONFIG_MAPPING) if allowed is None else allowed
     if value is None:
         value = dict(default)
     if isinstance(value, dict):

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCardData
 
+from .language_models_saisa import language_model_family
+
 
 TEXT_TOKENS = 64
 PARTS = ("vision tower", "projectors", "language model", "head")
@@ -27,8 +29,8 @@ CITATION = """\
 def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
     """FLOPs of one prefill in the language model, by the paper's formulas; a multiply-accumulate counts as 2.
 
-    With h hidden, m intermediate, t text, v visual, c encoder width, p projector width, k the width of all key heads,
-    per decoder layer:
+    With h hidden, m intermediate (of the experts that a token passes, where there are some), t text, v visual, c encoder
+    width, p projector width, k the width of all key heads, per decoder layer:
 
         "saisa": 2t(4h + 3m)h + 4vhk + 4t(t + v)h + 2v(cp + ph)
         "llava": 2(t + v)(4h + 3m)h + 4(t + v)^2 h
@@ -37,7 +39,8 @@ def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
     vision tower, the embedding, the head and LLaVA's own projector are left out, as in the paper.
     """
     text, t, v = config.text_config, text_tokens, visual_tokens
-    h, m, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
+    h, layers = text.hidden_size, text.num_hidden_layers
+    m = sum(language_model_family(text).feed_forward_sizes()) / layers
     heads = text.num_attention_heads
     k = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or h // heads)
     c, p = config.vision_feature_size, config.projector_hidden_size or h

@@ -41,9 +41,11 @@ from .compat_saisa import (
     update_cache,
 )
 from .configuration_saisa import SaisaConfig
+from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
-from .language_models_saisa import language_model_family
+from .language_models_saisa import initialize, language_model_family
 from .model_card_saisa import write_model_card
+from .parts_saisa import assemble
 from .token_layout_saisa import TokenLayout
 from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
@@ -132,10 +134,11 @@ class NaavitAttention(nn.Module):
         self.config = text  # `set_attn_implementation` writes into it
         self.layer_idx = layer_idx
         self.sees_image = config.sees_image(layer_idx)
-        self.head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.head_dim = family.head_dim
         self.num_key_value_groups = text.num_attention_heads // text.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.window = text.sliding_window if family.attention_types[layer_idx] == "sliding_attention" else None
+        self.scaling, self.softcap = family.scaling, family.softcap
+        self.window = family.window(layer_idx)
+        self.rotates = family.rotates(layer_idx)
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
         self.rotate_half = family.rotate_half
@@ -143,23 +146,43 @@ class NaavitAttention(nn.Module):
 
         query_size = text.num_attention_heads * self.head_dim
         key_size = text.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(text.hidden_size, query_size, bias=family.qkv_bias)
-        self.k_proj = nn.Linear(text.hidden_size, key_size, bias=family.qkv_bias)
-        self.v_proj = nn.Linear(text.hidden_size, key_size, bias=family.qkv_bias)
+        self.sizes = [query_size, key_size, key_size]
+        if family.fused_projection:
+            self.qkv_proj = nn.Linear(text.hidden_size, sum(self.sizes), bias=family.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(text.hidden_size, query_size, bias=family.qkv_bias)
+            self.k_proj = nn.Linear(text.hidden_size, key_size, bias=family.qkv_bias)
+            self.v_proj = nn.Linear(text.hidden_size, key_size, bias=family.qkv_bias)
         self.o_proj = nn.Linear(query_size, text.hidden_size, bias=family.output_bias)
-        if family.qk_norm:
-            self.q_norm = family.norm(self.head_dim, eps=text.rms_norm_eps)
-            self.k_norm = family.norm(self.head_dim, eps=text.rms_norm_eps)
+        self.head_norm = family.head_norm
+        if self.head_norm is not None:
+            whole = self.head_norm == "width"
+            self.q_norm = family.norm(query_size if whole else self.head_dim)
+            self.k_norm = family.norm(key_size if whole else self.head_dim)
 
     @property
     def implementation(self) -> str:
         """The name of the attention implementation. Keys that are hidden one by one need a mask tensor."""
         chosen = self.config._attn_implementation
-        return chosen if self.sees_image or chosen == "eager" else "sdpa"
+        if self.sees_image or chosen in ("eager", "sdpa"):
+            return chosen
+        return "sdpa" if self.softcap is None else "eager"
 
     def keys_and_values(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised rows (R, D) of text or visual tokens -> their keys before rotation and their values, (R, K, H)."""
-        return self._heads(self.k_proj(x_RD), "k_norm"), self._heads(self.v_proj(x_RD))
+        """Input rows (R, D) of visual tokens -> their keys before rotation and their values, (R, K, H)."""
+        if hasattr(self, "qkv_proj"):
+            _, key_RX, value_RX = self.qkv_proj(x_RD).split(self.sizes, dim=-1)
+        else:
+            key_RX, value_RX = self.k_proj(x_RD), self.v_proj(x_RD)
+        return self._heads(key_RX, "k_norm"), self._heads(value_RX)
+
+    def _queries_keys_values(self, x_PD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input rows (P, D) of text tokens -> (P, N, H), (P, K, H), (P, K, H)."""
+        if hasattr(self, "qkv_proj"):
+            query_PX, key_PX, value_PX = self.qkv_proj(x_PD).split(self.sizes, dim=-1)
+        else:
+            query_PX, key_PX, value_PX = self.q_proj(x_PD), self.k_proj(x_PD), self.v_proj(x_PD)
+        return self._heads(query_PX, "q_norm"), self._heads(key_PX, "k_norm"), self._heads(value_PX)
 
     def forward(
         self,
@@ -182,14 +205,18 @@ class NaavitAttention(nn.Module):
         Returns:
             (P, D) outputs of the text tokens, and (B, N, T, L) probabilities where the implementation has them.
         """
-        query_PNH = self._rotated(self._heads(self.q_proj(text_PD), "q_norm"), *rotation.text)
-        key_PKH, value_PKH = self.keys_and_values(text_PD)
-        key_PKH = self._rotated(key_PKH, *rotation.text)
-        key_VKH = value_VKH = None
+        query_PNH, key_PKH, value_PKH = self._queries_keys_values(text_PD)
+        query_PNH, key_PKH = (self._rotated(x, *rotation.text) for x in (query_PNH, key_PKH))
+        key_VKH = value_VKH = visual_rotation = None
         if visual is not None:
             key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
+            cos_VH = rotation.visual[0]
+            if self.rotates and cos_VH.shape[-1] == self.head_dim and cos_VH.dtype == key_VKH.dtype:
+                visual_rotation = rotation.visual  # the layout does it in fewer passes over memory
+            else:
+                key_VKH = self._rotated(key_VKH, *rotation.visual)
         query_BNTH = layout.queries(query_PNH).transpose(1, 2)
-        key_BKSH = layout.keys(key_PKH, key_VKH, None if visual is None else rotation.visual)
+        key_BKSH = layout.keys(key_PKH, key_VKH, visual_rotation)
         value_BKSH = layout.keys(value_PKH, value_VKH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
@@ -202,6 +229,8 @@ class NaavitAttention(nn.Module):
             attention_mask = hide_marked_keys(attention_mask, key_BKSH, query_BNTH)
 
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        if self.softcap is not None:
+            options["softcap"] = self.softcap
         inputs = (self, query_BNTH, key_BKSH, value_BKSH)
         if isinstance(attention_mask, Runs):
             output_BTNH, probabilities_BNTL = attention_mask.attend(self.implementation, *inputs, **options), None
@@ -217,13 +246,20 @@ class NaavitAttention(nn.Module):
         return self.o_proj(layout.pack(output_BTX)), probabilities_BNTL
 
     def _heads(self, x_PX: torch.Tensor, norm: str | None = None) -> torch.Tensor:
-        """(P, X) -> (P, heads, H), past the norm over each head that Qwen 3 has."""
+        """(P, X) -> (P, heads, H), past the norm over each head or over all of them that some families have."""
+        if norm is not None and self.head_norm == "width":
+            x_PX = getattr(self, norm)(x_PX)
         x_PNH = x_PX.unflatten(-1, (-1, self.head_dim))
-        return getattr(self, norm)(x_PNH) if norm is not None and hasattr(self, norm) else x_PNH
+        return getattr(self, norm)(x_PNH) if norm is not None and self.head_norm == "head" else x_PNH
 
     def _rotated(self, x_PNH: torch.Tensor, cos_PH: torch.Tensor, sin_PH: torch.Tensor) -> torch.Tensor:
-        """As the language model does it, to the last bit."""
-        return x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]
+        """As the language model does it, to the last bit. Rotated is as much of each head as the cosines are for."""
+        if not self.rotates:
+            return x_PNH
+        size, dtype = cos_PH.shape[-1], x_PNH.dtype
+        if size < x_PNH.shape[-1]:
+            return torch.cat([self._rotated(x_PNH[..., :size], cos_PH, sin_PH), x_PNH[..., size:]], dim=-1)
+        return (x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]).to(dtype)
 
 
 class SaisaDecoderLayer(GradientCheckpointingLayer):
@@ -235,31 +271,36 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         family = language_model_family(text)
         self.attention_type = family.attention_types[layer_idx]
         self.sees_image = config.sees_image(layer_idx)
-        self.input_layernorm = family.norm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norms, self.feed_forward_name = family.norms, family.feed_forward_name
+        if self.norms.before_attention is not None:
+            self.add_module(self.norms.before_attention, family.norm(text.hidden_size))
         self.self_attn = NaavitAttention(config, layer_idx)
         if self.sees_image and config.projector_sharing == "per_layer":
             self.visual_projector = SaisaVisualProjector(config)
-        self.post_attention_layernorm = family.norm(text.hidden_size, eps=text.rms_norm_eps)
-        self.mlp = family.feed_forward(text)
+        for name in filter(None, self.norms[1:]):
+            self.add_module(name, family.norm(text.hidden_size))
+        self.add_module(self.feed_forward_name, family.feed_forward(layer_idx))
+        self.residual_multiplier = family.residual_multiplier
 
     def visual_keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
         (V, K, H) each. They depend on nothing else."""
-        weight = self.input_layernorm.weight
+        weight = getattr(self, next(filter(None, self.norms))).weight
         features = features.to(weight.device)
         visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-        return self.self_attn.keys_and_values(self.input_layernorm(visual_VD.to(weight.dtype)))
+        return self.self_attn.keys_and_values(self._normed(self.norms.before_attention, visual_VD.to(weight.dtype)))
 
     def visual_modules(self) -> dict[str, nn.Module]:
         """The modules on whose weights `visual_keys_and_values` depends."""
-        modules = {
-            "visual_projector": getattr(self, "visual_projector", None),
-            "input_layernorm": self.input_layernorm,
-            "k_proj": self.self_attn.k_proj,
-            "v_proj": self.self_attn.v_proj,
-            "k_norm": getattr(self.self_attn, "k_norm", None),
-        }
+        modules = {name: getattr(self, name, None) for name in ("visual_projector", self.norms.before_attention or "")}
+        modules |= {name: getattr(self.self_attn, name, None) for name in ("k_proj", "v_proj", "qkv_proj", "k_norm")}
         return {name: module for name, module in modules.items() if module is not None}
+
+    def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+    def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
     def forward(self, text_PD: torch.Tensor, visual, **attention_arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -276,10 +317,11 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
         else:
             visual = self.visual_keys_and_values(visual)
-        attended_PD, probabilities_BNTL = self.self_attn(self.input_layernorm(text_PD), visual, **attention_arguments)
-        text_PD = text_PD + attended_PD
-        text_PD = text_PD + self.mlp(self.post_attention_layernorm(text_PD))
-        return text_PD, probabilities_BNTL
+        normed_PD = self._normed(self.norms.before_attention, text_PD)
+        attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
+        text_PD = self._added(text_PD, self._normed(self.norms.after_attention, attended_PD))
+        fed_PD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, text_PD))
+        return self._added(text_PD, self._normed(self.norms.after_feed_forward, fed_PD)), probabilities_BNTL
 
 
 class SaisaPreTrainedModel(PreTrainedModel):
@@ -322,7 +364,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs["key_mapping"] = {**VISION_MODEL_NAMES, **(kwargs.get("key_mapping") or {})}
+        names = VISION_MODEL_NAMES if _encoder_type(pretrained_model_name_or_path, kwargs) in NESTED_ENCODERS else {}
+        kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if pretrained_model_name_or_path is not None:
             parts = ["vision_tower.", "visual_projector.", "language_model."]
@@ -343,9 +386,17 @@ class SaisaPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """transformers' own; a convolutional encoder, which has no attention, is left out of what is meant for all."""
         vision = getattr(self.config, "vision_config", None)
-        if isinstance(attn_implementation, str) and getattr(vision, "model_type", None) == "convnext":
+        if isinstance(attn_implementation, str) and vision is not None and not has_choice_of_attention(vision):
             attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
-        return super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        text = self.config.get_text_config()
+        if text._attn_implementation == "sdpa" and not language_model_family(text).supports_sdpa:
+            text._attn_implementation = "eager"
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        initialize(module)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -360,6 +411,16 @@ class SaisaPreTrainedModel(PreTrainedModel):
         """Nothing to do: the config's `auto_map` is complete as it stands."""
 
 
+def _encoder_type(checkpoint, kwargs: dict) -> str:
+    """The `model_type` of the encoder of `checkpoint`, given the arguments of `from_pretrained`."""
+    config = kwargs.get("config")
+    if isinstance(config, SaisaConfig):
+        return config.vision_config.model_type
+    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})
+    return (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
+
+
 class SaisaLanguageModel(SaisaPreTrainedModel):
     """The decoder: an ordinary language model whose layers also read the features of the vision encoder."""
 
@@ -367,11 +428,13 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         # over the text config, so that `attn_implementation={"text_config": ...}` reaches it
         super().__init__(config.text_config)
         text = config.text_config
-        family = language_model_family(text)
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, getattr(text, "pad_token_id", None))
+        self.family = language_model_family(text)
+        if self.config._attn_implementation == "sdpa" and not self.family.supports_sdpa:
+            self.config._attn_implementation = "eager"
+        self.embed_tokens = self.family.embedding()
         self.layers = nn.ModuleList(SaisaDecoderLayer(config, index) for index in range(text.num_hidden_layers))
-        self.norm = family.norm(text.hidden_size, eps=text.rms_norm_eps)
-        self.rotary_emb = family.rotary_embedding(text)
+        self.norm = self.family.norm(text.hidden_size)
+        self.rotary_emb = self.family.rotary_embedding()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -409,6 +472,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             text_PD = self.embed_tokens(layout.text(input_ids))
         else:
             text_PD = layout.text(inputs_embeds)
+        text_PD = self.family.scaled_input(text_PD)
         slots = cache_position
         if slots is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -420,7 +484,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
             documents = starts.cumsum(-1).expand(batch_size, -1)
         masks = self._attention_masks(layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents)
-        rotation = self._rotation(layout, text_PD, position_ids)
+        kinds = set(self.family.attention_types)
+        rotations = {kind: self._rotation(layout, text_PD, position_ids, kind) for kind in kinds}
 
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(
@@ -435,7 +500,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 text_PD,
                 visual[index] if isinstance(visual, tuple) else visual,
                 layout=layout,
-                rotation=rotation,
+                rotation=rotations[layer.attention_type],
                 attention_mask=masks[layer.attention_type, layer.sees_image],
                 past_key_values=past_key_values,
                 slots=slots,
@@ -466,6 +531,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 masks[kind] = layout.query_rows(given)
             elif layout.visual_BS is not None:
                 masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
+            elif implementation == "eager" != self.config._attn_implementation:
+                masks[kind] = visibility.for_implementation("eager", text_PD.dtype)
             elif implementation != self.config._attn_implementation:
                 masks[kind] = visibility.mask()
             elif has_empty_places(past_key_values) and (is_flash(implementation) or implementation == "flex_attention"):
@@ -479,8 +546,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 masks[kind] = causal_mask(layer.attention_type, *arguments)
         return masks
 
-    def _rotation(self, layout, text_PD, position_ids) -> Rotation:
-        cos_sin = self.rotary_emb(text_PD, position_ids)
+    def _rotation(self, layout, text_PD, position_ids, attention_type) -> Rotation:
+        cos_sin = self.rotary_emb(text_PD, position_ids, attention_type)
         if layout.visual_BS is None:
             return Rotation(cos_sin, None)
         cos_sin = [x_BSH.expand(layout.batch_size, -1, -1) for x_BSH in cos_sin]
@@ -509,10 +576,14 @@ class NestedEncoder(nn.Module):
 def build_vision_tower(config) -> nn.Module:
     """The encoder for `config`, with the parameter names of transformers up to 5.5."""
     # a convolutional encoder has no attention to choose: transformers refuses any choice but this
-    choice = {"attn_implementation": "eager"} if config.model_type == "convnext" else {}
-    encoder = AutoModel.from_config(config, **choice)
-    if config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
-        encoder = NestedEncoder(encoder)
+    choice = {} if has_choice_of_attention(config) else {"attn_implementation": "eager"}
+    return as_vision_tower(AutoModel.from_config(config, **choice))
+
+
+def as_vision_tower(encoder: PreTrainedModel) -> nn.Module:
+    """`encoder` with the parameter names of transformers up to 5.5."""
+    if encoder.config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
+        return NestedEncoder(encoder)
     return encoder
 
 
@@ -805,7 +876,43 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = SaisaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._can_compile_fullgraph = self.language_model.family.compiles
         self.post_init()
+
+    @classmethod
+    def from_parts(cls, text_model, vision_model, *, image_token_id=None, dtype=None, **arguments):
+        """
+        An untrained model from a language model and a vision encoder. On text alone it is that language model; its
+        projectors are new: each linear map's weights and biases are uniform in +-1 / sqrt(inputs), as LLaVA's code makes
+        them.
+
+        Args:
+            text_model: folder or hub id of a language model of a supported family, or a model of transformers with its
+                head. The tensors of a model are shared, not copied.
+            vision_model: folder or hub id of a vision encoder, also of a CLIP or SigLIP with a text tower, or an encoder of
+                transformers, which becomes the vision tower itself.
+            image_token_id: the image token's index. If embedding and head have no such row, they get rows up to it, the mean
+                of the old ones, which `generation_config.suppress_tokens` keeps out of answers. None: the first new row.
+            dtype: of all weights; None is the language model's.
+            arguments: of `SaisaConfig`: `vision_feature_layer`, `visual_layers`, `projector_hidden_size` ...
+
+        Returns:
+            the model in eval mode, with the language model's generation config.
+
+        Raises:
+            ValueError: a part is of no supported kind, is quantized, lacks tensors, or does not fit the arguments.
+            OSError: a folder or repository cannot be read.
+        """
+
+        def make_model(config, encoder):
+            with torch.device("meta"):
+                model = cls(config)
+            model.model.vision_tower = as_vision_tower(encoder)
+            model.language_model.rotary_emb = model.language_model.family.rotary_embedding()
+            return model
+
+        arguments |= {"image_token_id": image_token_id, "dtype": dtype}
+        return assemble(make_model, SaisaVisualProjector, cls.config_class, text_model, vision_model, **arguments)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
@@ -890,6 +997,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept]
         layout = TokenLayout(visual_BS)
         logits_PX = self.lm_head(layout.text(outputs.last_hidden_state[:, kept]))
+        logits_PX = self.language_model.family.scaled_logits(logits_PX)
 
         loss = None
         if labels is not None:

@@ -24,9 +24,11 @@ from .pictures_saisa import check_size, load_picture, pad_to_square
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
     from .attention_saisa import Visibility  # noqa: F401
     from .configuration_saisa import SaisaConfig  # noqa: F401
+    from .encoders_saisa import CLASS_TOKENS  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
+    from .parts_saisa import assemble  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 

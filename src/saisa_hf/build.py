@@ -1,0 +1,246 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`saisa build`: a language model and a vision encoder become an untrained SAISA checkpoint, ready for the first training
+stage: weights, processor with image token and chat template, configuration, code files and model card.
+
+As with `saisa convert`, everything is written into a hidden folder beside the destination, read back and compared, and
+renamed into place at the very end.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import PIL.Image
+import torch
+from huggingface_hub import HfApi
+from safetensors import safe_open
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
+
+from .chat_templates import chat_template as named_chat_template
+from .chat_templates import with_pictures
+from .convert import DTYPES, _check_destination, _replace, _size_in_bytes
+from .model_card_saisa import licence_in_card, write_model_card
+from .modeling_saisa import SaisaForConditionalGeneration
+from .processing_saisa import SaisaProcessor, add_image_token
+
+
+# image tokens that tokenizers of language models have already, because a vision-language model shares them
+KNOWN_IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>", "<|image|>", "<IMG_CONTEXT>", "[IMG]")
+
+
+def build(
+    language_model: str | os.PathLike,
+    vision_model: str | os.PathLike,
+    destination: str | os.PathLike,
+    *,
+    image_token: str | None = None,
+    chat_template: str | None = None,
+    dtype: str | None = None,
+    pad_to_square: bool = False,
+    seed: int = 0,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    log: Callable[[str], None] = print,
+    **settings,
+) -> Path:
+    """Builds an untrained SAISA from parts into the folder `destination`.
+
+    Args:
+        language_model: folder or hub id of a language model with its tokenizer.
+        vision_model: folder or hub id of a vision encoder with its image processor; CLIP and SigLIP may bring a text tower.
+        destination: folder to make. An existing one must be empty, or `overwrite` must be True.
+        image_token: the text that stands for a picture. None: the one that the tokenizer has (`KNOWN_IMAGE_TOKENS`), else
+            `<image>`, which is added.
+        chat_template: "vicuna", "llama_3", "chatml", "plain", or the path of a .jinja file that reads contents as strings.
+            None: the tokenizer's own, made to take pictures; "plain" where it has none.
+        dtype: "float32", "float16" or "bfloat16"; None keeps the language model's.
+        pad_to_square: whether the processor pads pictures to squares of the mean colour first, as LLaVA-1.5 does.
+        seed: of the projectors' weights.
+        max_shard_size: most bytes in a weight file, as a number or like "5GB".
+        push_to_hub: a repository, "user/name", to upload the result to.
+        log: called with one line of text per step.
+        settings: of `SaisaConfig`: `vision_feature_layer`, `visual_layers`, `projector_sharing` ...
+
+    Returns:
+        The destination's path.
+
+    Raises:
+        ValueError: a part is not supported, or the parts or arguments do not fit.
+        OSError: a file or repository is missing or cannot be read or written.
+    """
+    destination = Path(destination).expanduser().absolute()
+    language_model, vision_model = _source(language_model), _source(vision_model)
+    _size_in_bytes(max_shard_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    _check_destination(destination, overwrite)
+    for part in (language_model, vision_model):
+        if os.path.isdir(part) and (destination == Path(part) or destination in Path(part).parents):
+            raise ValueError(f"DST {destination} contains {part}: choose another DST.")
+
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    image_token = prepare_tokenizer(tokenizer, image_token)
+    template = _chat_template(chat_template, tokenizer, image_token)
+    image_processor = _image_processor(vision_model)
+
+    log(f"reading {language_model} and {vision_model}")
+    torch.manual_seed(seed)
+    model = SaisaForConditionalGeneration.from_parts(
+        language_model,
+        vision_model,
+        image_token_id=tokenizer.convert_tokens_to_ids(image_token),
+        dtype=None if dtype is None else DTYPES[dtype],
+        **settings,
+    )
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    processor = make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square)
+
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
+    try:
+        partial.chmod(0o755)
+        log("writing")
+        model.save_pretrained(partial, max_shard_size=max_shard_size)
+        processor.save_pretrained(partial)
+        count = _compare(partial, model)
+        repositories = [str(part) for part in (language_model, vision_model) if not os.path.isdir(part)]
+        write_model_card(
+            partial,
+            model.config,
+            repo_id=push_to_hub or destination.name,
+            base_model=repositories or None,
+            license=licence_in_card(Path(language_model) / "README.md"),
+        )
+        _replace(destination, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    log(f"checked {count} tensors; {image_token!r} takes {model.config.image_seq_length} visual tokens")
+    log(f"wrote {destination}")
+    if push_to_hub is not None:
+        api = HfApi()
+        repository = api.create_repo(push_to_hub, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repository, folder_path=destination, commit_message="Upload an untrained SAISA")
+        log(f"uploaded to {repository}")
+    return destination
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
+    """Makes a language model's tokenizer, in place, one for pictures: with an image token, a padding token, and padding on
+    the left.
+
+    Args:
+        image_token: see `build`.
+
+    Returns:
+        the image token.
+    """
+    tokenizer.name_or_path = ""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    vocabulary = tokenizer.get_vocab()
+    if image_token is None:
+        own = (getattr(tokenizer, "image_token", None), *KNOWN_IMAGE_TOKENS)
+        image_token = next((token for token in own if token in vocabulary), "<image>")
+    if image_token not in vocabulary:
+        add_image_token(tokenizer, image_token)
+    return image_token
+
+
+def make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square=False) -> SaisaProcessor:
+    """The processor of `model`, whose `config.image_seq_length` becomes what its encoder makes of a picture that
+    `image_processor` has prepared.
+
+    Raises:
+        ValueError: the encoder does not take such a picture.
+    """
+    config = model.config
+    processor = SaisaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=_square(getattr(config.vision_config, "patch_size", None)),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=config.vision_prefix_tokens,
+        image_token=image_token,
+        image_seq_length=config.image_seq_length,
+        chat_template=template,
+        pad_to_square=pad_to_square,
+    )
+    picture = PIL.Image.new("RGB", (640, 480), (128, 128, 128))
+    inputs = processor(images=[picture], return_tensors="pt")
+    inputs = {name: value.to(model.vision_tower.device) for name, value in inputs.items()}
+    try:
+        with torch.no_grad():
+            features = model.get_image_features(**inputs, return_dict=True).pooler_output
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"The encoder does not take the pictures {tuple(inputs['pixel_values'].shape)} that its image processor makes: "
+            f"{error}"
+        ) from error
+    if "spatial_shapes" not in inputs:  # a picture takes as many tokens as it has patches, whatever its shape
+        config.image_seq_length = processor.image_seq_length = len(features[0])
+    return processor
+
+
+def _chat_template(chosen: str | None, tokenizer, image_token: str) -> "str | dict[str, str]":
+    own = tokenizer.chat_template
+    tokenizer.chat_template = None  # the processor's is the one that counts
+    if chosen is None and own:
+        if isinstance(own, dict):
+            return {name: with_pictures(template, image_token) for name, template in own.items()}
+        return with_pictures(own, image_token)
+    if chosen is None or not chosen.endswith(".jinja"):
+        return named_chat_template(chosen or "plain", image_token)
+    if not Path(chosen).is_file():
+        raise FileNotFoundError(f"--chat-template {chosen}: there is no such file.")
+    return with_pictures(Path(chosen).read_text(encoding="utf-8"), image_token)
+
+
+def _image_processor(vision_model: str):
+    """The encoder's own; for timm, whose own needs torchvision, CLIP's with its sizes, mean and deviation."""
+    config = AutoConfig.from_pretrained(vision_model)
+    if config.model_type != "timm_wrapper":
+        return AutoImageProcessor.from_pretrained(vision_model)
+    seen = config.pretrained_cfg
+    side = seen.get("input_size", (3, 224, 224))[-1]
+    filters = {"bilinear": PIL.Image.BILINEAR, "nearest": PIL.Image.NEAREST}
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(side / seen.get("crop_pct", 0.875))},
+        crop_size={"height": side, "width": side},
+        resample=filters.get(seen.get("interpolation"), PIL.Image.BICUBIC),
+        image_mean=list(seen.get("mean", (0.485, 0.456, 0.406))),
+        image_std=list(seen.get("std", (0.229, 0.224, 0.225))),
+    )
+
+
+def _compare(folder: Path, model) -> int:
+    """Reads the weight files in `folder` back; returns how many tensors they hold."""
+    wanted, count = model.state_dict(), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as written:
+            for name in written.keys():  # noqa: SIM118, it is no dict
+                count += 1
+                if not torch.equal(written.get_tensor(name), wanted[name].cpu()):
+                    raise OSError(f"{file}: {name} read back differs from the model: is the disk sound?")
+    return count
+
+
+def _source(part: str | os.PathLike) -> str:
+    """A folder's absolute path, or the hub id as it is."""
+    path = Path(part).expanduser()
+    if path.is_dir():
+        return str(path.absolute())
+    if path.exists() or str(part).startswith((".", "/", "~")) or str(part).count("/") > 1:
+        raise FileNotFoundError(f"{part} is not a folder (nor does it look like a hub id, 'user/name').")
+    return str(part)
+
+
+def _square(size) -> int | None:
+    """The side of a patch; None where there is none, or where it is no square."""
+    sides = set(size) if isinstance(size, (list, tuple)) else {size}
+    return sides.pop() if len(sides) == 1 else None

@@ -1,0 +1,157 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""An untrained SAISA from a language model and a vision encoder that exist: `SaisaForConditionalGeneration.from_parts`.
+
+The parts' tensors are taken over, not copied, so that memory holds each of them once. What is new is made here: the
+projectors, and rows of embedding and head for an image token that the language model has none for.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from .language_models_saisa import FAMILIES, checkpoint_state_dict
+
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def assemble(make_model: Callable, make_projector: Callable, config_class, text_model, vision_model, **arguments):
+    """The body of `SaisaForConditionalGeneration.from_parts`, which says what goes in and what comes out.
+
+    Args:
+        make_model: config and encoder -> the model, whose other parameters may be without memory.
+        make_projector: config -> a projector with new weights.
+        config_class: `SaisaConfig`.
+        arguments: `image_token_id`, `dtype`, and arguments of `config_class`.
+    """
+    image_token_id, dtype = arguments.pop("image_token_id", None), _dtype(arguments.pop("dtype", None))
+    for name in ("text_config", "vision_config", "tie_word_embeddings"):
+        if name in arguments:
+            raise ValueError(f"{name} is the parts' own: leave it out, or change the part.")
+    text_model = _language_model(text_model, dtype)
+    if getattr(text_model, "hf_quantizer", None) is not None:
+        raise ValueError("text_model is quantized: load it as it was published, and quantize what is built.")
+    decoder, head = text_model.get_decoder(), text_model.get_output_embeddings()
+    if decoder.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"text_model is a {decoder.config.model_type}, which is not supported: expected one of {', '.join(FAMILIES)}."
+        )
+    dtype = decoder.get_input_embeddings().weight.dtype if dtype is None else dtype
+    weights = {name: _cast(x, dtype) for name, x in checkpoint_state_dict(decoder).items()}
+    encoder = _encoder(vision_model, dtype)
+
+    old_rows = weights[EMBEDDING].shape[0]
+    text_config = copy.deepcopy(decoder.config)
+    tied = head is None or head.weight is decoder.get_input_embeddings().weight
+    if head is None and not getattr(text_config, "tie_word_embeddings", False):
+        raise ValueError(
+            f"text_model is a {type(text_model).__name__}, which has no head: expected one with, "
+            "AutoModelForCausalLM.from_pretrained(...) for instance."
+        )
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"text_model is a {type(text_model).__name__} whose head has a bias: that is not supported.")
+    if image_token_id is None:
+        image_token_id = old_rows
+    text_config.vocab_size = max(old_rows, image_token_id + 1)
+    config = config_class(
+        text_config=text_config,
+        vision_config=encoder.config,
+        image_token_id=image_token_id,
+        tie_word_embeddings=tied,
+        **arguments,
+    )
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+
+    model = make_model(config, encoder)
+    with torch.no_grad():
+        weights[EMBEDDING] = _with_rows(weights[EMBEDDING], text_config.vocab_size)
+        found = model.language_model.load_state_dict(weights, strict=False, assign=True)
+        if not tied:
+            head_weight = _with_rows(_cast(head.weight, dtype), text_config.vocab_size)
+            model.lm_head.load_state_dict({"weight": head_weight}, assign=True)
+    wrong = [name for name in found.missing_keys if "visual_projector." not in name] + found.unexpected_keys
+    if wrong:
+        raise ValueError(
+            f"text_model has not the tensors of a {text_config.model_type}: {', '.join(sorted(wrong)[:8])} "
+            f"{'and others ' if len(wrong) > 8 else ''}are missing or unknown. If it carries adapters, merge them first."
+        )
+    _fill_projectors(model, lambda: make_projector(config), dtype)
+    model.tie_weights()
+    empty = [name for name, x in model.state_dict().items() if x.is_meta]
+    if empty:
+        raise ValueError(f"text_model lacks {', '.join(empty[:8])}.")
+    _take_over_generation_config(model, text_model, range(old_rows, text_config.vocab_size))
+    return model.eval()
+
+
+def _language_model(text_model, dtype) -> PreTrainedModel:
+    if isinstance(text_model, PreTrainedModel):
+        return text_model
+    return AutoModelForCausalLM.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
+
+
+def _encoder(vision_model, dtype) -> PreTrainedModel:
+    """The encoder in `dtype`; of a model of two towers (CLIP, SigLIP) on disk the vision tower."""
+    if isinstance(vision_model, PreTrainedModel):
+        if hasattr(vision_model.config, "vision_config"):
+            raise ValueError(
+                f"vision_model is a {type(vision_model).__name__}, which is more than a vision encoder: pass its vision "
+                "tower, or the path or hub id, of which that is read alone."
+            )
+        kept = {p.dtype for p in vision_model.parameters() if p.is_floating_point()} <= {dtype}
+        return vision_model if kept else copy.deepcopy(vision_model).to(dtype)
+    config = AutoConfig.from_pretrained(vision_model)
+    config = getattr(config, "vision_config", config)
+    encoder_class = AutoModel._model_mapping[type(config)]
+    encoder, info = encoder_class.from_pretrained(vision_model, config=config, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{vision_model}: the checkpoint lacks {len(info['missing_keys'])} tensors of a {config.model_type}: "
+            f"{', '.join(sorted(info['missing_keys'])[:8])}. Expected a checkpoint of a vision encoder."
+        )
+    return encoder
+
+
+def _dtype(dtype) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found is not None and isinstance(found, torch.dtype) and found.is_floating_point:
+        return found
+    if dtype is not None:
+        raise ValueError(f"dtype={dtype!r}: expected a floating dtype, or None for the language model's own.")
+    return None
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
+
+
+def _with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """`weight` (old rows, D) with further rows at the end. As a head row, the mean of all rows gives the mean of all
+    logits, which is never the largest."""
+    new = rows - weight.shape[0]
+    if not new:
+        return weight
+    total = sum(part.double().sum(0) for part in weight.split(4096))
+    return torch.cat([weight, (total / weight.shape[0]).to(weight.dtype).expand(new, -1)])
+
+
+def _fill_projectors(model, make_projector, dtype):
+    """Gives each projector the weights of a new one, made in float32, where its decoder layer is."""
+    base = model.model
+    for owner in (base, *base.language_model.layers):
+        if hasattr(owner, "visual_projector"):
+            weight = base.language_model.embed_tokens.weight if owner is base else next(owner.self_attn.parameters())
+            owner.visual_projector = make_projector().to(weight.device, dtype)
+
+
+def _take_over_generation_config(model: nn.Module, text_model, new_tokens: range):
+    """The language model's own; tokens that it did not have are never written."""
+    if getattr(text_model, "generation_config", None) is None:
+        return
+    model.generation_config = copy.deepcopy(text_model.generation_config)
+    never = sorted({*(model.generation_config.suppress_tokens or []), *new_tokens})
+    model.generation_config.suppress_tokens = never or None
