@@ -252,8 +252,8 @@ def reshape(name):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (drop("model.layers.2.mlp.up_proj.weight"), r"source: tensor model\.layers\.2\.mlp\.up_proj\.weight is missing"),
-        (drop("model.layers.1.mm_projector.2.bias"), r"source: tensor model\.layers\.1\.mm_projector\.2\.bias is missing"),
+        (drop("model.layers.2.mlp.up_proj.weight"), r"source/model\.safetensors: tensor model\.layers\.2\.mlp\.up_proj\.weight is missing"),
+        (drop("model.layers.1.mm_projector.2.bias"), r"source/model\.safetensors: tensor model\.layers\.1\.mm_projector\.2\.bias is missing"),
         (reshape("model.layers.0.mm_projector.0.weight"), r"model\.safetensors: tensor model\.layers\.0\.mm_projector\.0"
          r"\.weight has shape \(63, 1024\), expected \(64, 1024\)"),
         (reshape("lm_head.weight"), r"tensor lm_head\.weight has shape \(599, 64\), expected \(600, 64\)"),
@@ -289,13 +289,14 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path, form):
 
 def test_a_file_that_reads_back_otherwise_than_it_was_written_is_noticed(tmp_path, monkeypatch):
     def write_and_flip_a_bit(file, *arguments):
-        write(file, *arguments)
+        digests = write(file, *arguments)
         content = bytearray(file.read_bytes())
         content[-1000] ^= 1
         file.write_bytes(content)
+        return digests
 
-    write = convert_module._write_safetensors
-    monkeypatch.setattr(convert_module, "_write_safetensors", write_and_flip_a_bit)
+    write = convert_module.write_safetensors
+    monkeypatch.setattr(convert_module, "write_safetensors", write_and_flip_a_bit)
     with pytest.raises(OSError, match=r"model\.safetensors: .* differs from its source"):
         convert(authors_checkpoint(tmp_path / "source"), tmp_path / "converted", log=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
