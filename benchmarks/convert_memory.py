@@ -84,18 +84,17 @@ def size(text: dict) -> int:
     return sum(2 * int(np.prod(shape)) for _, _, shape in tensors(text, VISION))
 
 
-def generate(folder: Path, form: str, dtype: str, gigabytes: float, shard_gigabytes: float) -> None:
+def generate(folder: Path, form: str, dtype: str, text: dict, vision: dict, shard_bytes: float) -> None:
     """Writes the checkpoint, a tensor (safetensors) or a shard (.bin) in memory at a time."""
-    text, vision = settings(gigabytes)
     (folder / "vision").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(text))
     (folder / "vision" / "config.json").write_text(json.dumps(vision))
-    shards, room = [[]], shard_gigabytes * 1e9
+    shards, room = [[]], shard_bytes
     for name, _, shape in tensors(text, vision):
         nbytes = 2 * int(np.prod(shape))
         if nbytes > room and shards[-1]:
             shards.append([])
-            room = shard_gigabytes * 1e9
+            room = shard_bytes
         shards[-1].append((name, shape))
         room -= nbytes
     single = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
@@ -200,7 +199,7 @@ def measured(options, form: str, folder: Path) -> dict:
         return json.loads(out.splitlines()[-1])
 
     a, b = f"Path({str(source)!r})", f"Path({str(destination)!r})"
-    child(f"b.generate({a}, {form!r}, {options.dtype!r}, {options.gigabytes}, {options.shard_gigabytes})")
+    child(f"b.generate({a}, {form!r}, {options.dtype!r}, {text}, {vision}, {options.shard_gigabytes * 1e9})")
     files = [path.stat().st_size for path in source.iterdir() if path.suffix in (".bin", ".safetensors")]
     result = {"form": form, "dtype": options.dtype, "stored": stored, "bytes": sum(files), "largest": max(files)}
     result |= child(f"b.run_conversion({a}, {b}, {options.store!r})")

@@ -210,8 +210,9 @@ def read_url(url: str, timeout: float | None = None) -> bytes:
 def pillow_image_processor(image_processor):
     """`image_processor`, or where torchvision works in it the one of the same settings that works with Pillow.
 
-    Both resize in 8 bits, but some of torchvision's values are off by one from those of Pillow, by which encoders and their
-    descendants were trained. The names: `XFast` and `X` in 4.57 and the first releases of 5, `X` and `XPil` thereafter.
+    Both resize in 8 bits, but of a thousand values of torchvision one to six are off by one from those of Pillow, by which
+    CLIP and its descendants were trained. The names: `XFast` and `X` in 4.57 and the first releases of 5, `X` and `XPil`
+    thereafter.
     """
     kind = type(image_processor)
     if not kind.__module__.startswith("transformers.models."):

@@ -414,6 +414,8 @@ def _write_weights(
             say(f"writing {file} ({len(sources)} tensors)")
             bar.set_description(f"writing {file}")
             digests = write_safetensors(folder / file, sources, dtype, bar.update)
+            for weights in read_from:
+                weights.close()
             bar.set_description(f"checking {file}")
             check_safetensors(folder / file, sources, dtype, digests, bar.update)
         bar.update(total - bar.n)  # what lies around the tensors of the files with checksums

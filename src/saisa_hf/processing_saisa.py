@@ -324,7 +324,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
         Llama's sentencepiece model puts a space in front of every text, also of one that begins with a space (or with
         U+2581, which stands for one in its vocabulary). The `tokenizers` form of it does not, in transformers 5 always and
-        in 4 with `legacy=False`. Where that is so, such pieces get a second space. With `legacy=True` the same goes for what follows a special token.
+        in 4 with `legacy=False`. Where that is so, such pieces get a second space. With `legacy=True` the same goes for what
+        follows a special token.
         """
         encode = self.tokenizer
         legacy = getattr(encode, "legacy", None)

@@ -69,7 +69,7 @@ class WeightFiles:
         for name, file in index.items():
             if self.files.get(name) != file:
                 raise ValueError(f"{file}: tensor {name} is missing, which {self.listing.name} says is there.")
-        self._open = None
+        self.close()
 
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor in slices of its first dimension, 32 MiB or one row each; a scalar as one row."""
@@ -79,6 +79,10 @@ class WeightFiles:
         count = shape[0] if shape else 1
         for start in range(0, count, step):
             yield self._handle(self.files[name]).rows(name, start, min(start + step, count))
+
+    def close(self) -> None:
+        """Lets go of the file that is open, whose pages count as used memory; it is opened again when it is needed."""
+        self._open = None
 
     def checksummed(self) -> list[Path]:
         """The files that carry checksums of their content: `.bin` files that are zip archives."""
