@@ -166,6 +166,16 @@ def test_what_a_living_conversion_has_written_is_left_alone(tmp_path, source):
     assert names(tmp_path) == ["dst"] and any(str(theirs) in line for line in lines)
 
 
+def test_what_appears_in_the_destination_meanwhile_is_not_overwritten(tmp_path, source):
+    def appear(line):
+        if line.startswith("checked"):
+            old_result(tmp_path / "dst")
+
+    with pytest.raises(OSError, match="not empty"):
+        convert(source, tmp_path / "dst", log=appear)
+    assert (tmp_path / "dst" / "sub" / "notes.txt").read_text() == "mine" and names(tmp_path) == ["dst"]
+
+
 def test_where_folders_cannot_be_swapped_the_old_one_is_moved_aside_and_back(tmp_path, source, complete, monkeypatch):
     monkeypatch.setattr("saisa_hf.convert._exchange", lambda first, second: False)
     before, rename = old_result(tmp_path / "dst"), os.rename

@@ -165,6 +165,7 @@ def convert(
             "license": licence_in_card(folder / "README.md"),
         }
         write_model_card(partial, config, **card)
+        _check_destination(destination, overwrite)  # hours may have passed
         _put_in_place(partial, destination)
     if processor is None:
         log(

@@ -94,7 +94,11 @@ class WeightFiles:
         Raises:
             OSError: they differ; the message names the file and the tensor.
         """
-        with zipfile.ZipFile(file) as archive:
+        try:
+            archive = zipfile.ZipFile(file)
+        except zipfile.BadZipFile as error:
+            raise _unreadable(file, error) from error
+        with archive:
             records = sorted((i for i in archive.infolist() if i.file_size), key=lambda info: info.header_offset)
             data = [info.filename for info in records if info.filename.split("/")[-2:-1] == ["data"]]
             pickle = next((info for info in records if info.filename.endswith("/data.pkl")), None)
@@ -215,7 +219,7 @@ def _matches(archive: zipfile.ZipFile, info: zipfile.ZipInfo, progress: Callable
         with archive.open(info) as stream:
             while piece := stream.read(2**20):
                 progress(len(piece))
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, EOFError):
         return False
     return True
 
