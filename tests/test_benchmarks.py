@@ -11,6 +11,7 @@ import torch
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import convert_memory
 import measure
 import visual_states
 
@@ -105,3 +106,27 @@ def test_peak_memory_is_the_most_that_is_held_at_once():
 
 def test_flops_are_two_per_multiply_and_add():
     assert measure.flops(lambda: torch.zeros(3, 5) @ torch.zeros(5, 7)) == 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("form, stored", [("safetensors", "float16"), ("bin", "bfloat16")])
+def test_the_benchmark_of_the_conversion_compares_every_tensor_with_what_it_made(tmp_path, form, stored):
+    text = {"model_type": "llava_llama", "mm_vision_tower": "vision", "vocab_size": 97, "hidden_size": 32}
+    text |= {"intermediate_size": 44, "num_attention_heads": 4, "num_hidden_layers": 3}
+    vision = convert_memory.VISION | {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "image_size": 42,
+    }
+    vision |= {"num_attention_heads": 2}
+    convert_memory.generate(tmp_path / "source", form, stored, text, vision, 20_000)
+    assert len(list((tmp_path / "source").glob("*-of-*"))) > 3
+    measured = convert_memory.run_conversion(tmp_path / "source", tmp_path / "converted", None)
+    assert measured["seconds"] > 0 and measured["maxrss"] > 0
+    expected = {"equal": 42 + 39, "tensors": 42 + 39, "new_rows": 2, "others": 0}  # language model, encoder
+    assert convert_memory.compare(tmp_path / "converted", text, vision, stored, stored) == expected
+    file = tmp_path / "converted" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert convert_memory.compare(tmp_path / "converted", text, vision, stored, stored)["equal"] == 42 + 39 - 1

@@ -428,7 +428,11 @@ def test_timms_encoders_get_an_image_processor_that_needs_no_torchvision(tmp_pat
     model, processor, inputs, _ = ask(tmp_path / "out", "word1")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length == 16
     made = processor.image_processor
-    assert (list(made.image_mean), list(made.image_std), made.size["shortest_edge"]) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7], 80)
+    assert (list(made.image_mean), list(made.image_std), made.size["shortest_edge"]) == (
+        [0.1, 0.2, 0.3],
+        [0.5, 0.6, 0.7],
+        80,
+    )
 
 
 def test_an_encoder_that_refuses_its_processors_pictures_is_reported_and_nothing_is_left(tmp_path):

@@ -44,11 +44,21 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
 def test_help_of_convert_says_enough_to_use_it(capsys):
     text = shown(capsys, "convert", "--help")
     for needed in ("SRC", "DST", "--vision-tower", "--chat-template", "--dtype", "--max-shard-size", "--overwrite",
+                   "--shared-projector", "--push-to-hub", "--private", "--progress", "1 GB", "run the same\ncommand again",
                    "saisa convert yuanqianhao/saisa-vicuna", "hub id", "5GB"):  # fmt: skip
         assert needed in text, needed
 
 
-@pytest.mark.parametrize("argv", [[], ["train"], ["convert"], ["convert", "a", "b", "--dtype", "int4"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["train"],
+        ["convert"],
+        ["convert", "a", "b", "--dtype", "int4"],
+        ["convert", "a", "b", "--shared-projector", "copy"],
+    ],
+)
 def test_a_wrong_command_line_ends_with_status_2_and_a_usage_line(capsys, argv):
     with pytest.raises(SystemExit) as exit_:
         main(argv)

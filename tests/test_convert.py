@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 import saisa_hf.convert as convert_module
-from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.convert import convert
 
 
@@ -252,8 +253,10 @@ def reshape(name):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (drop("model.layers.2.mlp.up_proj.weight"), r"source: tensor model\.layers\.2\.mlp\.up_proj\.weight is missing"),
-        (drop("model.layers.1.mm_projector.2.bias"), r"source: tensor model\.layers\.1\.mm_projector\.2\.bias is missing"),
+        (drop("model.layers.2.mlp.up_proj.weight"),
+         r"source/model\.safetensors: tensor model\.layers\.2\.mlp\.up_proj\.weight is missing"),
+        (drop("model.layers.1.mm_projector.2.bias"),
+         r"source/model\.safetensors: tensor model\.layers\.1\.mm_projector\.2\.bias is missing"),
         (reshape("model.layers.0.mm_projector.0.weight"), r"model\.safetensors: tensor model\.layers\.0\.mm_projector\.0"
          r"\.weight has shape \(63, 1024\), expected \(64, 1024\)"),
         (reshape("lm_head.weight"), r"tensor lm_head\.weight has shape \(599, 64\), expected \(600, 64\)"),
@@ -273,6 +276,93 @@ def test_a_damaged_checkpoint_is_refused_by_file_and_tensor_and_leaves_nothing_b
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_quantized_tensors_are_refused_by_file_and_tensor(tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    source = authors_checkpoint(
+        tmp_path / "s", tensors=language_tensors() | {name: language_tensors()[name].to(torch.int8)}
+    )
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.weight is I8.*Quant"
+    ):
+        convert(source, tmp_path / "converted", log=lambda line: None)
+
+
+SHARED = {
+    "model.visual_projector.linear_1.weight": "model.mm_projector.0.weight",
+    "model.visual_projector.linear_1.bias": "model.mm_projector.0.bias",
+    "model.visual_projector.linear_2.weight": "model.mm_projector.2.weight",
+    "model.visual_projector.linear_2.bias": "model.mm_projector.2.bias",
+}
+
+
+def test_the_projector_of_the_first_stage_is_kept_on_demand_in_a_file_of_its_own(tmp_path):
+    model = converted(authors_checkpoint(tmp_path / "source"), tmp_path / "converted", shared_projector="keep")
+    kept = load_file(tmp_path / "converted" / "shared_projector.safetensors")
+    assert kept.keys() == SHARED.keys()
+    assert all(torch.equal(kept[ours], language_tensors()[theirs]) for ours, theirs in SHARED.items())
+    assert not any(name in SHARED for name in model.state_dict())
+    config = SaisaConfig.from_pretrained(tmp_path / "converted")
+    config.projector_sharing = "shared"
+    found = SaisaForConditionalGeneration(config).load_state_dict(kept, strict=False)
+    assert not found.unexpected_keys and not [name for name in found.missing_keys if "projector" in name]
+
+
+def stage_one_tensors():
+    return {name: value for name, value in language_tensors().items() if not re.match(r"model\.layers.*mm_proj", name)}
+
+
+def test_a_checkpoint_of_the_first_stage_becomes_a_model_with_one_projector(tmp_path):
+    source = authors_checkpoint(tmp_path / "source", tensors=stage_one_tensors())
+    model = converted(source, tmp_path / "converted", shared_projector="use")
+    assert model.config.projector_sharing == "shared"
+    assert all(torch.equal(model.state_dict()[ours], language_tensors()[theirs]) for ours, theirs in SHARED.items())
+    # it computes what a checkpoint does whose layers all have copies of that projector, as the second stage begins
+    copies = dict(stage_one_tensors())
+    for name in SHARED.values():
+        copies |= {name.replace("model.", f"model.layers.{i}."): language_tensors()[name].clone() for i in range(3)}
+    copied = converted(authors_checkpoint(tmp_path / "copies", tensors=copies), tmp_path / "second_stage")
+    expected = load_file(REFERENCE / "mha" / "expected.safetensors")
+    ids = expanded(expected["prompt_ids"], model.config.image_token_id)
+    with torch.no_grad():
+        one, many = (m(ids, pixel_values=expected["pixel_values"]).logits for m in (model, copied))
+    torch.testing.assert_close(one, many)
+
+
+@pytest.mark.parametrize(
+    "choice, tensors, message",
+    [
+        ("use", language_tensors, r"model\.safetensors: tensor model\.layers\.0\.mm_projector\.0\.\w+ is a projector of one "
+         r"layer's own.*Leave out --shared-projector use"),
+        ("keep", lambda: {k: v for k, v in language_tensors().items() if k != "model.mm_projector.2.bias"},
+         r"model\.safetensors: tensor model\.mm_projector\.2\.bias is missing"),
+        ("keep", lambda: language_tensors() | {"model.mm_projector.0.weight": torch.ones(64, 3)},
+         r"model\.safetensors: tensor model\.mm_projector\.0\.weight has shape \(64, 3\).*expected \(64, 1024\)"),
+        ("drop", stage_one_tensors, r"--shared-projector use"),
+        ("copy", language_tensors, r"shared_projector='copy': expected one of drop, keep, use"),
+    ],
+)  # fmt: skip
+def test_a_shared_projector_that_does_not_fit_what_was_asked_is_refused(tmp_path, choice, tensors, message):
+    source = authors_checkpoint(tmp_path / "source", tensors=tensors())
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "converted", shared_projector=choice, log=lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_bar_shows_bytes_and_the_time_left_where_it_is_asked_for(tmp_path, capsys, form):
+    source = authors_checkpoint(tmp_path / "source", form=form)
+    convert(source, tmp_path / "silent")
+    assert capsys.readouterr().err == ""  # stderr is no terminal here
+    convert(source, tmp_path / "shown", progress=True)
+    shown = capsys.readouterr()
+    last = shown.err.replace("\r", "\n").strip().split("\n")[-1]
+    read = sum(file.stat().st_size for file in source.glob("*.bin"))  # compared with its checksums first
+    written = (tmp_path / "shown" / "model.safetensors").stat().st_size  # twice: written and loaded back
+    total = re.search(r"100%.* ([\d.]+)M/([\d.]+)M \[\d\d:\d\d<00:00, +\S+B/s\]", last)
+    assert total and total[1] == total[2] and abs(float(total[1]) * 1e6 - read - 2 * written) < 6e5  # shown in MB
+    assert "checked" in shown.out and "%" not in shown.out
+
+
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_a_truncated_or_missing_shard_is_named(tmp_path, form):
     source = authors_checkpoint(tmp_path / "source", form=form, shards=3)
@@ -289,13 +379,14 @@ def test_a_truncated_or_missing_shard_is_named(tmp_path, form):
 
 def test_a_file_that_reads_back_otherwise_than_it_was_written_is_noticed(tmp_path, monkeypatch):
     def write_and_flip_a_bit(file, *arguments):
-        write(file, *arguments)
+        digests = write(file, *arguments)
         content = bytearray(file.read_bytes())
         content[-1000] ^= 1
         file.write_bytes(content)
+        return digests
 
-    write = convert_module._write_safetensors
-    monkeypatch.setattr(convert_module, "_write_safetensors", write_and_flip_a_bit)
+    write = convert_module.write_safetensors
+    monkeypatch.setattr(convert_module, "write_safetensors", write_and_flip_a_bit)
     with pytest.raises(OSError, match=r"model\.safetensors: .* differs from its source"):
         convert(authors_checkpoint(tmp_path / "source"), tmp_path / "converted", log=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from saisa_hf.chat_templates import chat_template
+from saisa_hf.compat_saisa import pillow_image_processor
 from saisa_hf.pictures_saisa import load_picture
 from saisa_hf.processing_saisa import SaisaProcessor, add_image_token
 from saisa_hf.visual_states_saisa import SaisaVisualStates, VisualStore
@@ -119,7 +120,7 @@ def test_an_image_token_becomes_as_many_placeholders_as_the_encoder_has_tokens(k
 
 def test_the_count_agrees_with_llava():
     llava = transformers.LlavaProcessor(
-        clip_processor(),
+        pillow_image_processor(clip_processor()),
         bpe_tokenizer(),
         patch_size=14,
         vision_feature_select_strategy="default",

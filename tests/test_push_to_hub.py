@@ -113,14 +113,34 @@ sys.exit(main(["convert", repo, "ours"]))
 """
 )
 
+CONVERT_AND_PUSH = (
+    START
+    + """
+from saisa_hf.cli import main
+for number, more in enumerate([["--private"], ["--max-shard-size", "20MB"], ["--dtype", "bfloat16"]]):
+    assert main(["convert", repo, f"ours-{number}", "--push-to-hub", f"someone/converted-{number // 2}", *more]) == 0
+"""
+)
 
-def run(hub, home, script, repo=REPO, logits_file=""):
-    """Runs Python code in a process that knows no hub but `hub`, in the folder `home`; returns what it printed."""
+CONVERT_WITHOUT_A_TOKEN = (
+    START
+    + """
+from saisa_hf.cli import main
+assert main(["convert", repo, "ours", "--push-to-hub", "someone/converted"]) == 1
+assert main(["convert", repo, "ours", "--push-to-hub", "some one/con/verted"]) == 2
+"""
+)
+
+
+def run(hub, home, script, repo=REPO, logits_file="", without=()):
+    """Runs Python code in a process that knows no hub but `hub`, in the folder `home`; returns what it printed. `without`
+    names variables of the environment that it lacks."""
     environment = os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "0"}
+    environment = {name: value for name, value in environment.items() if name not in without}
     command = [sys.executable, "-c", script, str(TESTS), repo, str(logits_file)]
     done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout + done.stderr * bool(without)
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +240,32 @@ def test_convert_takes_the_checkpoint_and_its_encoder_from_the_hub(tmp_path):
     assert not any(info.values()) and model.config.image_token_id == 600
     metadata = yaml.safe_load((tmp_path / "ours" / "README.md").read_text().split("---\n")[1])
     assert (metadata["base_model"], metadata["license"]) == ("someone/theirs", "llama2")
+
+
+def test_convert_pushes_its_result_and_nothing_else_stays_in_the_repository(tmp_path):
+    source = authors_checkpoint(tmp_path / "source")
+    with HubStandIn() as hub:
+        card = b"---\nlicense: mit\n---\nmy own words\n"
+        hub.create("someone/converted-0")
+        stale = {"model-00001-of-00002.safetensors": b"old", "pytorch_model.bin": b"old", "notes.txt": b"mine"}
+        hub.commit("someone/converted-0", stale | {"README.md": card})
+        out = run(hub, tmp_path, CONVERT_AND_PUSH, str(source))
+        assert out.count("uploaded it to") == 3
+        sharded, again = hub.files("someone/converted-0"), hub.files("someone/converted-1")
+        commits = {name: len(hub.repositories[f"someone/{name}"]) for name in ("converted-0", "converted-1")}
+    assert commits == {"converted-0": 4, "converted-1": 2}  # one commit for each upload
+    local = {path.name: path.read_bytes() for path in (tmp_path / "ours-1").iterdir()}
+    assert len([name for name in local if name.startswith("model-")]) > 1
+    assert sharded == local | {"notes.txt": b"mine", "README.md": card}
+    last = {path.name: path.read_bytes() for path in (tmp_path / "ours-2").iterdir()}
+    assert again == last | {".gitattributes": again[".gitattributes"]}
+    assert 'from_pretrained("someone/converted-1", trust_remote_code=True)' in last["README.md"].decode()
+
+
+def test_convert_asks_the_hub_who_it_is_before_it_begins(tmp_path):
+    source = authors_checkpoint(tmp_path / "source")
+    with HubStandIn() as hub:
+        said = run(hub, tmp_path, CONVERT_WITHOUT_A_TOKEN, str(source), without=["HF_TOKEN"])
+        assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
+    assert "saisa: error: --push-to-hub someone/converted: the hub does not let us in" in said and "HF_TOKEN" in said
+    assert not (tmp_path / "ours").exists()

@@ -7,23 +7,21 @@ renamed into place at the very end.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
 import torch
-from huggingface_hub import HfApi
 from safetensors import safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from .chat_templates import chat_template as named_chat_template
 from .chat_templates import with_pictures
-from .convert import DTYPES, _check_destination, _replace, _size_in_bytes
+from .destination import check_destination, check_hub, partial_folder, put_in_place, size_in_bytes, upload
 from .model_card_saisa import licence_in_card, write_model_card
 from .modeling_saisa import SaisaForConditionalGeneration
 from .processing_saisa import SaisaProcessor, add_image_token
+from .weight_files import DTYPES
 
 
 # image tokens that tokenizers of language models have already, because a vision-language model shares them
@@ -43,6 +41,7 @@ def build(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     push_to_hub: str | None = None,
+    private: bool | None = None,
     log: Callable[[str], None] = print,
     **settings,
 ) -> Path:
@@ -61,6 +60,7 @@ def build(
         seed: of the projectors' weights.
         max_shard_size: most bytes in a weight file, as a number or like "5GB".
         push_to_hub: a repository, "user/name", to upload the result to.
+        private: whether the repository is private, where it is made; None leaves that to the hub.
         log: called with one line of text per step.
         settings: of `SaisaConfig`: `vision_feature_layer`, `visual_layers`, `projector_sharing` ...
 
@@ -73,10 +73,12 @@ def build(
     """
     destination = Path(destination).expanduser().absolute()
     language_model, vision_model = _source(language_model), _source(vision_model)
-    _size_in_bytes(max_shard_size)
+    size_in_bytes(max_shard_size)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
-    _check_destination(destination, overwrite)
+    check_destination(destination, overwrite)
+    if push_to_hub is not None:
+        check_hub(push_to_hub)
     for part in (language_model, vision_model):
         if os.path.isdir(part) and (destination == Path(part) or destination in Path(part).parents):
             raise ValueError(f"DST {destination} contains {part}: choose another DST.")
@@ -100,9 +102,7 @@ def build(
     processor = make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square)
 
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-    try:
-        partial.chmod(0o755)
+    with partial_folder(destination, log) as partial:
         log("writing")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
@@ -115,17 +115,12 @@ def build(
             base_model=repositories or None,
             license=licence_in_card(Path(language_model) / "README.md"),
         )
-        _replace(destination, partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        check_destination(destination, overwrite)
+        put_in_place(partial, destination)
     log(f"checked {count} tensors; {image_token!r} takes {model.config.image_seq_length} visual tokens")
     log(f"wrote {destination}")
     if push_to_hub is not None:
-        api = HfApi()
-        repository = api.create_repo(push_to_hub, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repository, folder_path=destination, commit_message="Upload an untrained SAISA")
-        log(f"uploaded to {repository}")
+        upload(destination, push_to_hub, private, log)
     return destination
 
 

@@ -18,7 +18,9 @@ one trained with that code) into one that transformers loads:
   saisa convert yuanqianhao/saisa-vicuna ./saisa-vicuna
 
 The result holds weights, configuration, code files, model card and, where SRC has a tokenizer, the processor with its
-chat template. DST appears when everything is written and checked; on failure nothing is left behind.
+chat template. Memory stays below one weight file of SRC plus 1 GB, whatever the size of the model. DST appears when
+everything is written, loaded back and compared; on failure it is left as it was. After an interruption, run the same
+command again.
 """
 
 BUILD_HELP = """\
@@ -99,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "used where SRC has none of its own",
     )
     command.add_argument(
+        "--shared-projector",
+        choices=("drop", "keep", "use"),
+        default="drop",
+        help="the one projector of the first training stage: drop it, keep it beside the model in "
+        "shared_projector.safetensors, or use it, where SRC is a checkpoint of that stage (default: %(default)s)",
+    )
+    command.add_argument(
         "--chat-template",
         metavar="NAME",
         help="vicuna, llama_3, chatml, plain, or a .jinja file (default: llama_3 for Llama 3 tokenizers, else vicuna)",
@@ -110,6 +119,19 @@ def _parser() -> argparse.ArgumentParser:
         "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
     )
     command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    command.add_argument(
+        "--push-to-hub",
+        metavar="REPO",
+        help="upload the result to this repository, user/name, which is made if need be",
+    )
+    command.add_argument(
+        "--private", action="store_true", default=None, help="with --push-to-hub: make a new repository private"
+    )
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        help="show bytes and the time left on stderr (default: where it is a terminal)",
+    )
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
@@ -238,10 +260,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.destination,
         vision_tower=arguments.vision_tower,
+        shared_projector=arguments.shared_projector,
         chat_template=arguments.chat_template,
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
         overwrite=arguments.overwrite,
+        push_to_hub=arguments.push_to_hub,
+        private=arguments.private,
+        progress=arguments.progress,
     )
     return 0
 

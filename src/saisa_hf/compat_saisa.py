@@ -281,6 +281,26 @@ def read_url(url: str, timeout: float | None = None) -> bytes:
     return response.content
 
 
+def pillow_image_processor(image_processor):
+    """`image_processor`, or where torchvision works in it the one of the same settings that works with Pillow.
+
+    Both resize in 8 bits, but of a thousand values of torchvision one to six are off by one from those of Pillow, by which
+    CLIP and its descendants were trained. The names: `XFast` and `X` in 4.57 and the first releases of 5, `X` and `XPil`
+    thereafter.
+    """
+    kind = type(image_processor)
+    if not kind.__module__.startswith("transformers.models."):
+        return image_processor
+    plain = kind.__name__.removesuffix("Fast")
+    for name in (f"{plain}Pil", plain):
+        if name == kind.__name__:
+            break
+        sibling = getattr(transformers, name, None)
+        if sibling is not None and not getattr(sibling, "is_dummy", False):
+            return sibling.from_dict(image_processor.to_dict())
+    return image_processor
+
+
 def portable_tokenizer_config(config: dict, tokenizer, adds_bos: bool, adds_eos: bool) -> dict:
     """`config`, a tokenizer_config.json as the installed release writes it, in a form that 4.57 and 5.x read alike.
 

@@ -16,7 +16,12 @@ from transformers import AddedToken, BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .compat_saisa import ImageTextProcessorMixin, portable_image_processor_config, portable_tokenizer_config
+from .compat_saisa import (
+    ImageTextProcessorMixin,
+    pillow_image_processor,
+    portable_image_processor_config,
+    portable_tokenizer_config,
+)
 from .hub_saisa import PROCESSOR_AUTO_MAP, write_code_files
 from .pictures_saisa import check_size, load_picture, pad_to_square
 
@@ -218,7 +223,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 loaded[i] = pad_to_square(picture, color)
             else:
                 check_size(*self._resized(picture.size, kwargs), name, "resized has")
-        return dict(self.image_processor(loaded, input_data_format="channels_last", **kwargs))
+        image_processor = self.image_processor
+        if kwargs.get("device") is None:
+            image_processor = pillow_image_processor(image_processor)
+            kwargs.pop("disable_grouping", None)
+        return dict(image_processor(loaded, input_data_format="channels_last", **kwargs))
 
     def _counts(self, processed: dict, kwargs: dict) -> list[int]:
         """The number of placeholders that each picture of the image processor's output takes."""
@@ -315,9 +324,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _pieces(self, texts: list[str], counts, wants_offsets: bool):
         """Yields (ids, offsets, blocks) per text; blocks are the [start, end) of each picture's placeholders in ids.
 
-        Llama's sentencepiece model puts a space in front of every text, also of one that begins with a space. The
-        `tokenizers` form of it does not, in transformers 5 always and in 4 with `legacy=False`. Where that is so, such
-        pieces get a second space. With `legacy=True` the same goes for what follows a special token.
+        Llama's sentencepiece model puts a space in front of every text, also of one that begins with a space (or with
+        U+2581, which stands for one in its vocabulary). The `tokenizers` form of it does not, in transformers 5 always and
+        in 4 with `legacy=False`. Where that is so, such pieces get a second space. With `legacy=True` the same goes for what
+        follows a special token.
         """
         encode = self.tokenizer
         legacy = getattr(encode, "legacy", None)
@@ -335,7 +345,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             for start, end in [*(match.span() for match in splitter.finditer(text)), (len(text), len(text))]:
                 piece = text[last:start]
                 if piece:
-                    extra = int(swallows and piece[0] == " ")
+                    extra = int(swallows and piece[0] in " \u2581")
                     steps.append((last, len(strings), extra))
                     strings.append(" " * extra + piece)
                 if end > start:
