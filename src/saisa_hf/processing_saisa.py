@@ -227,7 +227,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)
             kwargs.pop("disable_grouping", None)
-        return dict(image_processor(loaded, input_data_format="channels_last", **kwargs))
+        if not type(image_processor).__name__.endswith("Fast"):  # 4.57's torchvision processors would take it amiss
+            kwargs["input_data_format"] = "channels_last"
+        return dict(image_processor(loaded, **kwargs))
 
     def _counts(self, processed: dict, kwargs: dict) -> list[int]:
         """The number of placeholders that each picture of the image processor's output takes."""
