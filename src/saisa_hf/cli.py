@@ -33,6 +33,16 @@ is no terminal, each line of stdin is a question or a command, stdout holds noth
 the first error ends the program.
 """
 
+BUILD_HELP = """\
+Makes a SAISA of a trained LLaVA, without training on text. Language model and encoder are the LLaVA's own; the projector
+of each layer is fitted to the states that the LLaVA's visual tokens have there, on any pictures:
+
+  saisa build --from-llava llava-hf/llava-1.5-7b-hf --images ./photos ./saisa-of-llava
+
+DST holds model, processor and a report: errors by layer, and how well the next-token distributions agree with the LLaVA's
+on pictures that were held out. An interrupted run goes on where it was.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
@@ -103,6 +113,24 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
+        "build",
+        help="make a SAISA of a trained LLaVA",
+        description=BUILD_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("destination", metavar="DST", help="folder to make")
+    _add_llava_options(command)
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="run and store the model so (default: as MODEL is stored)",
+    )
+    command.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, mps ... (default: auto, the fastest there is)"
+    )
+    command.set_defaults(run=_build)
+
+    command = commands.add_parser(
         "chat",
         help="talk with a model about pictures",
         description=CHAT_HELP,
@@ -140,9 +168,61 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_llava_options(command: argparse.ArgumentParser) -> None:
+    """What `saisa build --from-llava` takes; the defaults are those of `saisa_hf.from_llava.Fit`."""
+    group = command.add_argument_group("a LLaVA as a starting point")
+    group.add_argument(
+        "--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout"
+    )
+    group.add_argument("--images", metavar="FOLDER", help="pictures to fit the projectors on; nothing else is needed")
+    group.add_argument(
+        "--pictures", metavar="N", type=_positive, default=2000, help="use N of them at most (default: %(default)s)"
+    )
+    group.add_argument(
+        "--held-out",
+        metavar="N",
+        type=_positive,
+        default=64,
+        help="keep N of these to measure on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--steps", metavar="N", type=_count, default=400, help="steps of descent for each layer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--projector-hidden-size", metavar="N", type=_positive, help="inner width of the projectors (default: MODEL's)"
+    )
+    group.add_argument(
+        "--distill",
+        metavar="STEPS",
+        type=_count,
+        default=0,
+        help="then train the projectors, STEPS steps, on MODEL's own answers to the prompts (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prompts", metavar="FILE", help="generic prompts, one a line, to measure and distill with (default: four)"
+    )
+    group.add_argument(
+        "--prompt-format",
+        metavar="TEXT",
+        help="how MODEL is asked, 'USER: <image>\\n{prompt} ASSISTANT:' for instance (default: its chat template)",
+    )
+    group.add_argument(
+        "--work-folder",
+        metavar="DIR",
+        help="keep features, states and finished layers there (default: a folder beside DST, removed at the end)",
+    )
+    group.add_argument("--seed", metavar="N", type=_count, default=0, help="default: %(default)s")
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
     return int(text)
 
 
@@ -184,3 +264,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     return 0
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from .from_llava import build
+
+    return build(arguments)

@@ -12,7 +12,6 @@ Shapes: n pictures, V visual tokens of each, C width of the encoder's features, 
 R rows (tokens) of a batch, S tokens of a prompt with its picture and its answer, X vocabulary.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -29,12 +28,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
+from .chat import _device
 from .configuration_saisa import CLASS_TOKENS, SaisaConfig
 from .model_card_saisa import write_model_card
-from .modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration, SaisaVisualProjector
+from .modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
 from .pictures_saisa import load_picture
 from .processing_saisa import SaisaProcessor
 
@@ -306,7 +305,7 @@ def picture_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
-class Bench:
+class Workbench:
     """The pictures with their features, in the work folder, and the ids of the prompts: what fitting works on.
 
     Args:
@@ -335,8 +334,8 @@ class Bench:
         prefixes = {tuple(ids[: ids.index(image_token)]) for ids in self.prompts}
         if len(prefixes) > 1:
             raise ValueError(
-                "what stands in front of the picture differs from prompt to prompt, and the LLaVA's visual states with it. Give "
-                "a --prompt-format in which {prompt} comes behind <image>."
+                "what stands in front of the picture differs from prompt to prompt, and the LLaVA's visual states with it. "
+                "Give a --prompt-format in which {prompt} comes behind <image>."
             )
         self.prefix = prefixes.pop()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -344,16 +343,17 @@ class Bench:
         self._encode()
         # what is held out comes first, so that it is the same whatever the number of pictures
         count = len(self.kept)
-        self.held_out = range(min(fit.held_out, max(count // 4, 1)))
+        self.held_out = range(min(fit.held_out, max(count // 2, 1)))
         self.fitted = range(len(self.held_out), count)
         if not self.fitted:
             raise ValueError(f"{count} readable pictures: at least 2 are needed, one to fit and one to measure.")
         rows = len(self.fitted) * self.features.shape[1]
         inner = model.model.language_model.layers[0].visual_projector.linear_1.out_features
         if rows < 10 * inner:
+            enough = math.ceil(10 * inner / self.features.shape[1])
             log(
-                f"warning: {len(self.fitted)} pictures have {rows} visual tokens, few for a projector {inner} wide; expect it "
-                f"to do worse on others. {math.ceil(10 * inner / self.features.shape[1])} pictures or more would be better."
+                f"warning: {len(self.fitted)} pictures have {rows} visual tokens, few for a projector {inner} wide; expect "
+                f"it to do worse on others. {enough} pictures or more would be better."
             )
 
     def _check_settings(self, prompts, prompt_format):
@@ -433,8 +433,8 @@ class Bench:
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
-                f"{self.folder} needs {needed / 1e9:.1f} GB for features and states, and {free / 1e9:.1f} GB are free. Use fewer "
-                f"pictures (--pictures) or another --work-folder."
+                f"{self.folder} needs {needed / 1e9:.1f} GB for features and states, and {free / 1e9:.1f} GB are free. Use "
+                f"fewer pictures (--pictures) or another --work-folder."
             )
 
     def _pixels(self, pictures: list) -> torch.Tensor:
@@ -462,9 +462,9 @@ def _prompt_ids(processor, prompt: str, prompt_format: str | None, config: Saisa
         )
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
     return list(
-        processor.apply_chat_template(
-            chat, images=blank, add_generation_prompt=True, tokenize=True, return_dict=True
-        )["input_ids"][0]
+        processor.apply_chat_template(chat, images=blank, add_generation_prompt=True, tokenize=True, return_dict=True)[
+            "input_ids"
+        ][0]
     )
 
 
@@ -518,7 +518,7 @@ class LayerFit:
         states: (n, V, D), the LLaVA's visual states at its input, on disk.
     """
 
-    def __init__(self, bench: Bench, index: int, states: torch.Tensor):
+    def __init__(self, bench: Workbench, index: int, states: torch.Tensor):
         self.bench, self.fit, self.index, self.states = bench, bench.fit, index, states
         self.space = Space(bench.model.model.language_model.layers[index])
         self.per_step = max(1, round(self.fit.batch_tokens / states.shape[1]))
@@ -578,7 +578,11 @@ class LayerFit:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            _show(self.bench.log, f"layer {self.index}: step {step + 1} of {fit.steps}, {float(loss):.4f}", last=False)
+            _show(
+                self.bench.log,
+                f"layer {self.index}: step {step + 1} of {fit.steps}, {float(loss.detach()):.4f}",
+                last=False,
+            )
         projector.requires_grad_(False)
 
     @torch.no_grad()
@@ -600,7 +604,7 @@ def _cosine(step: int, steps: int, warm_up: float = 0.05) -> float:
 
 
 @torch.no_grad()
-def fit_projectors(bench: Bench, teacher: Teacher) -> list[dict]:
+def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
     """Fits the projector of each layer of `bench.model`, in place and in order, and returns for each its errors on held-out
     pictures, with LLaVA's projector copied and fitted.
 
@@ -609,7 +613,6 @@ def fit_projectors(bench: Bench, teacher: Teacher) -> list[dict]:
     """
     model, folder, fit = bench.model, bench.folder, bench.fit
     layers = model.model.language_model.layers
-    dtype = model.get_input_embeddings().weight.dtype
     shape = (len(bench.kept), model.config.image_seq_length, model.config.text_config.hidden_size)
     llava_width = teacher.projector.linear_1.out_features
     exact = (model.config.projector_hidden_size or llava_width) >= llava_width
@@ -644,13 +647,11 @@ def fit_projectors(bench: Bench, teacher: Teacher) -> list[dict]:
 
 
 def _layer_line(row: dict, layers: int) -> str:
-    parts = [
-        f"{name} {row['copied'][name]:.2%} -> {row['fitted'][name]:.2%}" for name in ("norm", "keys", "values")
-    ]
+    parts = [f"{name} {row['copied'][name]:.2%} -> {row['fitted'][name]:.2%}" for name in ("norm", "keys", "values")]
     return f"layer {row['layer'] + 1} of {layers}: error of {', '.join(parts)} ({row['seconds']:.0f} s)"
 
 
-def _prefix_states(bench: Bench) -> torch.Tensor:
+def _prefix_states(bench: Workbench) -> torch.Tensor:
     """(1, S, D), the embeddings of what is in front of every picture."""
     ids = torch.tensor([bench.prefix], dtype=torch.long, device=bench.device)
     return bench.model.get_input_embeddings()(ids)
@@ -692,7 +693,7 @@ def _states_at(bench, teacher, prefix, states, at, index, shape):
 # --- agreement and distillation ---------------------------------------------------------------------------------------
 
 
-def answered(bench: Bench, teacher: Teacher, pictures: range, name: str) -> list[dict]:
+def answered(bench: Workbench, teacher: Teacher, pictures: range, name: str) -> list[dict]:
     """One of the prompts and the LLaVA's greedy answer to it for each of `pictures`, the prompts in turn:
     `{"picture", "prompt", "answer": ids}`. Kept in the work folder as `name`."""
     path, per_batch = bench.folder / name, 16
@@ -711,7 +712,7 @@ def answered(bench: Bench, teacher: Teacher, pictures: range, name: str) -> list
     return [row for row in rows if row["picture"] in wanted]
 
 
-def _teacher_forced(bench: Bench, rows: list[dict]):
+def _teacher_forced(bench: Workbench, rows: list[dict]):
     """`rows` of one prompt as a batch: ids (n, S), how many positions to keep, and bool (n, keep - 1), where the next token
     is one of an answer."""
     longest = max(len(row["answer"]) for row in rows)
@@ -727,7 +728,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
-def _both_logits(bench: Bench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def _both_logits(bench: Workbench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers."""
     ids, keep, counts = _teacher_forced(bench, rows)
     pictures = [row["picture"] for row in rows]
@@ -744,7 +745,7 @@ def _batches_of_one_prompt(rows: list[dict], size: int) -> Iterator[list[dict]]:
 
 
 @torch.no_grad()
-def agreement(bench: Bench, teacher: Teacher, rows: list[dict]) -> dict:
+def agreement(bench: Workbench, teacher: Teacher, rows: list[dict]) -> dict:
     """How well the model's next-token distributions agree with the LLaVA's along the LLaVA's own answers.
 
     Returns:
@@ -760,7 +761,7 @@ def agreement(bench: Bench, teacher: Teacher, rows: list[dict]) -> dict:
     return {"kl": float(divergences.mean()), "top1": float(same.float().mean()), "tokens": len(same)}
 
 
-def distill(bench: Bench, teacher: Teacher) -> list[float]:
+def distill(bench: Workbench, teacher: Teacher) -> list[float]:
     """Trains the projectors alone, in place, on the divergence from the LLaVA along its answers about the fitted pictures.
     Returns the divergence at each step. The projectors are in float32 meanwhile."""
     model, fit = bench.model, bench.fit
@@ -785,7 +786,7 @@ def distill(bench: Bench, teacher: Teacher) -> list[float]:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         last = step + 1 == fit.distill_steps
         _show(bench.log, f"distillation: step {step + 1} of {fit.distill_steps}, divergence {losses[-1]:.4f}", last)
     for projector in projectors:
@@ -805,7 +806,9 @@ def load_llava(source: str | os.PathLike, dtype: str | None = None, device: str 
     """
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in ("llava", "llava_next"):
-        raise ValueError(f"--from-llava {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
+        raise ValueError(
+            f"--from-llava {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'."
+        )
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"--from-llava {str(source)!r} has no image processor: preprocessor_config.json is missing.")
@@ -835,7 +838,7 @@ def from_llava(
         destination: folder to make.
         fit: settings.
         prompts: generic prompts, along whose answers agreement is measured and distilled.
-        prompt_format: see `Bench`.
+        prompt_format: see `Workbench`.
         work_folder: where features, states and finished layers are kept, so that an interrupted run goes on; None: beside
             the destination, removed at the end.
         dtype: "float32", "float16" or "bfloat16"; None: as stored. Projectors are fitted in float32 in any case.
@@ -857,12 +860,14 @@ def from_llava(
     start = time.perf_counter()
     llava, llava_processor = load_llava(source, dtype, device)
     if llava.config.model_type == "llava_next":
-        log("note: of LLaVA-NeXT's pictures the base image alone is used, the whole picture at the encoder's size; no tiles")
+        log(
+            "note: of LLaVA-NeXT's pictures the base image alone is used, the whole picture at the encoder's size; no tiles"
+        )
     model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed)
     processor = processor_from_llava(llava_processor, model.config)
     teacher = Teacher(model, llava.model.multi_modal_projector)
     del llava
-    bench = Bench(model, processor, pictures, work, fit, prompts, prompt_format, log)
+    bench = Workbench(model, processor, pictures, work, fit, prompts, prompt_format, log)
 
     measured = answered(bench, teacher, bench.held_out, "held-out-answers.json")
     agreements, path = {}, work / "agreement.json"
@@ -922,41 +927,10 @@ def report_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `saisa build --from-llava`, `--from-llava` itself and DST left out."""
-    fit = Fit()
-    parser.add_argument("--images", metavar="FOLDER", help="pictures to fit the projectors on; nothing is known about them")
-    parser.add_argument(
-        "--pictures", type=int, default=fit.pictures, metavar="N", help="use N of them at most (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--held-out", type=int, default=fit.held_out, metavar="N", help="of these, keep N to measure on (%(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=fit.steps, metavar="N", help="steps of descent for each layer (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--projector-hidden-size", type=int, metavar="N", help="inner width of the projectors (default: the LLaVA's)"
-    )
-    parser.add_argument(
-        "--distill", type=int, default=0, metavar="STEPS", help="then train the projectors on the LLaVA's own answers"
-    )
-    parser.add_argument(
-        "--prompts", metavar="FILE", help="generic prompts, one a line, for measuring and distilling (default: four)"
-    )
-    parser.add_argument(
-        "--prompt-format",
-        metavar="TEXT",
-        help='how the LLaVA is asked, "USER: <image>\\n{prompt} ASSISTANT:" for instance (default: its chat template)',
-    )
-    parser.add_argument(
-        "--work-folder", metavar="DIR", help="keep features, states and finished layers there (default: beside DST, removed)"
-    )
-    parser.add_argument("--seed", type=int, default=fit.seed, help="default: %(default)s")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """`saisa build --from-llava`, from its parsed command line."""
+def build(arguments) -> int:
+    """`saisa build --from-llava`, from its parsed command line, an `argparse.Namespace`."""
+    if arguments.from_llava is None:
+        raise ValueError("--from-llava MODEL is missing: the LLaVA to start from.")
     if arguments.images is None:
         raise ValueError("--from-llava needs --images FOLDER, pictures to fit the projectors on.")
     prompts = PROMPTS
@@ -982,6 +956,6 @@ def run(arguments: argparse.Namespace) -> int:
         prompt_format=None if text is None else text.replace("\\n", "\n"),
         work_folder=arguments.work_folder,
         dtype=arguments.dtype,
-        device=arguments.device,
+        device=_device(arguments.device),
     )
     return 0

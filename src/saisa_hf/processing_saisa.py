@@ -332,9 +332,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 ends = list(accumulate(repeats))
                 blocks = [(end - n, end) for i, n, end in zip(whole, repeats, ends) if i == self.image_token_id]
                 pairs = encoded["offset_mapping"][number] if wants_offsets else []
-                yield [i for i, n in zip(whole, repeats) for _ in range(n)], [
-                    tuple(pair) for pair, n in zip(pairs, repeats) for _ in range(n)
-                ], blocks
+                yield (
+                    [i for i, n in zip(whole, repeats) for _ in range(n)],
+                    [tuple(pair) for pair, n in zip(pairs, repeats) for _ in range(n)],
+                    blocks,
+                )
             return
         legacy = getattr(encode, "legacy", None)
         swallows = legacy is not None and encode(" a", add_special_tokens=False) == encode(
