@@ -35,13 +35,16 @@ from saisa_hf.from_llava import Fit, Teacher, Workbench, agreement, answered, di
 
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 0.05
 STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists
+SHORT, LONG = 1350, 2050  # steps of the first two stages, and of all three
 VISUAL_TOKENS = (SIZE // demo.PATCH) ** 2
 PROMPTS = (*LISTS.values(), "How many digits are there?")
 PICTURES_SEED, QUESTIONS_SEED = 77, 1
 
 DEPTHS, SEEDS = (4, 8, 16), (0, 1, 2)
 PICTURES, WIDTHS = (100, 300, 1000, 3000, 10000), (32, 64, 128, 256, 512)
-DEFAULT = {"depth": 4, "seed": 0, "pictures": 1000, "width": 128}
+SPACES = ("hidden", "norm", "keys_values")
+DEFAULT = {"depth": 4, "seed": 0, "steps": SHORT, "pictures": 1000, "width": 128, "space": Fit().space}
+TRAINING = ("seed", "depth", "steps")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -67,10 +70,11 @@ def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
     return model
 
 
-def train(model, tokenizer, seed: int, seconds: float | None = None, kept: Path | None = None) -> dict:
-    """Trains all but the encoder in place, in the stages `STAGES`, on a stream of fresh pictures that depends on `seed`
-    alone; with `seconds`, each stage goes on until its part of that much processor time is spent. Where `kept` is given, the
-    state is written to that file from time to time, and an interrupted training goes on from it."""
+def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None, kept: Path | None = None) -> dict:
+    """Trains all but the encoder in place, in as many of the stages `STAGES` as make `steps`, on a stream of fresh pictures
+    that depends on `seed` alone; with `seconds`, each stage goes on until its part of that much processor time is spent.
+    Where `kept` is given, the state is written to that file from time to time, and an interrupted training goes on from
+    it."""
     conversation, collate = Conversation(tokenizer, VISUAL_TOKENS), demo.TurnCollator(tokenizer.pad_token_id)
     model.model.vision_tower.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -83,13 +87,14 @@ def train(model, tokenizer, seed: int, seconds: float | None = None, kept: Path 
         stage, step, total, earlier = (state[name] for name in ("stage", "step", "total", "seconds"))
     model.train()
     start = time.process_time()
-    for number in range(stage, len(STAGES)):
-        steps, lists = STAGES[number]
-        share = steps / sum(steps for steps, _ in STAGES)
+    stages = STAGES[: 2 if steps == SHORT else 3]
+    for number in range(stage, len(stages)):
+        stage_steps, lists = stages[number]
+        share = stage_steps / steps
         pictures = demo.TurnDataset(conversation, "train", 10**9, seed * 10 + 2 + number, lists)
         begun = time.process_time()
         while True:
-            done = step / steps if seconds is None else (time.process_time() - begun) / (seconds * share)
+            done = step / stage_steps if seconds is None else (time.process_time() - begun) / (seconds * share)
             if done >= 1:
                 break
             rate = RATE * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
@@ -116,15 +121,15 @@ def train(model, tokenizer, seed: int, seconds: float | None = None, kept: Path 
     return {"steps": total, "pictures": total * BATCH, "processor_seconds": round(seconds, 1)}
 
 
-def pretrained_llava(args, seed: int, depth: int) -> tuple[LlavaForConditionalGeneration, dict]:
-    """The LLaVA of a seed and depth and how it was trained; trained now where it is not in the folder yet."""
-    folder = Path(args.models) / f"llava-seed-{seed}-depth-{depth}"
+def pretrained_llava(args, seed: int, depth: int, steps: int) -> tuple[LlavaForConditionalGeneration, dict]:
+    """The LLaVA of a seed, a depth and a number of steps, and how it was trained: now, where it is not in the folder."""
+    folder = Path(args.models) / f"llava-seed-{seed}-depth-{depth}-steps-{steps}"
     if not (folder / "training.json").exists():
         Path(args.models).mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         processor, kept = demo.make_processor(), folder.with_suffix(".training")
         model = new_llava(processor, depth)
-        record = train(model, processor.tokenizer, seed, kept=kept)
+        record = train(model, processor.tokenizer, seed, steps, kept=kept)
         model.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(record))
         kept.unlink(missing_ok=True)
@@ -148,38 +153,40 @@ def unlabelled(count: int) -> list[Image.Image]:
     return [Image.fromarray(draw(scene)) for scene in scenes]
 
 
-def llava_cell(args, seed, depth) -> dict:
+def llava_cell(args, seed, depth, steps) -> dict:
     processor = demo.make_processor()
-    model, record = pretrained_llava(args, seed, depth)
+    model, record = pretrained_llava(args, seed, depth, steps)
     return {**record, "accuracy": accuracy(model, processor, args)}
 
 
-def fit_cell(args, seed, depth, pictures, width) -> dict:
+def fit_cell(args, seed, depth, steps, pictures, width, space) -> dict:
     """The LLaVA as a SAISA: with its projector copied, fitted, and distilled (by default pictures and width)."""
     processor = demo.make_processor()
-    llava, _ = pretrained_llava(args, seed, depth)
+    llava, _ = pretrained_llava(args, seed, depth, steps)
     model = saisa_from_llava(llava, width)
     teacher = Teacher(model, llava.model.multi_modal_projector)
-    main = pictures == DEFAULT["pictures"] and width == DEFAULT["width"]
+    main = all(DEFAULT[name] == value for name, value in (("pictures", pictures), ("width", width), ("space", space)))
     fit = Fit(
-        pictures=pictures + 100,
-        held_out=100,
-        answer_tokens=64,
-        steps=args.steps,
+        pictures=pictures + args.held_out,
+        held_out=args.held_out,
+        answer_tokens=args.answer_tokens,
+        steps=args.fit_steps,
         projector_hidden_size=width,
+        space=space,
         distill_steps=args.distill_steps,
         distill_batch=16,
-        distill_rate=3e-4,
         seed=seed,
     )
     result = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(model, processor, unlabelled(pictures + 100), folder, fit, PROMPTS, log=lambda line: None)
+        bench = Workbench(
+            model, processor, unlabelled(pictures + args.held_out), folder, fit, PROMPTS, log=lambda line: None
+        )
         rows = answered(bench, teacher, bench.held_out, "held-out.json")
 
         def measured(stage, seconds):
             result[stage] = {**agreement(bench, teacher, rows), "processor_seconds": round(seconds, 1)}
-            if main or stage == "fitted":
+            if main:
                 result[stage]["accuracy"] = accuracy(model, processor, args)
 
         measured("copied", 0)
@@ -193,27 +200,31 @@ def fit_cell(args, seed, depth, pictures, width) -> dict:
     return result
 
 
-def trained_cell(args, seed, depth) -> dict:
+def trained_cell(args, seed, depth, steps) -> dict:
     """A SAISA trained from nothing on the stream of pictures that the LLaVA was trained on, for as much processor time as the
     LLaVA and its fit took."""
     processor = demo.make_processor()
-    _, record = pretrained_llava(args, seed, depth)
+    _, record = pretrained_llava(args, seed, depth, steps)
     torch.manual_seed(seed)
     model = saisa_from_llava(new_llava(processor, depth)).requires_grad_(True)
-    found = args.cells.get(name_of("fit", DEFAULT | {"seed": seed, "depth": depth}), {}).get("fitted", {})
+    found = args.cells.get(name_of("fit", DEFAULT | {"seed": seed, "depth": depth, "steps": steps}), {}).get(
+        "fitted", {}
+    )
     seconds = record["processor_seconds"] + found.get("processor_seconds", 0)
-    trained = train(model, processor.tokenizer, seed, seconds)
+    trained = train(model, processor.tokenizer, seed, steps, seconds)
     return {**trained, "accuracy": accuracy(model, processor, args)}
 
 
 def plan(args) -> list[tuple[str, dict]]:
     """What is computed, the most important first."""
-    cells = [(kind, {"seed": args.seeds[0], "depth": args.depths[0]}) for kind in ("llava", "fit")]
-    cells += [("fit", {"pictures": pictures}) for pictures in args.pictures]
-    cells += [("fit", {"width": width}) for width in args.widths]
+    first = args.seeds[0]
+    cells = [(kind, {"seed": first, "steps": steps}) for steps in (LONG, SHORT) for kind in ("llava", "fit")]
+    cells += [("fit", {"seed": first, "steps": LONG, "pictures": pictures}) for pictures in args.pictures]
+    cells += [("fit", {"seed": first, "steps": LONG, "width": width}) for width in args.widths]
+    cells += [("fit", {"seed": first, "steps": LONG, "space": space}) for space in args.spaces]
     cells += [(kind, {"seed": seed}) for seed in args.seeds for kind in ("llava", "fit")]
-    cells += [("trained", {"seed": args.seeds[0]})]
-    cells += [(kind, {"depth": depth}) for depth in args.depths for kind in ("llava", "fit")]
+    cells += [("trained", {"seed": first})]
+    cells += [(kind, {"seed": first, "depth": depth}) for depth in args.depths for kind in ("llava", "fit")]
     cells += [("trained", {"seed": seed}) for seed in args.seeds]
     cells += [
         (kind, {"depth": depth, "seed": seed})
@@ -223,7 +234,8 @@ def plan(args) -> list[tuple[str, dict]]:
 
 
 def name_of(kind: str, cell: dict) -> str:
-    used = ("seed", "depth", "pictures", "width") if kind == "fit" else ("seed", "depth")
+    used = (*TRAINING, "pictures", "width") if kind == "fit" else TRAINING
+    used += ("space",) * (kind == "fit" and cell["space"] != DEFAULT["space"])
     return " ".join([kind, *(f"{name}={cell[name]}" for name in used)])
 
 
@@ -288,11 +300,12 @@ def plot(cells: dict, path: str):
                 label = f"{depth} layers, {stage}"
                 axes[1].plot(range(1, depth), errors, f"{marker}-", color=stages[stage], label=label, markersize=4)
     axes[1].set(title="relative error of keys and values", xlabel="layer", ylabel="%", yscale="log")
-    axes[1].legend(fontsize=7)
+    if axes[1].lines:
+        axes[1].legend(fontsize=7)
     for axis, name, values in ((axes[2], "pictures", PICTURES), (axes[3], "width", WIDTHS)):
-        known = [value for value in values if cell_of(**{name: value})]
+        known = [value for value in values if cell_of(steps=LONG, **{name: value})]
         for stage in ("copied", "fitted"):
-            kl = [cell_of(**{name: value})[stage]["kl"] for value in known]
+            kl = [cell_of(steps=LONG, **{name: value})[stage]["kl"] for value in known]
             axis.plot(known, kl, "o-", color=stages[stage], label=stage)
         title = "pictures" if name == "pictures" else "inner width of the projectors"
         axis.set(title=f"KL from LLaVA by {title}", xlabel=title, ylabel="nats a token", xscale="log", yscale="log")
@@ -316,8 +329,13 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     parser.add_argument("--pictures", type=int, nargs="*", default=PICTURES)
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
-    parser.add_argument("--steps", type=int, default=Fit().steps, help="of the fit of one layer")
+    parser.add_argument("--spaces", nargs="*", default=SPACES, help="where the error counts, beside the default")
+    parser.add_argument("--fit-steps", type=int, default=Fit().steps, help="of the fit of one layer")
     parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--held-out", type=int, default=100, help="pictures to measure on")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=64, help="longest answer along which agreement is measured"
+    )
     parser.add_argument("--questions", type=int, default=500)
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="begin no cell after that")
@@ -338,7 +356,7 @@ def main(argv=None) -> dict:
         if time.monotonic() - start > 60 * args.until:
             break
         print(name, flush=True)
-        given = cell if kind == "fit" else {key: cell[key] for key in ("seed", "depth")}
+        given = cell if kind == "fit" else {key: cell[key] for key in TRAINING}
         args.cells[name] = makers[kind](args, **given)
         measure.write_json(path, result)
         print(show({name: args.cells[name]}), flush=True)

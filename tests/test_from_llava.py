@@ -2,7 +2,11 @@
 """A LLaVA becomes a SAISA: everything but the projectors is its own, the projectors reproduce its visual states, and what is
 made of pictures, on disk or in memory, stays bounded and survives interruptions."""
 
+import importlib
 import json
+import os
+import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from transformers import (
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor, from_llava
 from saisa_hf.cli import _parser, main
+from saisa_hf.demo import scenes
 from saisa_hf.demo.language import CHAT_TEMPLATE, make_tokenizer
 from saisa_hf.from_llava import (
     Fit,
@@ -50,7 +55,7 @@ SIDE, PATCH, LAYERS = 24, 6, 3
 TOKENS = (SIDE // PATCH) ** 2
 TOKENIZER = make_tokenizer()
 PROMPTS = ["describe the picture.", "list the digits."]
-QUICK = Fit(pictures=120, held_out=20, steps=100, batch_tokens=128, answer_tokens=4, rate=3e-3)
+QUICK = Fit(pictures=120, held_out=20, steps=100, batch_tokens=128, answer_tokens=4)
 _VISION = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2,
            "image_size": SIDE, "patch_size": PATCH}  # fmt: skip
 TEXTS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
@@ -311,8 +316,21 @@ class Stop(BaseException):
     pass
 
 
-@pytest.mark.parametrize("where", ["get_image_features", "answers", "advance", "descend", "solve"])
+def killed(run):
+    """Runs `run` in a process of its own, which has to end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("where", ["get_image_features", "answers", "advance", "descend", "killed"])
 def test_an_interrupted_run_goes_on_and_ends_as_if_uninterrupted(checkpoint, tmp_path, monkeypatch, where):
+    kill = where == "killed"
+    where = "solve" if kill else where
     owner = {"get_image_features": SaisaForConditionalGeneration, "descend": LayerFit, "solve": LayerFit}.get(
         where, Teacher
     )
@@ -322,14 +340,20 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_uninterrupted(checkpoint, tmp
 
     def interrupted(*args, **kwargs):
         calls.append(1)
+        if len(calls) == 2 and kill:
+            os.kill(os.getpid(), signal.SIGKILL)
         if len(calls) == 2:
             raise Stop
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, where, interrupted)
-        with pytest.raises(Stop):
-            from_llava.from_llava(checkpoint / "llava", checkpoint / "pictures", tmp_path / "a", **options)
+        run = partial(from_llava.from_llava, checkpoint / "llava", checkpoint / "pictures", tmp_path / "a", **options)
+        if kill:
+            killed(run)
+        else:
+            with pytest.raises(Stop):
+                run()
     assert not (tmp_path / "a").exists() and (tmp_path / ".a.work").exists()
     report = from_llava.from_llava(checkpoint / "llava", checkpoint / "pictures", tmp_path / "a", **options)
     whole = from_llava.from_llava(checkpoint / "llava", checkpoint / "pictures", tmp_path / "b", **options)
@@ -466,3 +490,54 @@ def test_too_few_pictures_for_the_width_are_warned_about(llava, pictures, tmp_pa
     lines = []
     make_bench(llava, pictures[:8], tmp_path, log=lines.append)
     assert any("few for a projector 32 wide" in line for line in lines)
+
+
+def test_a_descent_that_leads_nowhere_is_undone(llava, pictures, tmp_path):
+    lines, fit = [], Fit(**vars(QUICK) | {"rate": 1e4})
+    report = fit_projectors(
+        *(lambda bench: (bench, Teacher(bench.model)))(make_bench(llava, pictures, tmp_path, fit, lines.append))
+    )
+    assert sum("the closed-form solution stays" in line for line in lines) == LAYERS - 1
+    assert all(row["fitted"]["keys"] < row["copied"]["keys"] for row in report[1:])
+
+
+# --- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_fills_its_tables_and_computes_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    benchmark = importlib.import_module("from_llava")
+    monkeypatch.setitem(scenes.VARIANTS, "train", 1)
+    scenes.sprites.cache_clear()
+    monkeypatch.setattr(benchmark, "STAGES", ((2, 1.0), (1, 0.1), (1, 0.2)))
+    monkeypatch.setattr(benchmark, "SHORT", 3)
+    monkeypatch.setattr(benchmark, "LONG", 4)
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    monkeypatch.setattr(benchmark, "DEFAULT", benchmark.DEFAULT | {"depth": 2, "steps": 3, "pictures": 12})
+    argv = [
+        "--json",
+        tmp_path / "a.json",
+        "--models",
+        tmp_path / "models",
+        "--seeds",
+        0,
+        "--depths",
+        2,
+        "--pictures",
+        6,
+    ]
+    argv += ["--widths", 16, "--spaces", "norm", "--fit-steps", 2, "--distill-steps", 1, "--questions", 7]
+    argv += ["--held-out", 5, "--answer-tokens", 3]
+    argv = [str(word) for word in [*argv, "--plot", tmp_path / "a.png"]]
+    try:
+        cells = benchmark.main(argv)["cells"]
+        for kind in ("llava_cell", "fit_cell", "trained_cell"):
+            monkeypatch.setattr(benchmark, kind, None)
+        assert benchmark.main(argv)["cells"] == cells
+    finally:
+        scenes.sprites.cache_clear()
+    assert [name.split()[0] for name in cells] == ["llava", "fit"] * 2 + ["fit"] * 3 + ["trained"]
+    main = cells["fit seed=0 depth=2 steps=3 pictures=12 width=128"]
+    assert {"accuracy", "kl", "top1", "tokens"} <= main["distilled"].keys() and len(main["layers"]) == 2
+    assert Image.open(tmp_path / "a.png").size[0] > 1000
+    assert cells["trained seed=0 depth=2 steps=3"]["processor_seconds"] > 0

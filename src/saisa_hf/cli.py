@@ -186,7 +186,7 @@ def _add_llava_options(command: argparse.ArgumentParser) -> None:
         help="keep N of these to measure on (default: %(default)s)",
     )
     group.add_argument(
-        "--steps", metavar="N", type=_count, default=400, help="steps of descent for each layer (default: %(default)s)"
+        "--steps", metavar="N", type=_count, default=500, help="steps of descent for each layer (default: %(default)s)"
     )
     group.add_argument(
         "--projector-hidden-size", metavar="N", type=_positive, help="inner width of the projectors (default: MODEL's)"

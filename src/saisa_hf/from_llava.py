@@ -56,10 +56,12 @@ class Fit:
         pictures: most pictures to use of those that are there, held-out ones included.
         held_out: of these, how many are kept from fitting; errors and agreement are measured on them.
         steps: steps of AdamW for each layer; 0 leaves the closed-form solution of `linear_2`.
-        rate: its highest learning rate, of a cosine schedule.
+        rate: its highest learning rate, of a cosine schedule, times the square root of the projector's inner width: 0.064
+            makes 0.001 at a width of 4096, as in LLaVA's first training stage, and 0.006 at 128.
         batch_tokens: about how many visual tokens are in one step.
         ridge: the closed form's penalty, relative to the mean square of the inner activations.
-        space: where the error counts: `"hidden"` states, behind the layer's input `"norm"`, or in its `"keys_values"`.
+        space: where the error counts in descent: in the `"hidden"` states as they are, in these `"scaled"` to a mean square
+            of 1 each, behind the layer's input `"norm"`, or in its `"keys_values"`.
         start: from what a layer's `linear_1` starts: the `"previous"` layer's, or `"llava"`'s own.
         projector_hidden_size: inner width of the projectors; None: LLaVA's.
         distill_steps: steps of distillation of the next-token distributions, after the fit.
@@ -71,11 +73,11 @@ class Fit:
 
     pictures: int = 2000
     held_out: int = 64
-    steps: int = 400
-    rate: float = 1e-3
+    steps: int = 500
+    rate: float = 0.064
     batch_tokens: int = 2304
     ridge: float = 1e-5
-    space: str = "keys_values"
+    space: str = "scaled"
     start: str = "previous"
     projector_hidden_size: int | None = None
     distill_steps: int = 0
@@ -91,7 +93,7 @@ class Fit:
         for name in ("steps", "distill_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or a positive number.")
-        for name, allowed in (("space", ("hidden", "norm", "keys_values")), ("start", ("previous", "llava"))):
+        for name, allowed in (("space", ("hidden", "scaled", "norm", "keys_values")), ("start", ("previous", "llava"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}.")
 
@@ -497,7 +499,7 @@ class Space:
 
     def loss(self, space: str, ours_RD: torch.Tensor, theirs_RD: torch.Tensor) -> torch.Tensor:
         """The relative squared error in `space` (see `Fit`)."""
-        if space == "hidden":
+        if space in ("hidden", "scaled"):
             return _relative_error(ours_RD, theirs_RD)
         if space == "norm":
             return _relative_error(self.norm(ours_RD), self.norm(theirs_RD))
@@ -533,6 +535,17 @@ class LayerFit:
         for first in range(pictures.start, pictures.stop, self.per_step):
             yield self.rows(slice(first, min(first + self.per_step, pictures.stop)))
 
+    def fit_projector(self, projector: nn.Module):
+        """`solve`, then `descend`, which is undone if it has made matters worse on fitted pictures."""
+        self.solve(projector)
+        some = self.bench.fitted[: max(1, 16 * self.per_step)]
+        solved, before = copy.deepcopy(projector.state_dict()), self.errors(projector, some)
+        self.descend(projector)
+        after = self.errors(projector, some)
+        if not after["keys"] + after["values"] <= before["keys"] + before["values"]:  # nor where it is no number
+            projector.load_state_dict(solved)
+            self.bench.log(f"layer {self.index}: descent has led nowhere; the closed-form solution stays")
+
     def solve(self, projector: nn.Module):
         """Sets `linear_2` to the best linear map of the inner activations, in closed form. Its targets are the states scaled
         to a mean square of 1: the norm behind it does the same. Whatever linear map follows the norm, the solution is the
@@ -567,7 +580,8 @@ class LayerFit:
         fit, fitted = self.fit, self.bench.fitted
         generator = torch.Generator().manual_seed(fit.seed * 1000 + self.index)
         projector.requires_grad_(True)
-        optimizer = torch.optim.AdamW(projector.parameters(), lr=fit.rate, weight_decay=0.0)
+        rate = fit.rate / math.sqrt(projector.linear_1.out_features)
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, fit.steps))
         for step in range(fit.steps):
             chosen = torch.randint(fitted.start, fitted.stop, (self.per_step,), generator=generator)
@@ -586,10 +600,11 @@ class LayerFit:
         projector.requires_grad_(False)
 
     @torch.no_grad()
-    def errors(self, projector: nn.Module) -> dict[str, float]:
-        """Relative squared errors of what the layer makes of held-out pictures, by place (see `Space.views`)."""
+    def errors(self, projector: nn.Module, pictures: range | None = None) -> dict[str, float]:
+        """Relative squared errors of what the layer makes of pictures (None: the held-out ones), by place (see
+        `Space.views`)."""
         sums = {}
-        for features, states in self.batches(self.bench.held_out):
+        for features, states in self.batches(self.bench.held_out if pictures is None else pictures):
             ours, theirs = self.space.views(projector(features).float()), self.space.views(states)
             for name, target in theirs.items():
                 wrong, all_of_it = sums.get(name, (0.0, 0.0))
@@ -630,8 +645,7 @@ def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
             source = copied if index == 0 or fit.start == "llava" else layers[index - 1].visual_projector
             projector = copy.deepcopy(source).float()
             if index or not exact:
-                work.solve(projector)
-                work.descend(projector)
+                work.fit_projector(projector)
             layer.visual_projector.load_state_dict(projector.state_dict())
             after = work.errors(layer.visual_projector)
             _write_tensors(done, layer.visual_projector.state_dict())
@@ -812,8 +826,8 @@ def load_llava(source: str | os.PathLike, dtype: str | None = None, device: str 
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"--from-llava {str(source)!r} has no image processor: preprocessor_config.json is missing.")
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto")
-    return model.to(device).eval(), processor
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
+    return model.eval(), processor
 
 
 def from_llava(
