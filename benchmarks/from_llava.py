@@ -299,11 +299,14 @@ def plot(cells: dict, path: str):
                 errors = [100 * _error(row, stage) for row in cell["layers"][1:]]
                 label = f"{depth} layers, {stage}"
                 axes[1].plot(range(1, depth), errors, f"{marker}-", color=stages[stage], label=label, markersize=4)
-    axes[1].set(title="relative error of keys and values", xlabel="layer", ylabel="%", yscale="log")
+    axes[1].set(title="relative error of keys and values", xlabel="layer", ylabel="%")
     if axes[1].lines:
+        axes[1].set_yscale("log")
         axes[1].legend(fontsize=7)
     for axis, name, values in ((axes[2], "pictures", PICTURES), (axes[3], "width", WIDTHS)):
         known = [value for value in values if cell_of(steps=LONG, **{name: value})]
+        if not known:
+            continue
         for stage in ("copied", "fitted"):
             kl = [cell_of(steps=LONG, **{name: value})[stage]["kl"] for value in known]
             axis.plot(known, kl, "o-", color=stages[stage], label=stage)
