@@ -8,6 +8,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_the_processor_makes_llavas_ids_and_pixels(llava, legacy):
             b = ours(images=images, text=texts, **options)
             for name in ("input_ids", "attention_mask"):
                 assert np.array_equal(a[name], b[name]) if options else list(a[name]) == list(b[name])
-            assert np.array_equal(np.array(a["pixel_values"]), np.array(b["pixel_values"]))
+            assert all(np.array_equal(x, y) for x, y in zip(a["pixel_values"], b["pixel_values"], strict=True))
         chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where is the 7?"}]}]
         chat += [{"role": "assistant", "content": "top left"}]
         assert ours.apply_chat_template(chat) == theirs.apply_chat_template(chat, tokenize=False)
@@ -452,7 +453,11 @@ def test_of_llava_next_the_base_image_is_used(tmp_path):
         ({"--from-llava": "{tmp}/nowhere"}, 1, "nowhere"),
         ({"--images": "{tmp}/nowhere"}, 1, "--images '{tmp}/nowhere' is not a folder"),
         ({"--images": "{tmp}/empty"}, 1, "holds no pictures (.png, "),
-        ({"--images": "{tmp}/broken"}, 2, "none of the 1 pictures can be read"),
+        (
+            {"--images": "{tmp}/broken"},
+            2,
+            "0 readable pictures: at least 2 are needed, one to fit and one to measure; the first that cannot",
+        ),
         ({"--images": "{tmp}/one"}, 2, "1 readable pictures: at least 2 are needed"),
         ({"DST": "{tmp}/one"}, 1, "one exists"),
         ({"--device": "nonsense"}, 2, "device 'nonsense' cannot be used"),
@@ -473,7 +478,13 @@ def test_bad_input_is_named(checkpoint, tmp_path, capsys, change, status, messag
     destination = words.pop("DST")
     assert main(["build", destination, *(word for pair in words.items() for word in pair)]) == status
     assert message.format(tmp=tmp_path) in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.work").exists()
+
+
+def test_a_full_disk_is_an_error_before_anything_is_computed(llava, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(from_llava.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(OSError, match=r"0\.0 GB for features and states, and 0\.0 GB are free"):
+        make_bench(llava, pictures, tmp_path)
 
 
 def test_models_that_saisa_cannot_be_are_refused():

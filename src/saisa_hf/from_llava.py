@@ -277,6 +277,10 @@ def _rows_on_disk(path: Path, shape: tuple[int, ...], dtype: torch.dtype, create
     if create:
         with path.open("wb") as stream:
             stream.truncate(size * dtype.itemsize)
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a full disk is an error here, and a crash when a mapped page is written
+                os.posix_fallocate(stream.fileno(), 0, size * dtype.itemsize)
     return torch.from_file(str(path), shared=create, size=size, dtype=dtype).view(shape)
 
 
@@ -347,8 +351,6 @@ class Workbench:
         count = len(self.kept)
         self.held_out = range(min(fit.held_out, max(count // 2, 1)))
         self.fitted = range(len(self.held_out), count)
-        if not self.fitted:
-            raise ValueError(f"{count} readable pictures: at least 2 are needed, one to fit and one to measure.")
         rows = len(self.fitted) * self.features.shape[1]
         inner = model.model.language_model.layers[0].visual_projector.linear_1.out_features
         if rows < 10 * inner:
@@ -409,8 +411,12 @@ class Workbench:
                 kept += [index for index, _ in batch]
                 _show(self.log, f"encoded {len(kept)} of {most} pictures", last=len(kept) == most)
             del features
-            if not kept:
-                raise ValueError(f"none of the {len(skipped)} pictures can be read; the first: {skipped[0]}")
+            if len(kept) < 2:
+                shutil.rmtree(self.folder)
+                reason = f"; the first that cannot be read: {skipped[0]}" if skipped else ""
+                raise ValueError(
+                    f"{len(kept)} readable pictures: at least 2 are needed, one to fit and one to measure{reason}"
+                )
             _write_json(record, {"kept": kept, "skipped": skipped})
         found = json.loads(record.read_text(encoding="utf-8"))
         self.kept, self.skipped = found["kept"], found["skipped"]
@@ -592,11 +598,8 @@ class LayerFit:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            _show(
-                self.bench.log,
-                f"layer {self.index}: step {step + 1} of {fit.steps}, {float(loss.detach()):.4f}",
-                last=False,
-            )
+            line = f"layer {self.index}: step {step + 1} of {fit.steps}, {float(loss.detach()):.4f}"
+            _show(self.bench.log, line, last=False)
         projector.requires_grad_(False)
 
     @torch.no_grad()
