@@ -304,12 +304,13 @@ def _load(checkpoint: str, dtype: str, device: str, attn_implementation: str | N
     if config.get("model_type") != "saisa":
         raise ValueError(f"MODEL {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
     model = SaisaForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=dtype, device_map=_device(device), attn_implementation=attn_implementation
+        checkpoint, dtype=dtype, device_map=device_named(device), attn_implementation=attn_implementation
     )
     return model.eval(), SaisaProcessor.from_pretrained(checkpoint)
 
 
-def _device(name: str) -> str:
+def device_named(name: str) -> str:
+    """The device of that name; of `"auto"` the fastest there is."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

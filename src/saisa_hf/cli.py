@@ -24,13 +24,23 @@ command again.
 """
 
 BUILD_HELP = """\
-Builds an untrained model from a language model and a vision encoder, ready for the first training stage:
+Builds a model from a language model and a vision encoder, untrained and ready for the first training stage:
 
   saisa build Qwen/Qwen3-0.6B google/siglip-base-patch16-224 ./my-saisa
   saisa build ./llama ./clip ./my-saisa --projector-sharing shared --dtype bfloat16
 
 The language model's and the encoder's weights are kept bit for bit, the projectors are new. The tokenizer keeps the
-image token it has, or gets one; its chat template is made to take pictures. DST appears when everything is written.
+image token it has, or gets one; its chat template is made to take pictures.
+
+Or makes a SAISA of a trained LLaVA, without training on text. Language model and encoder are the LLaVA's own; the projector
+of each layer is fitted to the states that the LLaVA's visual tokens have there, on any pictures:
+
+  saisa build --from-llava llava-hf/llava-1.5-7b-hf --images ./photos ./saisa-of-llava
+
+A report in DST tells the errors by layer, and how well the next-token distributions agree with the LLaVA's on pictures
+that were held out. An interrupted run goes on where it was.
+
+DST appears when everything is written.
 """
 
 CHAT_HELP = """\
@@ -134,55 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser(
-        "build",
-        help="build an untrained model from a language model and a vision encoder",
-        usage="saisa build LANGUAGE_MODEL VISION_MODEL DST [options]",
-        description=BUILD_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    command.add_argument(
-        "paths",
-        metavar="LANGUAGE_MODEL VISION_MODEL DST",
-        nargs="+",
-        help="folders or hub ids of the language model and the vision encoder, and the folder to make",
-    )
-    command.add_argument(
-        "--image-token", metavar="TEXT", help="what stands for a picture (default: the tokenizer's own, else <image>)"
-    )
-    command.add_argument(
-        "--chat-template",
-        metavar="NAME",
-        help="vicuna, llama_3, chatml, plain, or a .jinja file (default: the tokenizer's own, else plain)",
-    )
-    command.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: the language model's)"
-    )
-    command.add_argument(
-        "--vision-feature-layer", metavar="N", type=int, nargs="+", help="states of the encoder to use (default: -2)"
-    )
-    command.add_argument(
-        "--vision-feature-select-strategy",
-        choices=("default", "full"),
-        help="full: with class token (default: without)",
-    )
-    command.add_argument(
-        "--projector-sharing", choices=("per_layer", "shared"), help="shared: one projector, for the first stage"
-    )
-    command.add_argument(
-        "--projector-hidden-size", metavar="N", type=_positive, help="width in it (default: the language model's)"
-    )
-    command.add_argument(
-        "--visual-layers", metavar="N", type=int, nargs="+", help="decoder layers that see pictures (default: all)"
-    )
-    command.add_argument("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
-    command.add_argument("--seed", metavar="N", type=int, default=0, help="of the projectors (default: %(default)s)")
-    command.add_argument(
-        "--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)"
-    )
-    command.add_argument("--push-to-hub", metavar="REPO", help="upload the result to this repository as well")
-    command.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    command.set_defaults(run=_build, parser=command)
+    _add_build(commands)
 
     command = commands.add_parser(
         "chat",
@@ -222,9 +184,91 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_build(commands) -> None:
+    command = commands.add_parser(
+        "build",
+        help="build a model from a language model and a vision encoder, or make one of a LLaVA",
+        usage="saisa build LANGUAGE_MODEL VISION_MODEL DST [options]\n"
+        "       saisa build --from-llava MODEL --images FOLDER DST [options]",
+        description=BUILD_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add(
+        "paths",
+        metavar="LANGUAGE_MODEL VISION_MODEL DST",
+        nargs="+",
+        help="folders or hub ids of the language model and the vision encoder, and the folder to make; with --from-llava "
+        "the latter alone",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of the weights (default: the language model's, or the LLaVA's)",
+    )
+    width = "inner width of the projectors (default: the language model's hidden size, or that of the LLaVA's)"
+    add("--projector-hidden-size", metavar="N", type=_positive, help=width)
+    add("--seed", metavar="N", type=_count, default=0, help="of what is drawn (default: %(default)s)")
+    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--push-to-hub", metavar="REPO", help="upload the result to this repository, user/name, as well")
+    add("--private", action="store_true", default=None, help="with --push-to-hub: make a new repository private")
+    add("--overwrite", action="store_true", help="replace DST if it exists")
+
+    group = command.add_argument_group("from parts")
+    add = group.add_argument
+    add("--image-token", metavar="TEXT", help="what stands for a picture (default: the tokenizer's own, else <image>)")
+    template = "vicuna, llama_3, chatml, plain, or a .jinja file (default: the tokenizer's own, else plain)"
+    add("--chat-template", metavar="NAME", help=template)
+    layers = "states of the encoder to use (default: -2)"
+    add("--vision-feature-layer", metavar="N", type=int, nargs="+", help=layers)
+    strategy = "full: with class token (default: without)"
+    add("--vision-feature-select-strategy", choices=("default", "full"), help=strategy)
+    sharing = "shared: one projector, for the first stage"
+    add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
+    seeing = "decoder layers that see pictures (default: all)"
+    add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
+    add("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
+    parts = [action.dest for action in group._group_actions]
+
+    # the defaults are those of `saisa_hf.from_llava.Fit`
+    group = command.add_argument_group("a LLaVA as a starting point")
+    add = group.add_argument
+    add("--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
+    add("--images", metavar="FOLDER", help="pictures to fit the projectors on; nothing else is needed")
+    add("--pictures", metavar="N", type=_positive, default=2000, help="use N of them at most (default: %(default)s)")
+    held_out = "keep N of these to measure on (default: %(default)s)"
+    add("--held-out", metavar="N", type=_positive, default=64, help=held_out)
+    steps = "steps of descent for each layer (default: %(default)s)"
+    add("--steps", metavar="N", type=_count, default=500, help=steps)
+    distill = "then train the projectors, STEPS steps, on MODEL's own answers to the prompts (default: %(default)s)"
+    add("--distill", metavar="STEPS", type=_count, default=0, help=distill)
+    prompts = "generic prompts, one a line, to measure and distill with (default: four)"
+    add("--prompts", metavar="FILE", help=prompts)
+    add(
+        "--prompt-format",
+        metavar="TEXT",
+        help="how MODEL is asked, 'USER: <image>\\n{prompt} ASSISTANT:' for instance (default: its chat template)",
+    )
+    add(
+        "--work-folder",
+        metavar="DIR",
+        help="keep features, states and finished layers there (default: a folder beside DST, removed at the end)",
+    )
+    device = "cpu, cuda, cuda:1, mps ... (default: auto, the fastest there is)"
+    add("--device", default="auto", help=device)
+    llava = [action.dest for action in group._group_actions]
+    command.set_defaults(run=_build, parser=command, of_parts=parts, of_llava=llava)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
     return int(text)
 
 
@@ -273,25 +317,51 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    if len(arguments.paths) != 3:
-        arguments.parser.error(f"expected LANGUAGE_MODEL VISION_MODEL DST, got {' '.join(arguments.paths)}")
+    parser, from_llava = arguments.parser, arguments.from_llava is not None
+    wanted = ["DST"] if from_llava else ["LANGUAGE_MODEL", "VISION_MODEL", "DST"]
+    if len(arguments.paths) != len(wanted):
+        parser.error(f"expected {' '.join(wanted)}, got {' '.join(arguments.paths)}")
+    for name in arguments.of_parts if from_llava else arguments.of_llava:
+        if getattr(arguments, name) != parser.get_default(name):
+            rule = "does not go with --from-llava" if from_llava else "goes with --from-llava alone"
+            parser.error(f"--{name.replace('_', '-')} {rule}")
+    shared = ("dtype", "projector_hidden_size", "seed", "max_shard_size", "overwrite", "push_to_hub", "private")
+    options = {name: getattr(arguments, name) for name in shared}
+    if from_llava:
+        return _build_from_llava(arguments, **options)
     from .build import build
 
-    names = ("vision_feature_layer", "vision_feature_select_strategy", "projector_sharing", "projector_hidden_size")
-    settings = {name: getattr(arguments, name) for name in (*names, "visual_layers")}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {name: getattr(arguments, name) for name in arguments.of_parts}
+    settings = {name: value for name, value in (settings | options).items() if value is not None}
     if len(settings.get("vision_feature_layer", ())) == 1:
         settings["vision_feature_layer"] = settings["vision_feature_layer"][0]
-    build(
+    build(*arguments.paths, **settings)
+    return 0
+
+
+def _build_from_llava(arguments: argparse.Namespace, projector_hidden_size: int | None, seed: int, **options) -> int:
+    from .chat import device_named
+    from .from_llava import PROMPTS, Fit, from_llava, read_prompts
+
+    if arguments.images is None:
+        arguments.parser.error("--from-llava needs --images FOLDER, pictures to fit the projectors on")
+    text = arguments.prompt_format
+    from_llava(
+        arguments.from_llava,
+        arguments.images,
         *arguments.paths,
-        image_token=arguments.image_token,
-        chat_template=arguments.chat_template,
-        dtype=arguments.dtype,
-        pad_to_square=arguments.pad_to_square,
-        seed=arguments.seed,
-        max_shard_size=arguments.max_shard_size,
-        overwrite=arguments.overwrite,
-        push_to_hub=arguments.push_to_hub,
-        **settings,
+        fit=Fit(
+            pictures=arguments.pictures,
+            held_out=arguments.held_out,
+            steps=arguments.steps,
+            projector_hidden_size=projector_hidden_size,
+            distill_steps=arguments.distill,
+            seed=seed,
+        ),
+        prompts=PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),
+        prompt_format=None if text is None else text.replace("\\n", "\n"),
+        work_folder=arguments.work_folder,
+        device=device_named(arguments.device),
+        **options,
     )
     return 0

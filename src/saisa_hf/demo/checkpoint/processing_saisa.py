@@ -6,6 +6,7 @@ import math
 import os
 import re
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         chat_template: Jinja source, or a dict of several by name.
         pad_to_square: pad pictures to squares of the image processor's mean colour first, as LLaVA-1.5's checkpoints ask
             for with `image_aspect_ratio: "pad"`.
+        tokenize_whole: tokenize each text in one go, image tokens included, as `LlavaProcessor` does; not in pieces.
 
     Raises:
         ValueError: the tokenizer does not know `image_token`, or an argument has an unknown value.
@@ -98,6 +100,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         image_seq_length=None,
         chat_template=None,
         pad_to_square=False,
+        tokenize_whole=False,
     ):
         if vision_feature_select_strategy not in (None, "default", "full"):
             raise ValueError(
@@ -113,6 +116,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.image_seq_length = image_seq_length
         self.pad_to_square = pad_to_square
+        self.tokenize_whole = tokenize_whole
         if self.image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer does not know image_token {self.image_token!r}. Add it first: "
@@ -134,7 +138,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Prepares texts, pictures or both.
 
         Texts are tokenized in pieces, the stretches between pictures, each as if it stood alone. This is how the authors
-        trained: with sentencepiece models, the text behind a picture begins with a space of its own.
+        trained: with sentencepiece models, the text behind a picture begins with a space of its own. (`tokenize_whole` is
+        for models that were trained otherwise.)
 
         Args:
             images: one picture, a list of them in the order of the texts' image tokens, or a list of such lists, one per
@@ -332,6 +337,21 @@ class SaisaProcessor(ImageTextProcessorMixin):
         follows a special token.
         """
         encode = self.tokenizer
+        options = {"return_offsets_mapping": True} if wants_offsets else {}
+        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if self.tokenize_whole:
+            encoded = encode(texts, **options) if texts else {"input_ids": []}
+            for number, whole in enumerate(encoded["input_ids"]):
+                repeats = [next(counts) if i == self.image_token_id else 1 for i in whole]
+                ends = list(accumulate(repeats))
+                blocks = [(end - n, end) for i, n, end in zip(whole, repeats, ends) if i == self.image_token_id]
+                pairs = encoded["offset_mapping"][number] if wants_offsets else []
+                yield (
+                    [i for i, n in zip(whole, repeats) for _ in range(n)],
+                    [tuple(pair) for pair, n in zip(pairs, repeats) for _ in range(n)],
+                    blocks,
+                )
+            return
         legacy = getattr(encode, "legacy", None)
         swallows = legacy is not None and encode(" a", add_special_tokens=False) == encode(
             "a", add_special_tokens=False
@@ -354,12 +374,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
                     steps.append((start, end))
                 last = end
             plan.append(steps)
-        options = {"return_offsets_mapping": True} if wants_offsets else {}
-        encoded = (
-            encode(strings, add_special_tokens=False, return_attention_mask=False, verbose=False, **options)
-            if strings
-            else {}
-        )
+        encoded = encode(strings, **options) if strings else {}
         for text, steps in zip(texts, plan):
             ids, offsets, blocks = [], [], []
             for step in steps:
@@ -592,7 +607,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _config(self) -> dict:
         """processor_config.json; the parts are in files of their own, which every release reads."""
         names = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
-        names += ("vision_feature_select_strategy",)
+        names += ("tokenize_whole", "vision_feature_select_strategy")
         return {
             "auto_map": dict(PROCESSOR_AUTO_MAP),
             "processor_class": "SaisaProcessor",

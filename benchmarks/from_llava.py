@@ -1,0 +1,373 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How far a trained LLaVA becomes a SAISA by fitting projectors, at tiny size on the demo's digit scenes: accuracy, agreement
+of next-token distributions and errors by layer, against depth, number of pictures and width, beside a SAISA that was trained
+from the same data for the same time.
+
+    python benchmarks/from_llava.py --json result.json --plot result.png
+
+Cells are computed from the most to the least important and written one by one; those that are in the file are not computed
+again. LLaVAs are trained on fresh pictures around the demo's encoder and kept in a folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import measure
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from saisa_hf import SaisaForConditionalGeneration
+from saisa_hf.demo import train as demo
+from saisa_hf.demo.encoder import vision_config
+from saisa_hf.demo.language import IMAGE, Conversation, text_config
+from saisa_hf.demo.run import CHECKPOINT, ask_model
+from saisa_hf.demo.scenes import LISTS, SIZE, draw, held_out_questions, make_scene
+from saisa_hf.from_llava import Fit, Teacher, Workbench, agreement, answered, distill, fit_projectors, saisa_from_llava
+
+
+BATCH, RATE, WARM_UP = 32, 1.5e-3, 0.05
+STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists
+SHORT, LONG = 1350, 2050  # steps of the first two stages, and of all three
+VISUAL_TOKENS = (SIZE // demo.PATCH) ** 2
+PROMPTS = (*LISTS.values(), "How many digits are there?")
+PICTURES_SEED, QUESTIONS_SEED = 77, 1
+
+DEPTHS, SEEDS = (4, 8, 16), (0, 1, 2)
+PICTURES, WIDTHS = (100, 300, 1000, 3000, 10000), (32, 64, 128, 256, 512)
+SPACES = ("hidden", "norm", "keys_values")
+DEFAULT = {"depth": 4, "seed": 0, "steps": SHORT, "pictures": 1000, "width": 128, "space": Fit().space}
+TRAINING = ("seed", "depth", "steps")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
+    """A LLaVA around the demo's trained encoder, `depth` random decoder layers deep."""
+    text = text_config(len(processor.tokenizer)).to_dict() | {"num_hidden_layers": depth, "layer_types": None}
+    config = LlavaConfig(
+        vision_config=vision_config(),
+        text_config=text,
+        image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=VISUAL_TOKENS,
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config)
+    for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.nn.init.normal_(linear.weight, std=model.config.text_config.initializer_range)
+    tower = SaisaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).vision_tower
+    own = model.model.vision_tower.state_dict()
+    trained = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+    model.model.vision_tower.load_state_dict({name: trained[name.removeprefix("vision_model.")] for name in own})
+    return model
+
+
+def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None, kept: Path | None = None) -> dict:
+    """Trains all but the encoder in place, in as many of the stages `STAGES` as make `steps`, on a stream of fresh pictures
+    that depends on `seed` alone; with `seconds`, each stage goes on until its part of that much processor time is spent.
+    Where `kept` is given, the state is written to that file from time to time, and an interrupted training goes on from
+    it."""
+    conversation, collate = Conversation(tokenizer, VISUAL_TOKENS), demo.TurnCollator(tokenizer.pad_token_id)
+    model.model.vision_tower.requires_grad_(False)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.05)
+    stage, step, total, earlier = 0, 0, 0, 0.0
+    if kept is not None and kept.exists():
+        state = torch.load(kept, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        stage, step, total, earlier = (state[name] for name in ("stage", "step", "total", "seconds"))
+    model.train()
+    start = time.process_time()
+    stages = STAGES[: 2 if steps == SHORT else 3]
+    for number in range(stage, len(stages)):
+        stage_steps, lists = stages[number]
+        share = stage_steps / steps
+        pictures = demo.TurnDataset(conversation, "train", 10**9, seed * 10 + 2 + number, lists)
+        begun = time.process_time()
+        while True:
+            done = step / stage_steps if seconds is None else (time.process_time() - begun) / (seconds * share)
+            if done >= 1:
+                break
+            rate = RATE * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = model(**collate([pictures[index] for index in range(step * BATCH, (step + 1) * BATCH)])).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, total = step + 1, total + 1
+            spent = earlier + time.process_time() - start
+            if total % 50 == 0:
+                print(f"stage {number}, step {step}: loss {loss.item():.3f}, {spent:.0f} s", flush=True)
+                if kept is not None:
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                    torch.save(
+                        state | {"stage": number, "step": step, "total": total, "seconds": spent}, f"{kept}.part"
+                    )
+                    os.replace(f"{kept}.part", kept)
+        step = 0
+    model.eval()
+    seconds = earlier + time.process_time() - start
+    return {"steps": total, "pictures": total * BATCH, "processor_seconds": round(seconds, 1)}
+
+
+def pretrained_llava(args, seed: int, depth: int, steps: int) -> tuple[LlavaForConditionalGeneration, dict]:
+    """The LLaVA of a seed, a depth and a number of steps, and how it was trained: now, where it is not in the folder."""
+    folder = Path(args.models) / f"llava-seed-{seed}-depth-{depth}-steps-{steps}"
+    if not (folder / "training.json").exists():
+        Path(args.models).mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(seed)
+        processor, kept = demo.make_processor(), folder.with_suffix(".training")
+        model = new_llava(processor, depth)
+        record = train(model, processor.tokenizer, seed, steps, kept=kept)
+        model.save_pretrained(folder)
+        (folder / "training.json").write_text(json.dumps(record))
+        kept.unlink(missing_ok=True)
+    model = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    return model, json.loads((folder / "training.json").read_text())
+
+
+# --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(model, processor, args) -> float:
+    """Exact matches of greedy answers to fresh questions about held-out handwriting."""
+    asked = held_out_questions(args.questions, QUESTIONS_SEED)
+    answers = ask_model(model, processor, asked)
+    return sum(answer == question.answer for answer, (_, question) in zip(answers, asked)) / len(asked)
+
+
+def unlabelled(count: int) -> list[Image.Image]:
+    """Pictures of scenes, of which nothing is told; the first are the same whatever `count`."""
+    scenes = (make_scene("train", np.random.default_rng([PICTURES_SEED, index])) for index in range(count))
+    return [Image.fromarray(draw(scene)) for scene in scenes]
+
+
+def llava_cell(args, seed, depth, steps) -> dict:
+    processor = demo.make_processor()
+    model, record = pretrained_llava(args, seed, depth, steps)
+    return {**record, "accuracy": accuracy(model, processor, args)}
+
+
+def fit_cell(args, seed, depth, steps, pictures, width, space) -> dict:
+    """The LLaVA as a SAISA: with its projector copied, fitted, and distilled (by default pictures and width)."""
+    processor = demo.make_processor()
+    llava, _ = pretrained_llava(args, seed, depth, steps)
+    model = saisa_from_llava(llava, width)
+    teacher = Teacher(model, llava.model.multi_modal_projector)
+    main = all(DEFAULT[name] == value for name, value in (("pictures", pictures), ("width", width), ("space", space)))
+    fit = Fit(
+        pictures=pictures + args.held_out,
+        held_out=args.held_out,
+        answer_tokens=args.answer_tokens,
+        steps=args.fit_steps,
+        projector_hidden_size=width,
+        space=space,
+        distill_steps=args.distill_steps,
+        distill_batch=16,
+        seed=seed,
+    )
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Workbench(
+            model, processor, unlabelled(pictures + args.held_out), folder, fit, PROMPTS, log=lambda line: None
+        )
+        rows = answered(bench, teacher, bench.held_out, "held-out.json")
+
+        def measured(stage, seconds):
+            result[stage] = {**agreement(bench, teacher, rows), "processor_seconds": round(seconds, 1)}
+            if main:
+                result[stage]["accuracy"] = accuracy(model, processor, args)
+
+        measured("copied", 0)
+        start = time.process_time()
+        result["layers"] = fit_projectors(bench, teacher)
+        measured("fitted", time.process_time() - start)
+        if main:
+            start = time.process_time()
+            distill(bench, teacher)
+            measured("distilled", time.process_time() - start)
+    return result
+
+
+def trained_cell(args, seed, depth, steps) -> dict:
+    """A SAISA trained from nothing on the stream of pictures that the LLaVA was trained on, for as much processor time as the
+    LLaVA and its fit took."""
+    processor = demo.make_processor()
+    _, record = pretrained_llava(args, seed, depth, steps)
+    torch.manual_seed(seed)
+    model = saisa_from_llava(new_llava(processor, depth)).requires_grad_(True)
+    found = args.cells.get(name_of("fit", DEFAULT | {"seed": seed, "depth": depth, "steps": steps}), {}).get(
+        "fitted", {}
+    )
+    seconds = record["processor_seconds"] + found.get("processor_seconds", 0)
+    trained = train(model, processor.tokenizer, seed, steps, seconds)
+    return {**trained, "accuracy": accuracy(model, processor, args)}
+
+
+def plan(args) -> list[tuple[str, dict]]:
+    """What is computed, the most important first."""
+    first = args.seeds[0]
+    cells = [(kind, {"seed": first, "steps": steps}) for steps in (LONG, SHORT) for kind in ("llava", "fit")]
+    cells += [("fit", {"seed": first, "steps": LONG, "pictures": pictures}) for pictures in args.pictures]
+    cells += [("fit", {"seed": first, "steps": LONG, "width": width}) for width in args.widths]
+    cells += [("fit", {"seed": first, "steps": LONG, "space": space}) for space in args.spaces]
+    cells += [(kind, {"seed": seed}) for seed in args.seeds for kind in ("llava", "fit")]
+    cells += [("trained", {"seed": first})]
+    cells += [(kind, {"seed": first, "depth": depth}) for depth in args.depths for kind in ("llava", "fit")]
+    cells += [("trained", {"seed": seed}) for seed in args.seeds]
+    cells += [
+        (kind, {"depth": depth, "seed": seed})
+        for depth, seed, kind in product(args.depths, args.seeds, ("llava", "fit"))
+    ]
+    return [(kind, DEFAULT | given) for kind, given in cells]
+
+
+def name_of(kind: str, cell: dict) -> str:
+    used = (*TRAINING, "pictures", "width") if kind == "fit" else TRAINING
+    used += ("space",) * (kind == "fit" and cell["space"] != DEFAULT["space"])
+    return " ".join([kind, *(f"{name}={cell[name]}" for name in used)])
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def show(cells: dict) -> str:
+    """Tables of what has been computed."""
+    header = ["cell", "stage", "accuracy", "KL", "same top token", "processor s", "error of keys and values by layer"]
+    rows = []
+    for name, cell in cells.items():
+        for stage in ("copied", "fitted", "distilled") if name.startswith("fit") else ("",):
+            part = cell if not stage else cell.get(stage)
+            if part is None:
+                continue
+            numbers = [f"{part['accuracy']:.1%}" if "accuracy" in part else ""]
+            numbers += [f"{part['kl']:.4f}" if "kl" in part else "", f"{part['top1']:.2%}" if "top1" in part else ""]
+            errors = [_error(row, stage) for row in cell["layers"]] if stage in ("copied", "fitted") else []
+            numbers += [f"{part['processor_seconds']:.0f}", " ".join(f"{error:.1%}" for error in errors)]
+            rows.append([name, stage, *numbers])
+    return measure.table(header, rows)
+
+
+def _error(row: dict, stage: str) -> float:
+    return (row[stage]["keys"] + row[stage]["values"]) / 2
+
+
+def plot(cells: dict, path: str):
+    """Four panels: accuracy by seed, error by layer and depth, KL by number of pictures, KL by width. Those without numbers
+    stay out."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install saisa-hf[plots]") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    fits = {name: cell for name, cell in cells.items() if name.startswith("fit")}
+
+    def cell_of(**given):
+        return fits.get(name_of("fit", DEFAULT | given))
+
+    figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), constrained_layout=True)
+    stages = {"copied": "#c0392b", "fitted": "#2471a3", "distilled": "#1e8449"}
+    seeds = [seed for seed in SEEDS if cell_of(seed=seed)]
+    bars = {"LLaVA": [cells[name_of("llava", DEFAULT | {"seed": seed})]["accuracy"] for seed in seeds]}
+    bars |= {stage: [cell_of(seed=seed)[stage]["accuracy"] for seed in seeds] for stage in stages}
+    own = [cells.get(name_of("trained", DEFAULT | {"seed": seed}), {}).get("accuracy", math.nan) for seed in seeds]
+    bars["SAISA, trained"] = own
+    colours = ["#7f8c8d", *stages.values(), "#b7950b"]
+    for number, ((label, values), colour) in enumerate(zip(bars.items(), colours)):
+        places = [seed + 0.16 * (number - 2) for seed in seeds]
+        axes[0].bar(places, [100 * value for value in values], 0.15, label=label, color=colour)
+    lowest = min(value for values in bars.values() for value in values if not math.isnan(value))
+    axes[0].set(title="accuracy, 4 layers", ylabel="%", ylim=(math.floor(20 * lowest - 1) * 5, 100), xticks=seeds)
+    axes[0].set_xticklabels([f"seed {seed}" for seed in seeds])
+    axes[0].legend(fontsize=7, loc="lower right")
+    for depth, marker in zip(DEPTHS, "os^"):
+        if cell := cell_of(depth=depth):
+            for stage in ("copied", "fitted"):
+                errors = [100 * _error(row, stage) for row in cell["layers"][1:]]
+                label = f"{depth} layers, {stage}"
+                axes[1].plot(range(1, depth), errors, f"{marker}-", color=stages[stage], label=label, markersize=4)
+    axes[1].set(title="relative error of keys and values", xlabel="layer", ylabel="%")
+    if axes[1].lines:
+        axes[1].set_yscale("log")
+        axes[1].legend(fontsize=7)
+    for axis, name, values in ((axes[2], "pictures", PICTURES), (axes[3], "width", WIDTHS)):
+        known = [value for value in values if cell_of(steps=LONG, **{name: value})]
+        if not known:
+            continue
+        for stage in ("copied", "fitted"):
+            kl = [cell_of(steps=LONG, **{name: value})[stage]["kl"] for value in known]
+            axis.plot(known, kl, "o-", color=stages[stage], label=stage)
+        title = "pictures" if name == "pictures" else "inner width of the projectors"
+        axis.set(title=f"KL from LLaVA by {title}", xlabel=title, ylabel="nats a token", xscale="log", yscale="log")
+        axis.set_xticks(known, [str(value) for value in known])
+        axis.minorticks_off()
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--json", metavar="PATH", required=True, help="all numbers; what is there is not computed again"
+    )
+    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
+    parser.add_argument("--models", metavar="DIR", default="llavas", help="where trained LLaVAs are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
+    parser.add_argument("--pictures", type=int, nargs="*", default=PICTURES)
+    parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
+    parser.add_argument("--spaces", nargs="*", default=SPACES, help="where the error counts, beside the default")
+    parser.add_argument("--fit-steps", type=int, default=Fit().steps, help="of the fit of one layer")
+    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--held-out", type=int, default=100, help="pictures to measure on")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=64, help="longest answer along which agreement is measured"
+    )
+    parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="begin no cell after that")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> dict:
+    args, start = arguments(argv), time.monotonic()
+    torch.set_num_threads(args.threads)
+    path = Path(args.json)
+    result = json.loads(path.read_text()) if path.exists() else {"machine": measure.machine("cpu"), "cells": {}}
+    args.cells = result["cells"]
+    makers = {"llava": llava_cell, "fit": fit_cell, "trained": trained_cell}
+    for kind, cell in plan(args):
+        name = name_of(kind, cell)
+        if name in args.cells:
+            continue
+        if time.monotonic() - start > 60 * args.until:
+            break
+        print(name, flush=True)
+        given = cell if kind == "fit" else {key: cell[key] for key in TRAINING}
+        args.cells[name] = makers[kind](args, **given)
+        measure.write_json(path, result)
+        print(show({name: args.cells[name]}), flush=True)
+    print(show(args.cells))
+    if args.plot:
+        plot(args.cells, args.plot)
+    return result
+
+
+if __name__ == "__main__":
+    main()
