@@ -10,6 +10,7 @@ again. LLaVAs are trained on fresh pictures around the demo's encoder and kept i
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -30,7 +31,17 @@ from saisa_hf.demo.encoder import vision_config
 from saisa_hf.demo.language import IMAGE, Conversation, text_config
 from saisa_hf.demo.run import CHECKPOINT, ask_model
 from saisa_hf.demo.scenes import LISTS, SIZE, draw, held_out_questions, make_scene
-from saisa_hf.from_llava import Fit, Teacher, Workbench, agreement, answered, distill, fit_projectors, saisa_from_llava
+from saisa_hf.from_llava import (
+    Fit,
+    LayerFit,
+    Teacher,
+    Workbench,
+    agreement,
+    answered,
+    distill,
+    fit_projectors,
+    saisa_from_llava,
+)
 
 
 BATCH, RATE, WARM_UP = 32, 1.5e-3, 0.05
@@ -200,6 +211,40 @@ def fit_cell(args, seed, depth, steps, pictures, width, space) -> dict:
     return result
 
 
+@torch.no_grad()
+def neighbours_cell(args, seed, depth, steps) -> dict:
+    """Errors by layer of projectors that see the eight patches around their own as well, which SAISA's do not: how much of
+    what they miss is near by."""
+    llava, _ = pretrained_llava(args, seed, depth, steps)
+    model = saisa_from_llava(llava)
+    teacher, count = Teacher(model), DEFAULT["pictures"] + args.held_out
+    fit = Fit(pictures=count, held_out=args.held_out, steps=args.fit_steps, seed=seed)
+    rows, start = [], time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Workbench(model, demo.make_processor(), unlabelled(count), folder, fit, PROMPTS, log=lambda line: None)
+        side = math.isqrt(VISUAL_TOKENS)
+        features_nCV = bench.features.transpose(1, 2)
+        maps = features_nCV.unflatten(2, (side, side))
+        around = torch.nn.functional.unfold(maps, kernel_size=3, padding=1).transpose(
+            1, 2
+        )  # (n, V, 9 C), channel by channel
+        bench.features = around.contiguous()
+        projector = copy.deepcopy(teacher.projector)
+        own = torch.zeros(projector.linear_1.out_features, projector.linear_1.in_features, 9)
+        own[..., 4] = projector.linear_1.weight
+        projector.linear_1.weight = torch.nn.Parameter(own.flatten(1), requires_grad=False)
+        ids = torch.tensor([bench.prefix])
+        visual, prefix = teacher.projector(features_nCV.transpose(1, 2)), model.get_input_embeddings()(ids)
+        whole = torch.cat([prefix.expand(count, -1, -1), visual], dim=1)
+        for index in range(depth):
+            work = LayerFit(bench, index, whole[:, prefix.shape[1] :])
+            if index:
+                work.fit_projector(projector)
+            rows.append({"layer": index, "fitted": work.errors(projector)})
+            whole = torch.cat([teacher.advance(index, part) for part in whole.split(64)])
+    return {"layers": rows, "processor_seconds": round(time.process_time() - start, 1)}
+
+
 def trained_cell(args, seed, depth, steps) -> dict:
     """A SAISA trained from nothing on the stream of pictures that the LLaVA was trained on, for as much processor time as the
     LLaVA and its fit took."""
@@ -222,6 +267,7 @@ def plan(args) -> list[tuple[str, dict]]:
     cells += [("fit", {"seed": first, "steps": LONG, "pictures": pictures}) for pictures in args.pictures]
     cells += [("fit", {"seed": first, "steps": LONG, "width": width}) for width in args.widths]
     cells += [("fit", {"seed": first, "steps": LONG, "space": space}) for space in args.spaces]
+    cells += [("neighbours", {"seed": first, "steps": LONG})]
     cells += [(kind, {"seed": seed}) for seed in args.seeds for kind in ("llava", "fit")]
     cells += [("trained", {"seed": first})]
     cells += [(kind, {"seed": first, "depth": depth}) for depth in args.depths for kind in ("llava", "fit")]
@@ -253,7 +299,8 @@ def show(cells: dict) -> str:
                 continue
             numbers = [f"{part['accuracy']:.1%}" if "accuracy" in part else ""]
             numbers += [f"{part['kl']:.4f}" if "kl" in part else "", f"{part['top1']:.2%}" if "top1" in part else ""]
-            errors = [_error(row, stage) for row in cell["layers"]] if stage in ("copied", "fitted") else []
+            shown = "fitted" if name.startswith("neighbours") else stage
+            errors = [_error(row, shown) for row in cell["layers"]] if shown in ("copied", "fitted") else []
             numbers += [f"{part['processor_seconds']:.0f}", " ".join(f"{error:.1%}" for error in errors)]
             rows.append([name, stage, *numbers])
     return measure.table(header, rows)
@@ -280,21 +327,22 @@ def plot(cells: dict, path: str):
 
     figure, axes = pyplot.subplots(1, 4, figsize=(17, 3.8), constrained_layout=True)
     stages = {"copied": "#c0392b", "fitted": "#2471a3", "distilled": "#1e8449"}
-    seeds = [seed for seed in SEEDS if cell_of(seed=seed)]
-    bars = {"LLaVA": [cells[name_of("llava", DEFAULT | {"seed": seed})]["accuracy"] for seed in seeds]}
-    bars |= {stage: [cell_of(seed=seed)[stage]["accuracy"] for seed in seeds] for stage in stages}
-    own = [cells.get(name_of("trained", DEFAULT | {"seed": seed}), {}).get("accuracy", math.nan) for seed in seeds]
-    bars["SAISA, trained"] = own
-    colours = ["#7f8c8d", *stages.values(), "#b7950b"]
-    for number, ((label, values), colour) in enumerate(zip(bars.items(), colours)):
-        places = [seed + 0.16 * (number - 2) for seed in seeds]
+    runs = [{"seed": seed, "steps": steps} for steps, seed in product((SHORT, LONG), SEEDS)]
+    runs = [run for run in runs if cell_of(**run)]
+    bars = {"LLaVA": [cells[name_of("llava", DEFAULT | run)]["accuracy"] for run in runs]}
+    bars |= {stage: [cell_of(**run)[stage]["accuracy"] for run in runs] for stage in stages}
+    own = [cells.get(name_of("trained", DEFAULT | run), {}).get("accuracy", math.nan) for run in runs]
+    bars |= {} if all(map(math.isnan, own)) else {"SAISA, trained": own}
+    for number, ((label, values), colour) in enumerate(zip(bars.items(), ["#7f8c8d", *stages.values(), "#b7950b"])):
+        places = [place + 0.16 * (number - 2) for place in range(len(runs))]
         axes[0].bar(places, [100 * value for value in values], 0.15, label=label, color=colour)
     lowest = min(value for values in bars.values() for value in values if not math.isnan(value))
-    axes[0].set(title="accuracy, 4 layers", ylabel="%", ylim=(math.floor(20 * lowest - 1) * 5, 100), xticks=seeds)
-    axes[0].set_xticklabels([f"seed {seed}" for seed in seeds])
-    axes[0].legend(fontsize=7, loc="lower right")
+    bottom = max(0, math.floor(20 * lowest - 1) * 5)
+    axes[0].set(title=f"accuracy, {DEFAULT['depth']} layers", ylabel="%", ylim=(bottom, 100), xticks=range(len(runs)))
+    axes[0].set_xticklabels([f"seed {run['seed']}\n{run['steps']} steps" for run in runs], fontsize=8)
+    axes[0].legend(fontsize=7, loc="upper center", ncols=3)
     for depth, marker in zip(DEPTHS, "os^"):
-        if cell := cell_of(depth=depth):
+        if cell := cell_of(depth=depth) or cell_of(depth=depth, steps=LONG):
             for stage in ("copied", "fitted"):
                 errors = [100 * _error(row, stage) for row in cell["layers"][1:]]
                 label = f"{depth} layers, {stage}"
@@ -302,6 +350,7 @@ def plot(cells: dict, path: str):
     axes[1].set(title="relative error of keys and values", xlabel="layer", ylabel="%")
     if axes[1].lines:
         axes[1].set_yscale("log")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].legend(fontsize=7)
     for axis, name, values in ((axes[2], "pictures", PICTURES), (axes[3], "width", WIDTHS)):
         known = [value for value in values if cell_of(steps=LONG, **{name: value})]
@@ -311,7 +360,7 @@ def plot(cells: dict, path: str):
             kl = [cell_of(steps=LONG, **{name: value})[stage]["kl"] for value in known]
             axis.plot(known, kl, "o-", color=stages[stage], label=stage)
         title = "pictures" if name == "pictures" else "inner width of the projectors"
-        axis.set(title=f"KL from LLaVA by {title}", xlabel=title, ylabel="nats a token", xscale="log", yscale="log")
+        axis.set(title="KL from LLaVA", xlabel=title, ylabel="nats a token", xscale="log", yscale="log")
         axis.set_xticks(known, [str(value) for value in known])
         axis.minorticks_off()
         axis.legend(fontsize=7)
@@ -351,7 +400,7 @@ def main(argv=None) -> dict:
     path = Path(args.json)
     result = json.loads(path.read_text()) if path.exists() else {"machine": measure.machine("cpu"), "cells": {}}
     args.cells = result["cells"]
-    makers = {"llava": llava_cell, "fit": fit_cell, "trained": trained_cell}
+    makers = {"llava": llava_cell, "fit": fit_cell, "trained": trained_cell, "neighbours": neighbours_cell}
     for kind, cell in plan(args):
         name = name_of(kind, cell)
         if name in args.cells:

@@ -354,7 +354,7 @@ class Workbench:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_settings(prompts, prompt_format)
         self._encode()
-        # what is held out comes first, so that it is the same whatever the number of pictures
+        # what is held out comes first, so that it is the same whatever `fit.pictures` is
         count = len(self.kept)
         self.held_out = range(min(fit.held_out, max(count // 2, 1)))
         self.fitted = range(len(self.held_out), count)
