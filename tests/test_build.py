@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -166,6 +167,14 @@ def test_the_parts_may_be_folders_and_the_encoder_may_bring_a_text_tower(tmp_pat
     assert len(mine) == len(theirs)
     for name, weight in theirs.items():
         assert torch.equal(mine[f"vision_model.{name}"], weight.bfloat16()), name
+
+
+def test_the_parts_keep_their_attention_implementations():
+    text = AutoModelForCausalLM.from_config(TEXT_CONFIGS["gemma2"](), attn_implementation="eager")
+    tower = AutoModel.from_config(VISION_CONFIGS["clip"](), attn_implementation="eager")
+    model = SaisaForConditionalGeneration.from_parts(text, tower)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.vision_tower.config._attn_implementation == "eager"
 
 
 def test_training_reaches_every_part():
@@ -460,6 +469,21 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "out", "vision"]
     with pytest.raises(ValueError, match="contains"):
         quietly(lm, vision, tmp_path, overwrite=True)
+
+
+def test_the_result_is_uploaded_on_request(tmp_path, monkeypatch):
+    class Hub:
+        uploaded = {}
+
+        def create_repo(self, repository, exist_ok):
+            return SimpleNamespace(repo_id=f"someone/{repository}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            self.uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+
+    monkeypatch.setattr(build_module, "HfApi", Hub)
+    quietly(*parts_on_disk(tmp_path), tmp_path / "out", push_to_hub="tiny")
+    assert Hub.uploaded == {"someone/tiny": {path.name for path in (tmp_path / "out").iterdir()}}
 
 
 def test_the_seed_decides_on_the_projectors_alone(tmp_path):

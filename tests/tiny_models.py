@@ -86,7 +86,6 @@ TEXT_CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "phi3": lambda: Phi3Config(**_TEXT, partial_rotary_factor=0.5),
-    "phi3_window": lambda: Phi3Config(**_TEXT, sliding_window=6),
     "olmo2": lambda: Olmo2Config(**_TEXT),
     "granite": lambda: GraniteConfig(
         **_TEXT, embedding_multiplier=3.0, residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=2.0

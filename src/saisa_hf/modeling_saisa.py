@@ -414,7 +414,7 @@ class SaisaPreTrainedModel(PreTrainedModel):
 def _encoder_type(checkpoint, kwargs: dict) -> str:
     """The `model_type` of the encoder of `checkpoint`, given the arguments of `from_pretrained`."""
     config = kwargs.get("config")
-    if isinstance(config, SaisaConfig):
+    if hasattr(config, "vision_config"):
         return config.vision_config.model_type
     hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})

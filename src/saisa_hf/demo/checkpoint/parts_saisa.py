@@ -42,6 +42,7 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
     dtype = decoder.get_input_embeddings().weight.dtype if dtype is None else dtype
     weights = {name: _cast(x, dtype) for name, x in checkpoint_state_dict(decoder).items()}
     encoder = _encoder(vision_model, dtype)
+    implementations = [part.config._attn_implementation for part in (decoder, encoder)]
 
     old_rows = weights[EMBEDDING].shape[0]
     text_config = copy.deepcopy(decoder.config)
@@ -67,6 +68,11 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
         part.dtype = dtype
 
     model = make_model(config, encoder)
+    model.language_model.rotary_emb.to(weights[EMBEDDING].device)
+    # the parts keep the attention that they were loaded with, which a new model would choose anew
+    for part, implementation in zip((config.text_config, config.vision_config), implementations):
+        if implementation is not None:
+            part._attn_implementation = implementation
     with torch.no_grad():
         weights[EMBEDDING] = _with_rows(weights[EMBEDDING], text_config.vocab_size)
         found = model.language_model.load_state_dict(weights, strict=False, assign=True)
@@ -91,6 +97,10 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
 def _language_model(text_model, dtype) -> PreTrainedModel:
     if isinstance(text_model, PreTrainedModel):
         return text_model
+    if isinstance(text_model, nn.Module):
+        raise ValueError(
+            f"text_model is a {type(text_model).__name__}: expected a model of transformers, path or hub id."
+        )
     return AutoModelForCausalLM.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
 
 
