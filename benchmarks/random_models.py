@@ -107,7 +107,8 @@ def build(args) -> Models:
         torch.set_default_dtype(torch.float32)
     weights = saisa.language_model.state_dict().items()
     bare.model.load_state_dict({name: x for name, x in weights if "visual_projector" not in name}, assign=True)
-    bare.model.rotary_emb, bare.lm_head = saisa.language_model.rotary_emb, saisa.lm_head
+    bare.model.rotary_emb = saisa.language_model.rotary_emb.rotary_emb
+    bare.lm_head = saisa.lm_head
     llava.model.language_model, llava.model.vision_tower = bare.model, saisa.vision_tower
     llava.model.multi_modal_projector, llava.lm_head = llava_projector, saisa.lm_head
     models = Models(saisa, bare, llava)
