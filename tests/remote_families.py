@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from roundtrip import PackageBlocker, require_package_absent
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
 def run(model, inputs):
@@ -42,6 +42,16 @@ def main(folder):
             error = (x.double() - expected[name].double()).abs().max().item()
             assert error <= (1e-5 if x.is_floating_point() else 0), (file.stem, name, error)
         print(file.stem)
+    builds_from_parts(model)
+
+
+def builds_from_parts(model):
+    """The class of `model`, remote code, makes another of a new language model and an encoder of the same configs."""
+    theirs = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    made = type(model).from_parts(theirs, AutoModel.from_config(model.config.vision_config), image_token_id=5)
+    ids = torch.tensor([[1, 7, 9, 4]])
+    with torch.no_grad():
+        assert torch.equal(made(ids).logits, theirs(ids).logits)
 
 
 if __name__ == "__main__":
