@@ -461,15 +461,22 @@ def test_the_result_is_uploaded_on_request(tmp_path, monkeypatch):
     class Hub:
         uploaded = {}
 
-        def create_repo(self, repository, exist_ok):
-            return SimpleNamespace(repo_id=f"someone/{repository}")
+        def whoami(self):
+            return {"name": "someone"}
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
+        def create_repo(self, repository, private, exist_ok):
+            return SimpleNamespace(repo_id=f"{repository}, private: {private}")
+
+        def file_exists(self, repo_id, name):
+            return False
+
+        def upload_folder(self, repo_id, folder_path, **options):
             self.uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
+            return SimpleNamespace(commit_url="https://hub/commit")
 
-    monkeypatch.setattr(build_module, "HfApi", Hub)
-    quietly(*parts_on_disk(tmp_path), tmp_path / "out", push_to_hub="tiny")
-    assert Hub.uploaded == {"someone/tiny": {path.name for path in (tmp_path / "out").iterdir()}}
+    monkeypatch.setattr("saisa_hf.destination.HfApi", Hub)
+    quietly(*parts_on_disk(tmp_path), tmp_path / "out", push_to_hub="someone/tiny", private=True)
+    assert Hub.uploaded == {"someone/tiny, private: True": {path.name for path in (tmp_path / "out").iterdir()}}
 
 
 def test_the_seed_decides_on_the_projectors_alone(tmp_path):

@@ -20,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma2Config,
+    GraniteConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -29,6 +31,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    Olmo2Config,
     Qwen2Config,
     SiglipVisionConfig,
 )
@@ -490,6 +493,11 @@ def test_a_full_disk_is_an_error_before_anything_is_computed(llava, pictures, tm
 def test_models_that_saisa_cannot_be_are_refused():
     with pytest.raises(ValueError, match="drops the first token of siglip_vision_model"):
         saisa_from_llava(make_llava(vision=SiglipVisionConfig(**_VISION, vision_use_head=False)))
+    sizes = {name: getattr(text_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    for kind in (Olmo2Config, Gemma2Config, GraniteConfig):
+        text = kind(**sizes, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0)
+        with pytest.raises(ValueError, match="cannot be the start"):
+            saisa_from_llava(make_llava(text))
     with pytest.raises(ValueError, match="expected a LLaVA"):
         saisa_from_llava(saisa_from_llava(make_llava()))
     for wrong in ({"pictures": 0}, {"steps": -1}, {"space": "elsewhere"}):

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from .configuration_saisa import SaisaConfig
 from .destination import check_destination, check_hub, partial_folder, put_in_place, size_in_bytes, upload
 from .encoders_saisa import CLASS_TOKENS
-from .language_models_saisa import checkpoint_state_dict
+from .language_models_saisa import LanguageModelFamily, checkpoint_state_dict
 from .model_card_saisa import write_model_card
 from .modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
 from .pictures_saisa import load_picture
@@ -147,10 +147,12 @@ def saisa_from_llava(llava, projector_hidden_size: int | None = None, seed: int 
         part.dtype = dtype
     with torch.device("meta"):
         model = SaisaForConditionalGeneration(config).eval()
-    if model.language_model.family.norms.before_attention is None:
+    family = model.language_model.family
+    as_they_are = type(family).scaled_input is LanguageModelFamily.scaled_input
+    if family.norms.before_attention is None or not as_they_are or hasattr(model.get_input_embeddings(), "scale"):
         raise ValueError(
-            f"text_config.model_type={theirs.text_config.model_type!r} has no norm in front of self-attention, behind which "
-            "projectors are fitted: such a LLaVA cannot be the start."
+            f"text_config.model_type={theirs.text_config.model_type!r} cannot be the start: projectors are fitted to hidden "
+            "states with a norm behind them and no multiplier in front of them."
         )
     tower, decoder = llava.model.vision_tower, llava.model.language_model
     nested = hasattr(tower, "vision_model") or encoder not in NESTED_ENCODERS
