@@ -273,6 +273,17 @@ def test_accumulated_batches_equal_one_large_one(start, tmp_path):
     assert all((one[name] - other[name]).abs().max() < 1e-3 for name in one)
 
 
+def test_two_processes_learn_what_one_does(start, whole_run, tmp_path):
+    given = options(start, tmp_path / "run", per_device_batch_size=1, save_steps=3)
+    (tmp_path / "c.yaml").write_text(json.dumps(vars(given)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]
+    ended = subprocess.run([*launch, "train", str(tmp_path / "c.yaml")], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("wrote ") == 1
+    assert losses(given.output) == {step: pytest.approx(loss, rel=1e-4) for step, loss in losses(whole_run).items()}
+    assert [path.name for path in checkpoints(given.output)] == ["checkpoint-3", "checkpoint-6"]
+
+
 @pytest.mark.parametrize("trained", ["projectors", "projectors+language_model"])
 def test_gradient_checkpointing_of_both_kinds_changes_nothing(trained, start, tmp_path):
     def steps(name, **how):

@@ -75,6 +75,8 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         report_to=options.report_to,
         disable_tqdm=not sys.stderr.isatty(),
         remove_unused_columns=False,
+        # a batch without pictures has no use for the projectors; the older checkpointing cannot do with such
+        ddp_find_unused_parameters=not (options.gradient_checkpointing and options.use_reentrant),
         label_names=["labels"],
     )
     lengths = None

@@ -137,7 +137,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM ends the run after the step under way, with a checkpoint. `stopped` tells whether it did."""
+    """SIGTERM, to any of the processes, ends the run after the step under way, with a checkpoint. `stopped` tells whether it
+    did."""
 
     def __init__(self):
         self.stopped = False
@@ -154,6 +155,10 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and for the end, if the signal came."""
+        if args.world_size > 1:  # all of them at the same step, or they would wait for each other
+            anywhere = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(anywhere)
+            self.stopped = bool(anywhere > 0)
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
