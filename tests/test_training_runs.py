@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -298,6 +299,41 @@ def test_gradient_checkpointing_of_both_kinds_changes_nothing(trained, start, tm
         assert found == pytest.approx(plain, rel=1e-3) and len(found) == 6
 
 
+def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(start, tmp_path, monkeypatch):
+    rows, labelled = [], []
+    init, step = SaisaTrainer.__init__, SaisaTrainer.training_step
+
+    def watched_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+
+    def watched_step(self, model, inputs, *args, **kwargs):
+        labelled.append(int((inputs["labels"] != -100).sum()))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SaisaTrainer, "__init__", watched_init)
+    monkeypatch.setattr(SaisaTrainer, "training_step", watched_step)
+    folder = train(options(start, tmp_path / "run", max_steps=2, save_steps=0), log=lambda _: None)
+    assert rows == [count for count in labelled for _ in ("forward", "backward")]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
+
+
+def test_the_template_that_was_trained_is_saved_with_the_model(start, tmp_path):
+    how = {"chat_template": "chatml", "max_steps": 1, "save_steps": 0}
+    folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
+    assert "<|im_start|>" in AutoProcessor.from_pretrained(folder, trust_remote_code=True).chat_template
+
+
+def test_a_stream_is_trained_on(start, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": str(start / f"{i}.png"), "text": "Yes."} for i in range(9)]
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    how = {"data": str(tmp_path / "a.parquet"), "streaming": True, "captions": True, "max_steps": 4, "save_steps": 0}
+    assert len(losses(train(options(start, tmp_path / "run", **how), log=lambda _: None))) == 4
+
+
 def test_projectors_have_their_own_learning_rate(start, tmp_path, monkeypatch):
     seen = []
     make = SaisaTrainer.create_optimizer
@@ -357,6 +393,11 @@ def test_adapters_are_small_and_merge_into_a_whole_model(start, tmp_path):
     assert all("lora_" in name for name in trained)
     assert any("visual_projector" in name for name in trained) and not any("vision_tower" in name for name in trained)
     train(given, log=lambda _: None)
+    parts = options(start, tmp_path / "parts", train="lora", lora_rank=2, max_steps=2, save_steps=1)
+    train(parts, log=lambda _: None)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-2")
+    train(parts, log=lambda _: None)
+    assert same_weights(parts.output, given.output)
     merged = SaisaForConditionalGeneration.from_pretrained(given.output)
     base = SaisaForConditionalGeneration.from_pretrained(start / "model")
     base.unshare_projectors()

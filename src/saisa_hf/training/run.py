@@ -47,6 +47,8 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     set_seed(options.seed)
     processor = SaisaProcessor.from_pretrained(options.model)
     dataset, collate = training_data(options, processor)
+    if options.chat_template:  # the trained model speaks it
+        processor.chat_template = template_source(options.chat_template, processor)
     model = load_model(options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
@@ -78,6 +80,7 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         # a batch without pictures has no use for the projectors; the older checkpointing cannot do with such
         ddp_find_unused_parameters=not (options.gradient_checkpointing and options.use_reentrant),
         label_names=["labels"],
+        accelerator_config={"dispatch_batches": False},  # a batch has other numbers of pictures than of rows
     )
     lengths = None
     if options.group_by_length and not options.streaming:

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,12 +50,15 @@ class SaisaTrainer(Trainer):
         self.projector_learning_rate, self.lengths = projector_learning_rate, lengths
         self.sample_name = sample_name or "sample {}".format
         self._saving = False
+        self._seen, self._since = {"tokens": 0, "pictures": 0}, time.perf_counter()
 
     # --- steps ---
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs):
         """transformers' own, on a batch whose loss has to be finite."""
         indices = inputs.pop("sample_index", None)
+        self._seen["tokens"] += inputs["input_ids"].numel()
+        self._seen["pictures"] += len(inputs.get("pixel_values", ()))
         loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
         if not torch.isfinite(loss):
             names = [] if indices is None else [self.sample_name(index) for index in indices.tolist()]
@@ -71,6 +76,17 @@ class SaisaTrainer(Trainer):
         if not return_outputs:
             inputs["skip_logits"] = True
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """transformers' own, with what this process has done per second since the last report, times the number of processes,
+        and its largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            rate = self.args.world_size / max(now - self._since, 1e-9)
+            logs = {**logs, **{f"{what}_per_second": round(count * rate, 1) for what, count in self._seen.items()}}
+            logs["memory_gib"] = round(_peak_memory() / 2**30, 3)
+            self._seen, self._since = dict.fromkeys(self._seen, 0), now
+        super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         """transformers' own, with the projectors in groups of their own where they have their own learning rate."""
@@ -128,6 +144,14 @@ class SaisaTrainer(Trainer):
                 os.replace(old, discarded)  # what is half deleted is no checkpoint
                 shutil.rmtree(discarded)
         self.accelerator.wait_for_everyone()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
