@@ -55,6 +55,34 @@ is no terminal, each line of stdin is a question or a command, stdout holds noth
 the first error ends the program.
 """
 
+TRAIN_HELP = """\
+Trains a model: the paper's two stages, or fine-tuning.
+
+  saisa train configs/vicuna_7b_stage1.yaml
+  saisa train configs/tiny_stage2.yaml --max-steps 20 --output ./try
+  torchrun --nproc-per-node 8 -m saisa_hf train configs/vicuna_7b_stage2.yaml
+
+CONFIG is a YAML file of lines `option: value`; the options are those below, with _ for -, and what the
+command line says comes before what the file says. A run that was stopped goes on from its newest
+checkpoint when the same command is given again.
+"""
+
+CHECK_HELP = """\
+Reads the data of a training configuration as `saisa train` would, prints samples token by token with a mark
+at those the model learns to say, and tells which samples cannot be used:
+
+  saisa data check configs/tiny_stage2.yaml
+"""
+
+DIGITS_HELP = """\
+Writes a small data set to try training on: pictures of handwritten digits with captions and questions in
+LLaVA's form, questions about unseen pictures, and a model whose projector is new:
+
+  saisa data digits ./digits
+  saisa train configs/tiny_stage1.yaml
+  saisa train configs/tiny_stage2.yaml
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
@@ -68,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
             from .demo.run import main as demo
 
             return demo(argv[1:]) or 0
-        arguments = _parser().parse_args(argv)
+        arguments, unknown = _parser(argv[:1]).parse_known_args(argv)
+        if unknown:
+            _refuse(argv, arguments, unknown)
         return arguments.run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -89,7 +119,18 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse(argv: list[str], arguments: argparse.Namespace, unknown: list[str]) -> None:
+    """Raises for arguments that the parser does not know; for training, with the nearest that it does."""
+    if argv[0] == "train" and unknown[0].startswith("-"):
+        from .training.options import unknown_argument
+
+        raise ValueError(unknown_argument(unknown[0]))
+    arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+
+def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
+    """The parser of the whole command line. The options of training, which take a second to import, are there if `train` is
+    among `asked_for`."""
     parser = argparse.ArgumentParser(prog="saisa", description="SAISA vision-language models for transformers.")
     parser.add_argument("--version", action="version", version=f"saisa-hf {version('saisa-hf')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -142,7 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="show bytes and the time left on stderr (default: where it is a terminal)",
     )
-    command.set_defaults(run=_convert)
+    command.set_defaults(run=_convert, parser=command)
 
     _add_build(commands)
 
@@ -180,7 +221,49 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--temperature", metavar="T", type=_temperature, help="of sampling; 0: greedy (default: as the checkpoint says)"
     )
-    command.set_defaults(run=_chat)
+    command.set_defaults(run=_chat, parser=command)
+
+    command = commands.add_parser(
+        "train",
+        help="train a model: the paper's two stages, or fine-tuning",
+        usage="saisa train CONFIG [options]",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_argument("config", metavar="CONFIG", help="YAML file of options")
+    if "train" in asked_for:
+        from .training.options import add_arguments
+
+        add_arguments(command)
+    command.set_defaults(run=_train, parser=command)
+
+    command = commands.add_parser("data", help="check training data, or write a small data set to try training on")
+    actions = command.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    action = actions.add_parser(
+        "check",
+        help="show what the model will see of the data, and what cannot be used",
+        description=CHECK_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    action.add_argument("config", metavar="CONFIG", help="YAML file of options, as for saisa train")
+    action.add_argument(
+        "--samples", metavar="N", type=_positive, default=2, help="samples to print (default: %(default)s)"
+    )
+    action.add_argument("--limit", metavar="N", type=_positive, help="samples to check (default: all)")
+    action.set_defaults(run=_data_check, parser=action)
+    action = actions.add_parser(
+        "digits",
+        help="write pictures of digits with captions and questions",
+        description=DIGITS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    action.add_argument("folder", metavar="FOLDER", help="folder to make")
+    action.add_argument(
+        "--pictures", metavar="N", type=_positive, default=4000, help="training pictures (default: %(default)s)"
+    )
+    action.add_argument("--seed", metavar="N", type=int, default=0, help="of all that is drawn (default: %(default)s)")
+    action.set_defaults(run=_data_digits, parser=action)
     return parser
 
 
@@ -295,6 +378,30 @@ def _chat(arguments: argparse.Namespace) -> int:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
     )
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .training.options import load_options
+    from .training.run import train
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("config", "run", "parser")}
+    train(load_options(arguments.config, given))
+    return 0
+
+
+def _data_check(arguments: argparse.Namespace) -> int:
+    from .training.options import load_options
+    from .training.run import check
+
+    checked, bad = check(load_options(arguments.config), arguments.samples, arguments.limit or 0)
+    return _fail(f"{bad} of {checked} samples cannot be used", 2) if bad else 0
+
+
+def _data_digits(arguments: argparse.Namespace) -> int:
+    from .demo.dataset import write_dataset
+
+    write_dataset(arguments.folder, arguments.pictures, seed=arguments.seed)
+    return 0
 
 
 def _convert(arguments: argparse.Namespace) -> int:

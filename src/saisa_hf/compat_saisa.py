@@ -256,6 +256,28 @@ def name_for_serving(model_type: str, class_name: str) -> None:
         names[model_type] = class_name
 
 
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(warmup_ratio: float, checkpointing: dict | None, **arguments):
+    """`TrainingArguments` whose warm-up is a share of the steps, which compute hidden states again in backward where
+    `checkpointing` has arguments for that, and which leave the model's config as it is: 5.x has one name for shares and
+    numbers of steps, a new one for checkpointing, and turns the cache off in the config that checkpoints are saved with."""
+    from transformers import TrainingArguments
+
+    fields = TrainingArguments.__dataclass_fields__
+    if checkpointing is not None:
+        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        arguments |= {name: True, f"{name}_kwargs": checkpointing}
+    if fields["warmup_steps"].type in (float, "float"):
+        arguments["warmup_steps"] = warmup_ratio
+    else:
+        arguments["warmup_ratio"] = warmup_ratio
+    if "use_cache" in fields:
+        arguments["use_cache"] = True
+    return TrainingArguments(**arguments)
+
+
 # --- processors -------------------------------------------------------------------------------------------------------
 
 if hasattr(ProcessorMixin, "get_attributes"):  # the names of the parts are read off the signature of __init__

@@ -440,7 +440,7 @@ def _tokenizer(folder: Path):
     # the class is in tokenizer_config.json; without a config, transformers stumbles over the model_type in config.json
     tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
     tokenizer.name_or_path = ""
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     add_image_token(tokenizer, IMAGE_TOKEN)

@@ -15,6 +15,7 @@ Shape suffixes:
 An input without pictures is not packed: there, P stands for the two axes (B, S), and T is S.
 """
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,6 +45,7 @@ from .configuration_saisa import SaisaConfig
 from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import initialize, language_model_family
+from .loss_saisa import chunked_cross_entropy
 from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
 from .token_layout_saisa import TokenLayout
@@ -750,6 +752,26 @@ class SaisaModel(SaisaPreTrainedModel):
         features = features.to(self.get_input_embeddings().weight.dtype)
         return self.visual_projector(features) if self.config.projector_sharing == "shared" else features
 
+    def unshare_projectors(self):
+        """Copies the projector that all layers share into every layer that sees the picture: the step from the paper's first
+        training stage to its second. What the model computes stays the same; `config.projector_sharing` is `"per_layer"`
+        from here on. An optimizer that was made before does not know the copies.
+
+        Raises:
+            ValueError: the projectors are not shared.
+        """
+        if self.config.projector_sharing != "shared":
+            raise ValueError(
+                f"unshare_projectors: config.projector_sharing is {self.config.projector_sharing!r}, expected 'shared'. "
+                "Each layer has a projector of its own already."
+            )
+        for layer in self.language_model.layers:
+            if layer.sees_image:
+                device = next(layer.self_attn.parameters()).device
+                layer.visual_projector = copy.deepcopy(self.visual_projector).to(device)
+        del self.visual_projector
+        self.config.projector_sharing = "per_layer"
+
     @torch.no_grad()
     def get_visual_states(self, pixel_values: torch.Tensor, store: str = "keys_values", **kwargs) -> SaisaVisualStates:
         """
@@ -942,6 +964,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """See `SaisaModel.get_visual_states`."""
         return self.model.get_visual_states(pixel_values, store, **kwargs)
 
+    def unshare_projectors(self):
+        """See `SaisaModel.unshare_projectors`."""
+        self.model.unshare_projectors()
+
     @can_return_tuple
     def forward(
         self,
@@ -959,6 +985,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> SaisaCausalLMOutputWithPast:
         """
@@ -969,6 +996,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 token has no output to predict from. Placeholders should be -100: `Trainer` divides by the number of
                 labels that are not, and the text token in front of a picture would learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
+            skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
+                time, and again in backward: training needs no memory for (B, S, vocabulary).
             kwargs: `num_items_in_batch` and what else the loss function takes.
 
         Raises:
@@ -996,26 +1025,36 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         if pixel_values is not None or visual_states is not None:
             visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept]
         layout = TokenLayout(visual_BS)
-        logits_PX = self.lm_head(layout.text(outputs.last_hidden_state[:, kept]))
-        logits_PX = self.language_model.family.scaled_logits(logits_PX)
+        hidden_PD = layout.text(outputs.last_hidden_state[:, kept])
+        vocab_size = self.config.text_config.vocab_size
 
-        loss = None
+        logits, loss, targets_P = None, None, None
         if labels is not None:
             targets_BS = loss_arguments.pop("shift_labels", None)
             if targets_BS is None:
                 targets_BS = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-            loss_arguments["shift_labels"] = layout.text(targets_BS[:, kept]).contiguous()
-            loss = self.loss_function(
-                logits=logits_PX, labels=labels, vocab_size=self.config.text_config.vocab_size, **loss_arguments
+            targets_P = layout.text(targets_BS[:, kept]).contiguous()
+        if skip_logits and targets_P is not None:
+            loss = chunked_cross_entropy(
+                hidden_PD, targets_P, self._logits, vocab_size, loss_arguments.get("num_items_in_batch")
             )
+        else:
+            logits_PX = self._logits(hidden_PD)
+            logits = layout.align(logits_PX)
+            if targets_P is not None:
+                loss_arguments["shift_labels"] = targets_P
+                loss = self.loss_function(logits=logits_PX, labels=labels, vocab_size=vocab_size, **loss_arguments)
         return SaisaCausalLMOutputWithPast(
             loss=loss,
-            logits=layout.align(logits_PX),
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        return self.language_model.family.scaled_logits(self.lm_head(hidden_PD))
 
     create_masks_for_generate = staticmethod(decoding_masks)
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .configuration_saisa import SaisaConfig  # noqa: F401
     from .encoders_saisa import CLASS_TOKENS  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
+    from .loss_saisa import chunked_cross_entropy  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .parts_saisa import assemble  # noqa: F401

@@ -1,0 +1,174 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Conversations as token ids and labels: what the model reads, and which of it it learns to say."""
+
+import copy
+
+import numpy as np
+import torch
+from jinja2.exceptions import TemplateError
+
+from ..chat_templates import chat_template as packaged_template
+from ..chat_templates import chat_template_names
+from ..loss_saisa import IGNORED
+from .samples import BadSample
+
+
+class ConversationEncoder:
+    """A conversation to what the model's forward takes, with labels on the assistant's turns.
+
+    Which text is the assistant's shows the chat template itself: turn by turn, what it prints behind the conversation so far
+    and the prompt for an answer. So any template will do, as long as what it prints for the beginning of a conversation is
+    the beginning of what it prints for the whole. White space behind a turn's closing special token is not learned.
+
+    Labels are -100 outside the assistant's turns, on placeholders, and on the token behind a picture, which no token of text
+    precedes: SAISA's visual tokens predict nothing.
+
+    Args:
+        processor: a `SaisaProcessor` with a fast tokenizer.
+        max_length: longer samples are cut at the end; a picture that does not fit as a whole is left out with what follows.
+            None: no limit.
+        chat_template: Jinja source in place of the processor's own.
+
+    Raises:
+        ValueError: the tokenizer is a slow one, or there is no chat template.
+    """
+
+    def __init__(self, processor, max_length: int | None = None, chat_template: str | None = None):
+        if not getattr(processor.tokenizer, "is_fast", False):
+            raise ValueError(
+                f"The tokenizer is a {type(processor.tokenizer).__name__}, which does not tell where its tokens are in the "
+                "text: expected a fast one."
+            )
+        self.processor = copy.copy(processor)
+        if chat_template is not None:
+            self.processor.chat_template = chat_template
+        self.processor._template(None)
+        self.max_length = max_length
+        special = processor.tokenizer.added_tokens_decoder.values()
+        self._special = tuple({*processor.tokenizer.all_special_tokens, *(t.content for t in special if t.special)})
+
+    def render(self, messages: list[dict], **options) -> str:
+        """What the chat template prints."""
+        return self.processor.apply_chat_template(messages, tokenize=False, **options)
+
+    def answers(self, messages: list[dict], name: str = "sample") -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and [start, end) in it of what the assistant says, in order.
+
+        Raises:
+            BadSample: the template refuses the conversation, or does not print it turn by turn.
+        """
+        try:
+            whole, spans = self.render(messages), []
+            for index, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                asked = self.render(messages[:index], add_generation_prompt=True)
+                told = self.render(messages[: index + 1])
+                if not (whole.startswith(asked) and whole.startswith(told) and len(asked) <= len(told)):
+                    raise BadSample(
+                        f"{name}: the chat template prints turn {index} otherwise when it is the last one ({told[-60:]!r}, "
+                        f"asked for by {asked[-60:]!r}) than in the whole conversation, so it does not tell what the "
+                        "assistant says. Use a template that adds to its output turn by turn (chat_template=...)."
+                    )
+                closed = told.rstrip()
+                end = len(closed) if closed.endswith(self._special) and len(closed) > len(asked) else len(told)
+                spans.append((len(asked), end))
+        except TemplateError as error:
+            raise BadSample(f"{name}: the chat template refuses the conversation: {error}") from error
+        return whole, spans
+
+    def __call__(self, sample: dict) -> dict:
+        """
+        Args:
+            sample: `{"messages": [...], "images": [...]}`, as `open_pictures` makes it; `"name"` is for error messages.
+
+        Returns:
+            `input_ids` and `labels` (lists), `pixel_values` (pictures, C, H, W) and what else the image processor makes,
+            where there are pictures, and `cut`, how many tokens did not fit.
+
+        Raises:
+            BadSample: the processor or the template cannot make use of it, or no label is left.
+        """
+        name, images = sample.get("name", "sample"), sample.get("images") or None
+        text, spans = self.answers(sample["messages"], name)
+        bos = self.processor.tokenizer.bos_token
+        options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+        try:
+            encoded = dict(self.processor(text=[text], images=images, return_offsets_mapping=True, **options))
+        except ValueError as error:
+            raise BadSample(f"{name}: {error}") from error
+        ids, offsets = encoded.pop("input_ids")[0], encoded.pop("offset_mapping")[0]
+        encoded.pop("attention_mask", None)
+        visual = [token == self.processor.image_token_id for token in ids]
+        labels = [IGNORED] * len(ids)
+        for i in range(1, len(ids)):
+            said = any(offsets[i][0] < end and offsets[i][1] > start for start, end in spans)
+            if said and not visual[i] and not visual[i - 1]:
+                labels[i] = ids[i]
+        end = len(ids) if self.max_length is None else min(len(ids), self.max_length)
+        if end < len(ids) and visual[end]:
+            while end > 0 and visual[end - 1] and offsets[end - 1] == offsets[self.max_length]:
+                end -= 1  # the placeholders of a picture share their place in the text
+        if not any(label != IGNORED for label in labels[:end]):
+            why = "no answer has a token" if end == len(ids) else f"max_length={self.max_length} cuts off all answers"
+            raise BadSample(f"{name}: {why}, so there is nothing to learn ({len(ids)} tokens).")
+        pictures = len({offsets[i] for i in range(end) if visual[i]})
+        pixels = {key: torch.as_tensor(np.asarray(value)) for key, value in encoded.items()} if pictures else {}
+        pixels = {key: value[:pictures] for key, value in pixels.items()}
+        return {"input_ids": ids[:end], "labels": labels[:end], **pixels, "cut": len(ids) - end}
+
+
+class SaisaCollator:
+    """Samples as a batch for the model, padded on the right.
+
+    Args:
+        encode: a `ConversationEncoder`, for samples that are not encoded yet; None if all are.
+        pad_token_id: what `input_ids` are padded with.
+    """
+
+    def __init__(self, encode: ConversationEncoder | None = None, pad_token_id: int | None = None):
+        if pad_token_id is None and encode is not None:
+            tokenizer = encode.processor.tokenizer
+            pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.encode, self.pad_token_id = encode, pad_token_id or 0
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels` (B, S), the pictures of all samples in their order, and `sample_index`
+        (B,) where samples have one."""
+        items = [sample if "input_ids" in sample else self.encode(sample) for sample in samples]
+        length = max(len(item["input_ids"]) for item in items)
+
+        def padded(rows, value):
+            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+        batch = {
+            "input_ids": padded((item["input_ids"] for item in items), self.pad_token_id),
+            "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
+            "labels": padded((item["labels"] for item in items), IGNORED),
+        }
+        pictures = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
+        batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(pictures)}
+        if all("sample_index" in item for item in items):
+            batch["sample_index"] = torch.tensor([item["sample_index"] for item in items])
+        return batch
+
+
+def template_source(name: str, processor, captions: bool = False) -> str | None:
+    """Jinja source for `chat_template` of the options: a packaged name, the path of a .jinja file, or nothing, which is the
+    processor's own (None), or `plain` for captions.
+
+    Raises:
+        ValueError: it is neither.
+        OSError: the file cannot be read.
+    """
+    name = name or ("plain" if captions else "")
+    if not name:
+        return None
+    if name.endswith(".jinja"):
+        with open(name, encoding="utf-8") as file:
+            return file.read()
+    if name not in chat_template_names():
+        raise ValueError(
+            f"chat_template={name!r}: expected {', '.join(chat_template_names())}, or the path of a .jinja file."
+        )
+    return packaged_template(name, processor.image_token)

@@ -1,0 +1,70 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Which parameters a stage of training changes."""
+
+from torch import nn
+
+
+TRAINED = {
+    "projectors": "the visual projectors alone (the paper's first stage)",
+    "projectors+language_model": "all but the vision encoder (the paper's second stage)",
+    "all": "every parameter, the vision encoder's too",
+    "lora": "low-rank adapters of the decoder layers' linear maps, projectors included",
+}
+# what adapters go on, by module names; the regular expression has to match all of the name
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
+SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d"
+
+
+def is_projector(name: str) -> bool:
+    """Whether `name` is that of a visual projector's parameter."""
+    return "visual_projector." in name
+
+
+def freeze_all_but(model: nn.Module, trained: str) -> list[str]:
+    """Sets `requires_grad` of all parameters of `model`, in place.
+
+    Args:
+        model: a `SaisaForConditionalGeneration`.
+        trained: `"projectors"`, `"projectors+language_model"` or `"all"`.
+
+    Returns:
+        The names of the parameters that will be trained.
+
+    Raises:
+        ValueError: `trained` is none of these.
+    """
+    if trained not in ("projectors", "projectors+language_model", "all"):
+        raise ValueError(f"trained={trained!r}: expected 'projectors', 'projectors+language_model' or 'all'.")
+    names = []
+    for name, parameter in model.named_parameters():
+        chosen = trained == "all" or is_projector(name)
+        if trained == "projectors+language_model":
+            chosen = "vision_tower." not in name
+        parameter.requires_grad_(chosen)
+        if chosen:
+            names.append(name)
+    return names
+
+
+def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: float = 0.0):
+    """`model` under PEFT's low-rank adapters on the decoder layers and the projectors; nothing else will be trained.
+
+    Args:
+        model: a `SaisaForConditionalGeneration`.
+        rank: of the adapters.
+        alpha: their product is multiplied by alpha / rank.
+        dropout: in front of them.
+
+    Returns:
+        A `peft.PeftModel`.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("training with train='lora' needs PEFT: pip install saisa-hf[lora]") from error
+    targets = f"({LORA_TARGETS}|{SHARED_PROJECTOR})"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    return get_peft_model(model, config)

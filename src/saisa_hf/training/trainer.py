@@ -1,0 +1,188 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""transformers' `Trainer` with what training a SAISA asks for on top; everything else is its own."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from .sampler import GroupedSampler, ShuffledSampler
+from .stages import is_projector
+
+
+PARTIAL = ".partial"
+
+
+class NonFiniteLoss(ValueError):
+    """A loss that is infinite or no number; the message names the samples of the batch."""
+
+
+class SaisaTrainer(Trainer):
+    """`Trainer`, which
+
+    makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
+    the samples; orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames
+    it when it is whole, so that a killed run leaves none that is not.
+
+    Args:
+        projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
+        lengths: for `GroupedSampler`; None: no grouping.
+        sample_name: from a sample's index to what error messages call it.
+        kwargs: of `Trainer`. Batches may hold `sample_index`, as `SaisaCollator` makes it.
+    """
+
+    def __init__(
+        self,
+        *args,
+        projector_learning_rate: float | None = None,
+        lengths: list[tuple[int, bool]] | None = None,
+        sample_name: Callable[[int], str] | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.projector_learning_rate, self.lengths = projector_learning_rate, lengths
+        self.sample_name = sample_name or "sample {}".format
+        self._saving = False
+        self._seen, self._since = {"tokens": 0, "pictures": 0}, time.perf_counter()
+
+    # --- steps ---
+
+    def training_step(self, model, inputs, num_items_in_batch=None, **kwargs):
+        """transformers' own, on a batch whose loss has to be finite."""
+        indices = inputs.pop("sample_index", None)
+        self._seen["tokens"] += inputs["input_ids"].numel()
+        self._seen["pictures"] += len(inputs.get("pixel_values", ()))
+        loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
+        if not torch.isfinite(loss):
+            names = [] if indices is None else [self.sample_name(index) for index in indices.tolist()]
+            raise NonFiniteLoss(
+                f"The loss of step {self.state.global_step + 1} is {loss.item()}. Its samples: "
+                f"{'; '.join(names) or 'not known'}. The weights are as they were before this step. A lower learning rate, "
+                "a lower max_grad_norm, or training without these samples may help."
+            )
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        """transformers' own, without logits where nobody looks at them."""
+        inputs = {name: value for name, value in inputs.items() if name != "sample_index"}
+        inputs["use_cache"] = False
+        if not return_outputs:
+            inputs["skip_logits"] = True
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
+
+    def log(self, logs, *args, **kwargs):
+        """transformers' own, with what this process has done per second since the last report, times the number of processes,
+        and its largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            rate = self.args.world_size / max(now - self._since, 1e-9)
+            logs = {**logs, **{f"{what}_per_second": round(count * rate, 1) for what, count in self._seen.items()}}
+            logs["memory_gib"] = round(_peak_memory() / 2**30, 3)
+            self._seen, self._since = dict.fromkeys(self._seen, 0), now
+        super().log(logs, *args, **kwargs)
+
+    def create_optimizer(self, *args, **kwargs):
+        """transformers' own, with the projectors in groups of their own where they have their own learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self.projector_learning_rate is not None:
+            model = args[0] if args else kwargs.get("model") or self.model
+            projectors = {id(p) for name, p in model.named_parameters() if is_projector(name)}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in projectors]
+                if not own:
+                    continue
+                group["params"] = [p for p in group["params"] if id(p) not in projectors]
+                optimizer.add_param_group({**group, "params": own, "lr": self.projector_learning_rate})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    # --- data ---
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return None
+        arguments = {"seed": self.args.seed, "epoch": lambda: int((self.state.epoch or 0) + 1e-6)}
+        if self.lengths is None:
+            return ShuffledSampler(len(dataset), **arguments)
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedSampler(self.lengths, step, **arguments)
+
+    # --- checkpoints ---
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, PARTIAL) if self._saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(super()._get_output_dir(trial))
+        partial, name = folder / PARTIAL, f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            os.replace(partial / name, folder / name)
+            shutil.rmtree(partial)
+            limit = self.args.save_total_limit
+            for old in checkpoints(folder)[: -limit if limit else 0]:
+                discarded = folder / f"{PARTIAL}-{old.name}"
+                os.replace(old, discarded)  # what is half deleted is no checkpoint
+                shutil.rmtree(discarded)
+        self.accelerator.wait_for_everyone()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The whole checkpoints in `folder`, oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, to any of the processes, ends the run after the step under way, with a checkpoint. `stopped` tells whether it
+    did."""
+
+    def __init__(self):
+        self.stopped = False
+
+    def __enter__(self):
+        def stop(*_):
+            self.stopped = True
+
+        self._before = signal.signal(signal.SIGTERM, stop)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Asks for a checkpoint and for the end, if the signal came."""
+        if args.world_size > 1:  # all of them at the same step, or they would wait for each other
+            anywhere = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(anywhere)
+            self.stopped = bool(anywhere > 0)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+        return control

@@ -1,0 +1,408 @@
+"""`saisa train`: options are checked, the shipped configs are the paper's, and a run loses nothing, however it ends."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+from training_parts import conversation, picture, processor_for
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    TrainerCallback,
+)
+
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.cli import _parser, main
+from saisa_hf.hub_saisa import code_files
+from saisa_hf.training import NonFiniteLoss, TrainingOptions, load_options, train
+from saisa_hf.training.run import load_model, prepare_model
+from saisa_hf.training.trainer import SaisaTrainer, checkpoints
+
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+
+
+# --- options ---
+
+NEEDED = {"model": "m", "data": "d.json", "output": "o"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rat": 1}, "'learning_rat' is no option: did you mean 'learning_rate'"),
+        ({"zzz": 1}, "'zzz' is no option: see saisa train --help"),
+        ({"learning_rate": "fast"}, "learning_rate='fast': expected a number"),
+        ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
+        ({"batch_size": 0}, "batch_size=0: expected a positive"),
+        ({"captions": "maybe"}, "captions='maybe': expected true or false"),
+        ({"train": "projector"}, "train='projector': expected one of projectors, "),
+        ({"data": []}, "data is not given"),
+        ({"streaming": True}, "give max_steps"),
+    ],
+)
+def test_wrong_options_are_named_with_what_is_right(given, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(NEEDED | given))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_options(path)
+
+
+def test_the_command_line_comes_before_the_file_and_knows_every_option(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "c.yaml"
+    path.write_text("model: m\ndata: d.json\noutput: o\nlearning_rate: 1e-3\ncaptions: true\n")
+    seen = []
+    monkeypatch.setattr("saisa_hf.training.run.train", seen.append)
+    command = ["train", str(path), "--learning-rate", "2e-5", "--data", "a.json", "b.json", "--captions", "false"]
+    assert main([*command, "--resume"]) == 0
+    assert seen == [TrainingOptions(**NEEDED | {"learning_rate": 2e-5, "data": ["a.json", "b.json"], "resume": True})]
+    assert main(["train", str(path), "--learning-rte", "1"]) == 2
+    assert "did you mean '--learning-rate'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    told = capsys.readouterr().out
+    assert all("--" + name.replace("_", "-") in told for name in TrainingOptions.__dataclass_fields__)
+
+
+def test_a_batch_has_to_divide_among_the_devices():
+    options = TrainingOptions(**NEEDED, batch_size=128, per_device_batch_size=4)
+    assert options.accumulation(8) == 4
+    with pytest.raises(ValueError, match="batch_size=128 is no multiple of 12"):
+        options.accumulation(3)
+
+
+# --- the shipped configs ---
+
+ARCHITECTURES = {
+    "lmsys/vicuna-7b-v1.5": lambda: LlamaConfig(vocab_size=32001),
+    "meta-llama/Meta-Llama-3-8B": lambda: LlamaConfig(
+        vocab_size=128257, intermediate_size=14336, num_key_value_heads=8
+    ),
+    "mistralai/Mistral-7B-v0.1": lambda: MistralConfig(vocab_size=32001),
+    "Qwen/Qwen2.5-7B-Instruct": lambda: Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+}  # fmt: skip
+PAPER = {"vicuna_7b": (20_979_712, 671_350_784)}
+
+
+def test_there_is_a_config_for_each_stage_of_each_language_model():
+    names = ("llama3_8b", "mistral_7b", "qwen2_5_7b", "tiny", "vicuna_7b")
+    assert [path.stem for path in CONFIGS] == [f"{name}_stage{stage}" for name in names for stage in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    "name", [path.stem[:-7] for path in CONFIGS if path.stem.endswith("1") and "tiny" not in path.stem]
+)
+def test_the_shipped_configs_are_the_papers_recipe(name):
+    first, second = (load_options(ROOT / "configs" / f"{name}_stage{stage}.yaml") for stage in (1, 2))
+    assert (first.learning_rate, first.batch_size, first.train, first.captions) == (1e-3, 256, "projectors", True)
+    assert (second.learning_rate, second.batch_size) == (2e-5, 128)
+    assert second.train == "projectors+language_model" and second.unshare_projectors and second.model == first.output
+    for options in (first, second):
+        assert (options.epochs, options.warmup_ratio, options.weight_decay) == (1, 0.03, 0)
+        assert (options.lr_scheduler, options.max_length, options.dtype) == ("cosine", 2048, "bfloat16")
+        assert options.accumulation(1) and options.accumulation(8)
+
+    comment = (ROOT / "configs" / f"{name}_stage1.yaml").read_text().split("First: saisa ")[1].split("\nmodel:")[0]
+    command = _parser().parse_args(comment.replace("\\\n#", " ").split())
+    assert command.paths[1:] == ["openai/clip-vit-large-patch14-336", f"./{first.model}"]
+    assert (command.projector_sharing, command.pad_to_square) == ("shared", True)
+
+    text = ARCHITECTURES[command.paths[0]]()
+    config = SaisaConfig(text_config=text, image_token_id=text.vocab_size - 1, projector_sharing="shared")
+    with torch.device("meta"):
+        model = SaisaForConditionalGeneration(config)
+    width, layers = text.hidden_size, text.num_hidden_layers
+    projector = (1024 + 1) * width + (width + 1) * width
+    counts = []
+    for options in (first, second):
+        prepare_model(model, options)
+        counts.append(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    encoder = sum(p.numel() for p in model.vision_tower.parameters())
+    assert counts == [projector, sum(p.numel() for p in model.parameters()) - encoder]
+    projectors = sum(p.numel() for n, p in model.named_parameters() if "visual_projector" in n)
+    assert projectors == layers * projector
+    assert (counts[0], projectors) == PAPER.get(name, (counts[0], projectors))
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with a tiny untrained model of one projector, and twelve samples."""
+    folder = tmp_path_factory.mktemp("start")
+    processor = processor_for()
+    assert processor.image_token_id == IMAGE_TOKEN
+    tiny_model(projector_sharing="shared").save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    for i in range(12):
+        picture(20 * i).save(folder / f"{i}.png")
+    records = [
+        conversation("<image>\nA?", "Yes." * (1 + i % 3), "B?", "No.", image=f"{i}.png") if i % 4 else
+        conversation("C?", "Z." if i == 8 else "Y.")
+        for i in range(12)
+    ]  # fmt: skip
+    (folder / "q.json").write_text(json.dumps(records))
+    return folder
+
+
+def options(start, output, **changes):
+    given = {
+        "model": str(start / "model"), "data": str(start / "q.json"), "output": str(output), "batch_size": 4,
+        "per_device_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 2, "save_total_limit": 0,
+        "logging_steps": 1, "workers": 0, "device": "cpu", "unshare_projectors": True,
+    }  # fmt: skip
+    return TrainingOptions(**given | changes)
+
+
+def losses(folder):
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def whole_run(start, tmp_path_factory):
+    """A run that nothing stopped."""
+    return train(options(start, tmp_path_factory.mktemp("whole") / "run"), log=lambda _: None)
+
+
+def same_weights(one, other):
+    one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (one, other))
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_every_checkpoint_is_a_whole_model_for_the_auto_classes(whole_run):
+    assert [path.name for path in checkpoints(whole_run)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert not list(whole_run.glob(".*"))
+    for folder in (whole_run / "checkpoint-2", whole_run):
+        assert {path.name for path in code_files()} <= {path.name for path in folder.iterdir()}
+        model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        batch = processor(text=["USER: <image>\nA? ASSISTANT:"], images=[picture()], return_tensors="pt")
+        assert model.config.projector_sharing == "per_layer"
+        assert model.config.text_config.use_cache and getattr(model.config, "use_cache", True)
+        assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+KILLED = """
+import os, signal, sys
+from saisa_hf.training import SaisaTrainer, load_options, train
+
+def killed(self, output_dir):
+    if self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, output_dir)
+
+save, SaisaTrainer._save_rng_state = SaisaTrainer._save_rng_state, killed
+train(load_options(sys.argv[1]))
+"""
+
+
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_as_if_nothing_had_happened(start, whole_run, tmp_path):
+    given = options(start, tmp_path / "run")
+    (tmp_path / "c.yaml").write_text(json.dumps(vars(given)))
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c.yaml")], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert [path.name for path in checkpoints(given.output)] == ["checkpoint-2"]
+    assert (tmp_path / "run" / ".partial" / "checkpoint-4").is_dir()
+    said = []
+    train(given, log=said.append)
+    assert "checkpoint-2" in said[1]
+    assert losses(given.output) == losses(whole_run) and len(losses(whole_run)) == 6
+    assert same_weights(given.output, whole_run)
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(start, whole_run, tmp_path, monkeypatch):
+    class Stopper(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    init = SaisaTrainer.__init__
+
+    def with_stopper(self, *args, **kwargs):
+        init(self, *args, **kwargs, callbacks=[Stopper()])
+
+    given = options(start, tmp_path / "run", save_steps=5, save_total_limit=1)
+    monkeypatch.setattr(SaisaTrainer, "__init__", with_stopper)
+    with pytest.raises(SystemExit) as stopped:
+        train(given, log=lambda _: None)
+    assert stopped.value.code == 143 and [path.name for path in checkpoints(given.output)] == ["checkpoint-3"]
+    monkeypatch.undo()
+    train(given, log=lambda _: None)
+    assert losses(given.output) == losses(whole_run) and same_weights(given.output, whole_run)
+    assert [path.name for path in checkpoints(given.output)] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize("trained", ["projectors", "projectors+language_model"])
+def test_what_a_stage_does_not_train_is_the_same_to_the_last_bit(trained, start, tmp_path):
+    changes = {"train": trained, "max_steps": 2, "save_steps": 0, "unshare_projectors": trained != "projectors"}
+    folder = train(options(start, tmp_path / "run", **changes), log=lambda _: None)
+    before = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    if changes["unshare_projectors"]:
+        before.unshare_projectors()
+    after = SaisaForConditionalGeneration.from_pretrained(folder).state_dict()
+    assert before.state_dict().keys() == after.keys()
+    for name, value in before.state_dict().items():
+        learns = "visual_projector" in name if trained == "projectors" else "vision_tower" not in name
+        assert torch.equal(value, after[name]) != learns, name
+
+
+def test_accumulated_batches_equal_one_large_one(start, tmp_path):
+    how = {"max_steps": 3, "save_steps": 0, "group_by_length": False}
+    large = train(options(start, tmp_path / "large", **how), log=lambda _: None)
+    parts = train(options(start, tmp_path / "parts", per_device_batch_size=1, **how), log=lambda _: None)
+    for step, loss in losses(large).items():
+        assert losses(parts)[step] == pytest.approx(loss, rel=1e-4)
+    one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (large, parts))
+    assert all((one[name] - other[name]).abs().max() < 1e-3 for name in one)
+
+
+def test_two_processes_learn_what_one_does(start, whole_run, tmp_path):
+    given = options(start, tmp_path / "run", per_device_batch_size=1, save_steps=3)
+    (tmp_path / "c.yaml").write_text(json.dumps(vars(given)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]
+    ended = subprocess.run([*launch, "train", str(tmp_path / "c.yaml")], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("wrote ") == 1
+    assert losses(given.output) == {step: pytest.approx(loss, rel=1e-4) for step, loss in losses(whole_run).items()}
+    assert [path.name for path in checkpoints(given.output)] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("trained", ["projectors", "projectors+language_model"])
+def test_gradient_checkpointing_of_both_kinds_changes_nothing(trained, start, tmp_path):
+    def steps(name, **how):
+        how |= {"train": trained, "unshare_projectors": trained != "projectors", "max_steps": 3, "save_steps": 0}
+        folder = train(options(start, tmp_path / name, **how), log=lambda _: None)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        return [entry[what] for entry in history if "loss" in entry for what in ("loss", "grad_norm")]
+
+    plain = steps("plain")
+    for reentrant in (False, True):
+        found = steps(str(reentrant), gradient_checkpointing=True, use_reentrant=reentrant)
+        assert found == pytest.approx(plain, rel=1e-3) and len(found) == 6
+
+
+def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(start, tmp_path, monkeypatch):
+    rows, labelled = [], []
+    init, step = SaisaTrainer.__init__, SaisaTrainer.training_step
+
+    def watched_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+
+    def watched_step(self, model, inputs, *args, **kwargs):
+        labelled.append(int((inputs["labels"] != -100).sum()))
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(SaisaTrainer, "__init__", watched_init)
+    monkeypatch.setattr(SaisaTrainer, "training_step", watched_step)
+    folder = train(options(start, tmp_path / "run", max_steps=2, save_steps=0), log=lambda _: None)
+    assert rows == [count for count in labelled for _ in ("forward", "backward")]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
+
+
+def test_the_template_that_was_trained_is_saved_with_the_model(start, tmp_path):
+    how = {"chat_template": "chatml", "max_steps": 1, "save_steps": 0}
+    folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
+    assert "<|im_start|>" in AutoProcessor.from_pretrained(folder, trust_remote_code=True).chat_template
+
+
+def test_a_stream_is_trained_on(start, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"image": str(start / f"{i}.png"), "text": "Yes."} for i in range(9)]
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    how = {"data": str(tmp_path / "a.parquet"), "streaming": True, "captions": True, "max_steps": 4, "save_steps": 0}
+    assert len(losses(train(options(start, tmp_path / "run", **how), log=lambda _: None))) == 4
+
+
+def test_projectors_have_their_own_learning_rate(start, tmp_path, monkeypatch):
+    seen = []
+    make = SaisaTrainer.create_optimizer
+
+    def watched(self, *args, **kwargs):
+        optimizer = make(self, *args, **kwargs)
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        seen.extend((group["lr"], [names[id(p)] for p in group["params"]]) for group in optimizer.param_groups)
+        return optimizer
+
+    monkeypatch.setattr(SaisaTrainer, "create_optimizer", watched)
+    train(options(start, tmp_path / "run", projector_learning_rate=3e-3, max_steps=1, save_steps=0), log=lambda _: None)
+    rates = {name: rate for rate, names in seen for name in names}
+    assert all(rate == (3e-3 if "visual_projector" in name else 1e-2) for name, rate in rates.items())
+    assert len(rates) == sum(len(names) for _, names in seen) > 30
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(start, tmp_path):
+    processor = processor_for()
+    model = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("Z")] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(NonFiniteLoss, match=r"q\.json, sample 8\b") as error:
+        train(options(start, tmp_path / "run", model=str(tmp_path / "model"), max_steps=9), log=lambda _: None)
+    assert len(re.findall("sample ", str(error.value))) == 4
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_bad_samples_are_counted_at_the_end_and_held_out_questions_asked(start, tmp_path):
+    records = json.loads((start / "q.json").read_text())
+    records[1]["image"] = "missing.png"
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    how = {"data": str(tmp_path / "q.json"), "images": str(start), "bad_samples": "skip", "questions_limit": 3}
+    said = []
+    train(
+        options(start, tmp_path / "run", max_steps=3, save_steps=0, questions=str(start / "q.json"), **how), said.append
+    )
+    assert "left out 1 bad samples" in said
+    assert re.search(r"of 3 held-out questions", said[-1])
+
+
+def test_under_bfloat16_trained_weights_stay_in_float32(start, tmp_path):
+    given = options(start, tmp_path / "run", dtype="bfloat16", train="projectors", max_steps=1, save_steps=0)
+    dtypes = {(p.requires_grad, p.dtype) for p in load_model(given).parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    train(given, log=lambda _: None)
+    assert math.isfinite(losses(given.output)[1])
+
+
+def test_adapters_are_small_and_merge_into_a_whole_model(start, tmp_path):
+    peft = pytest.importorskip("peft")
+    given = options(start, tmp_path / "run", train="lora", lora_rank=2, max_steps=2, save_steps=0)
+    model = load_model(given)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in trained)
+    assert any("visual_projector" in name for name in trained) and not any("vision_tower" in name for name in trained)
+    train(given, log=lambda _: None)
+    parts = options(start, tmp_path / "parts", train="lora", lora_rank=2, max_steps=2, save_steps=1)
+    train(parts, log=lambda _: None)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-2")
+    train(parts, log=lambda _: None)
+    assert same_weights(parts.output, given.output)
+    merged = SaisaForConditionalGeneration.from_pretrained(given.output)
+    base = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    base.unshare_projectors()
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    adapted = peft.PeftModel.from_pretrained(base, Path(given.output) / "adapter")
+    ids = torch.tensor([[1, 20, 30, 40]])
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+    assert not torch.allclose(adapted(ids).logits, SaisaForConditionalGeneration(tiny_config())(ids).logits)
