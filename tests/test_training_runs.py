@@ -319,6 +319,11 @@ def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(sta
     assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
 
 
+def test_packed_samples_teach_what_padded_ones_do(start, whole_run, tmp_path):
+    folder = train(options(start, tmp_path / "run", packing=True, save_steps=0), log=lambda _: None)
+    assert losses(folder) == {step: pytest.approx(loss, rel=1e-3) for step, loss in losses(whole_run).items()}
+
+
 def test_the_template_that_was_trained_is_saved_with_the_model(start, tmp_path):
     how = {"chat_template": "chatml", "max_steps": 1, "save_steps": 0}
     folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)

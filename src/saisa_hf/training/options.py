@@ -66,6 +66,9 @@ class TrainingOptions:
         "fail", "skip: the next sample takes the place of one that cannot be used", choices=("fail", "skip")
     )
     group_by_length: bool = _option(True, "batches of samples alike in length and in having pictures or none")
+    packing: bool = _option(
+        False, "put what a device takes at once into one row, without padding; samples do not see each other"
+    )
     workers: int = _option(4, "processes that read and prepare samples; 0: the training process itself")
 
     # --- optimisation ---

@@ -165,7 +165,7 @@ def training_data(options: TrainingOptions, processor: SaisaProcessor):
         captions=options.captions,
         bad_samples=options.bad_samples,
     )
-    return dataset, SaisaCollator(encode)
+    return dataset, SaisaCollator(encode, packing=options.packing)
 
 
 def _save(trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProcessor) -> None:
