@@ -25,6 +25,7 @@ from transformers import (
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.cli import _parser, main
+from saisa_hf.demo import scenes
 from saisa_hf.hub_saisa import code_files
 from saisa_hf.training import NonFiniteLoss, TrainingOptions, load_options, train
 from saisa_hf.training.run import load_model, prepare_model
@@ -138,6 +139,34 @@ def test_the_shipped_configs_are_the_papers_recipe(name):
     projectors = sum(p.numel() for n, p in model.named_parameters() if "visual_projector" in n)
     assert projectors == layers * projector
     assert (counts[0], projectors) == PAPER.get(name, (counts[0], projectors))
+
+
+# --- the digits ---
+
+
+@pytest.fixture
+def few_sprites(monkeypatch):
+    """One distorted copy of each scan: to make them all takes many seconds."""
+    pytest.importorskip("sklearn")
+    scenes.sprites.cache_clear()
+    monkeypatch.setattr(scenes, "VARIANTS", {"train": 1, "test": 1})
+    yield
+    scenes.sprites.cache_clear()
+
+
+def test_the_tiny_configs_train_both_stages_and_ask_at_the_end(few_sprites, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "digits", "digits", "--pictures", "8"]) == 0
+    samples = json.loads((tmp_path / "digits" / "questions.json").read_text())
+    assert len(samples) == 8 and all((tmp_path / "digits" / sample["image"]).is_file() for sample in samples)
+    short = ["--max-steps", "2", "--batch-size", "4", "--per-device-batch-size", "4"]
+    for stage in (1, 2):
+        config = str(ROOT / "configs" / f"tiny_stage{stage}.yaml")
+        assert main(["train", config, *short, "--questions-limit", "4"]) == 0
+        if stage == 1:
+            assert main(["data", "check", str(ROOT / "configs" / "tiny_stage2.yaml")]) == 0
+    assert re.search(r"\d of 4 held-out questions answered", capsys.readouterr().out)
+    assert main(["data", "digits", "digits"]) == 2  # a folder that exists is left alone
 
 
 # --- runs ---
