@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
 from training_parts import conversation, picture, processor_for
 from transformers import (
@@ -28,6 +30,7 @@ from saisa_hf.cli import _parser, main
 from saisa_hf.demo import scenes
 from saisa_hf.hub_saisa import code_files
 from saisa_hf.training import NonFiniteLoss, TrainingOptions, load_options, train
+from saisa_hf.training.curve import loss_curve
 from saisa_hf.training.run import load_model, prepare_model
 from saisa_hf.training.trainer import SaisaTrainer, checkpoints
 
@@ -227,6 +230,16 @@ def test_every_checkpoint_is_a_whole_model_for_the_auto_classes(whole_run):
         assert model.config.projector_sharing == "per_layer"
         assert model.config.text_config.use_cache and getattr(model.config, "use_cache", True)
         assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_the_losses_are_drawn(whole_run, tmp_path):
+    assert Image.open(whole_run / "loss.png").size == (960, 540)
+    history = [{"step": step, "loss": 4.0 - step} for step in range(1, 4)] + [{"eval_loss": 1}]
+    assert loss_curve(history, tmp_path / "a.png") and not loss_curve(history[:1], tmp_path / "b.png")
+    blue = np.argwhere((np.asarray(Image.open(tmp_path / "a.png")) == (30, 90, 200)).all(-1))
+    rows, columns = blue[blue[:, 1].argsort()].T
+    assert (np.diff(rows[::50]) >= -2).all() and rows[-1] - rows[0] > 200  # falls from left to right
+    assert columns.min() <= 72 and columns.max() >= 938
 
 
 KILLED = """

@@ -13,6 +13,7 @@ from transformers import set_seed
 from ..compat_saisa import training_arguments
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .curve import loss_curve
 from .encoding import ConversationEncoder, SaisaCollator, template_source
 from .options import TrainingOptions
 from .samples import BadSample, ConversationDataset, StreamedConversations, open_pictures, open_source, read_sample
@@ -116,6 +117,7 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     trainer.save_state()
     _save(trainer, options, processor)
     if main:
+        loss_curve(trainer.state.log_history, Path(options.output) / "loss.png")
         log(f"wrote {options.output}")
         if options.questions:
             _ask_held_out(trainer.accelerator.unwrap_model(trainer.model), processor, options, log)
