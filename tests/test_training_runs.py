@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+from tiny_models import IMAGE_TOKEN, tiny_model
 from training_parts import conversation, picture, processor_for
 from transformers import (
     AutoModelForImageTextToText,
@@ -29,7 +29,7 @@ from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.cli import _parser, main
 from saisa_hf.demo import scenes
 from saisa_hf.hub_saisa import code_files
-from saisa_hf.training import NonFiniteLoss, TrainingOptions, load_options, train
+from saisa_hf.training import BadSample, NonFiniteLoss, TrainingOptions, load_options, train
 from saisa_hf.training.curve import loss_curve
 from saisa_hf.training.run import load_model, prepare_model
 from saisa_hf.training.trainer import SaisaTrainer, checkpoints
@@ -424,6 +424,15 @@ def test_bad_samples_are_counted_at_the_end_and_held_out_questions_asked(start, 
     assert re.search(r"of 3 held-out questions", said[-1])
 
 
+def test_a_workers_bad_sample_ends_the_run_with_one_sentence(start, tmp_path):
+    records = json.loads((start / "q.json").read_text())
+    records[1]["image"] = "missing.png"
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    given = options(start, tmp_path / "run", data=str(tmp_path / "q.json"), images=str(start), workers=1)
+    with pytest.raises(BadSample, match=r"^\S*q\.json, sample 1: picture 0 \(.*missing\.png\) cannot be read: [^\n]*$"):
+        train(given, log=lambda _: None)
+
+
 def test_under_bfloat16_trained_weights_stay_in_float32(start, tmp_path):
     given = options(start, tmp_path / "run", dtype="bfloat16", train="projectors", max_steps=1, save_steps=0)
     dtypes = {(p.requires_grad, p.dtype) for p in load_model(given).parameters()}
@@ -452,4 +461,25 @@ def test_adapters_are_small_and_merge_into_a_whole_model(start, tmp_path):
     adapted = peft.PeftModel.from_pretrained(base, Path(given.output) / "adapter")
     ids = torch.tensor([[1, 20, 30, 40]])
     assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
-    assert not torch.allclose(adapted(ids).logits, SaisaForConditionalGeneration(tiny_config())(ids).logits)
+    unadapted = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    assert not torch.allclose(adapted(ids).logits, unadapted(ids).logits, atol=1e-4)
+
+
+def test_adapters_over_4_bits_learn_and_merge_into_the_weights_as_they_were(start, tmp_path):
+    peft = pytest.importorskip("peft")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    given = options(start, tmp_path / "run", train="qlora", lora_rank=2, save_steps=0)
+    model = load_model(given)
+    small = {name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(small) == 3 * 7 and all("self_attn" in name or "mlp" in name for name in small)
+    train(given, log=lambda _: None)
+    found = losses(given.output)
+    assert found[6] < 0.9 * found[1]
+    base = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    base.unshare_projectors()
+    merged = SaisaForConditionalGeneration.from_pretrained(given.output)
+    ids = torch.tensor([[1, 20, 30, 40]])
+    before = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, Path(given.output) / "adapter")
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+    assert not torch.allclose(adapted(ids).logits, before, atol=1e-2)

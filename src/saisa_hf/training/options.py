@@ -35,7 +35,7 @@ class TrainingOptions:
     unshare_projectors: bool = _option(
         False, "copy a shared projector into every layer first: from stage one to stage two"
     )
-    lora_rank: int = _option(64, "rank of the adapters of train: lora")
+    lora_rank: int = _option(64, "rank of the adapters of lora and qlora")
     lora_alpha: float = _option(128.0, "adapters count alpha / rank times")
     lora_dropout: float = _option(0.0, "dropout in front of the adapters")
     dtype: str = _option(

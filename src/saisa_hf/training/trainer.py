@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -171,11 +172,14 @@ class StopOnSignal(TrainerCallback):
         def stop(*_):
             self.stopped = True
 
-        self._before = signal.signal(signal.SIGTERM, stop)
+        self._handles = threading.current_thread() is threading.main_thread()  # others may not
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, stop)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._before)
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and for the end, if the signal came."""
