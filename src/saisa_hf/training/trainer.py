@@ -29,8 +29,9 @@ class SaisaTrainer(Trainer):
     """`Trainer`, which
 
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
-    the samples; orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames
-    it when it is whole, so that a killed run leaves none that is not.
+    the samples; reports tokens (padding among them) and pictures per second, and memory; orders the samples as a function of
+    seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
+    none that is not.
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
