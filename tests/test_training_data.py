@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from training_parts import TOKENS, character_tokenizer, conversation, picture, processor_for
 
 from saisa_hf.chat_templates import chat_template_names, with_pictures
@@ -159,6 +160,30 @@ def test_batches_hold_pictures_and_text_alone():
     for row, ids, labels in zip(rows, batch["input_ids"], batch["labels"]):
         assert (ids[row:] == processor.tokenizer.pad_token_id).all() and (labels[row:] == -100).all()
     assert "pixel_values" not in collate([read_sample(records[1])])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("text", ["llama", "mistral_window", "qwen3"])
+def test_samples_in_one_row_do_not_see_each_other(text, implementation):
+    records = [
+        TALK,
+        conversation("Hi", "Hello, you."),
+        conversation("<image>A?", "B.", "<image>\nC?", "D.", image=[picture(9)] * 2),
+    ]
+    model, encoder = tiny_model(text, attn_implementation=implementation), ConversationEncoder(processor_for())
+    samples = [read_sample(record) for record in records]
+    for part in (samples, samples[1:2] * 3):  # with pictures, and text alone
+        found = []
+        for packing in (False, True):
+            batch = SaisaCollator(encoder, packing=packing)(part)
+            model.zero_grad()
+            loss = model(**batch).loss
+            loss.backward()
+            found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        assert batch["input_ids"].shape == (1, sum(len(encoder(sample)["input_ids"]) for sample in part))
+        (padded, gradients), (packed, same) = found
+        assert packed == pytest.approx(padded, rel=1e-5)
+        assert (gradients - same).abs().max() < 1e-4 * gradients.abs().max()
 
 
 # --- what cannot be used ---

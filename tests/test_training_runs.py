@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN, tiny_config, tiny_model
+from PIL import Image
+from tiny_models import IMAGE_TOKEN, tiny_model
 from training_parts import conversation, picture, processor_for
 from transformers import (
     AutoModelForImageTextToText,
@@ -25,8 +27,10 @@ from transformers import (
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.cli import _parser, main
+from saisa_hf.demo import scenes
 from saisa_hf.hub_saisa import code_files
-from saisa_hf.training import NonFiniteLoss, TrainingOptions, load_options, train
+from saisa_hf.training import BadSample, NonFiniteLoss, TrainingOptions, load_options, train
+from saisa_hf.training.curve import loss_curve
 from saisa_hf.training.run import load_model, prepare_model
 from saisa_hf.training.trainer import SaisaTrainer, checkpoints
 
@@ -140,6 +144,34 @@ def test_the_shipped_configs_are_the_papers_recipe(name):
     assert (counts[0], projectors) == PAPER.get(name, (counts[0], projectors))
 
 
+# --- the digits ---
+
+
+@pytest.fixture
+def few_sprites(monkeypatch):
+    """One distorted copy of each scan: to make them all takes many seconds."""
+    pytest.importorskip("sklearn")
+    scenes.sprites.cache_clear()
+    monkeypatch.setattr(scenes, "VARIANTS", {"train": 1, "test": 1})
+    yield
+    scenes.sprites.cache_clear()
+
+
+def test_the_tiny_configs_train_both_stages_and_ask_at_the_end(few_sprites, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "digits", "digits", "--pictures", "8"]) == 0
+    samples = json.loads((tmp_path / "digits" / "questions.json").read_text())
+    assert len(samples) == 8 and all((tmp_path / "digits" / sample["image"]).is_file() for sample in samples)
+    short = ["--max-steps", "2", "--batch-size", "4", "--per-device-batch-size", "4"]
+    for stage in (1, 2):
+        config = str(ROOT / "configs" / f"tiny_stage{stage}.yaml")
+        assert main(["train", config, *short, "--questions-limit", "4"]) == 0
+        if stage == 1:
+            assert main(["data", "check", str(ROOT / "configs" / "tiny_stage2.yaml")]) == 0
+    assert re.search(r"\d of 4 held-out questions answered", capsys.readouterr().out)
+    assert main(["data", "digits", "digits"]) == 2  # a folder that exists is left alone
+
+
 # --- runs ---
 
 
@@ -198,6 +230,16 @@ def test_every_checkpoint_is_a_whole_model_for_the_auto_classes(whole_run):
         assert model.config.projector_sharing == "per_layer"
         assert model.config.text_config.use_cache and getattr(model.config, "use_cache", True)
         assert model.generate(**batch, max_new_tokens=2).shape[1] == batch["input_ids"].shape[1] + 2
+
+
+def test_the_losses_are_drawn(whole_run, tmp_path):
+    assert Image.open(whole_run / "loss.png").size == (960, 540)
+    history = [{"step": step, "loss": 4.0 - step} for step in range(1, 4)] + [{"eval_loss": 1}]
+    assert loss_curve(history, tmp_path / "a.png") and not loss_curve(history[:1], tmp_path / "b.png")
+    blue = np.argwhere((np.asarray(Image.open(tmp_path / "a.png")) == (30, 90, 200)).all(-1))
+    rows, columns = blue[blue[:, 1].argsort()].T
+    assert (np.diff(rows[::50]) >= -2).all() and rows[-1] - rows[0] > 200  # falls from left to right
+    assert columns.min() <= 72 and columns.max() >= 938
 
 
 KILLED = """
@@ -319,6 +361,11 @@ def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(sta
     assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
 
 
+def test_packed_samples_teach_what_padded_ones_do(start, whole_run, tmp_path):
+    folder = train(options(start, tmp_path / "run", packing=True, save_steps=0), log=lambda _: None)
+    assert losses(folder) == {step: pytest.approx(loss, rel=1e-3) for step, loss in losses(whole_run).items()}
+
+
 def test_the_template_that_was_trained_is_saved_with_the_model(start, tmp_path):
     how = {"chat_template": "chatml", "max_steps": 1, "save_steps": 0}
     folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
@@ -377,6 +424,15 @@ def test_bad_samples_are_counted_at_the_end_and_held_out_questions_asked(start, 
     assert re.search(r"of 3 held-out questions", said[-1])
 
 
+def test_a_workers_bad_sample_ends_the_run_with_one_sentence(start, tmp_path):
+    records = json.loads((start / "q.json").read_text())
+    records[1]["image"] = "missing.png"
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    given = options(start, tmp_path / "run", data=str(tmp_path / "q.json"), images=str(start), workers=1)
+    with pytest.raises(BadSample, match=r"^\S*q\.json, sample 1: picture 0 \(.*missing\.png\) cannot be read: [^\n]*$"):
+        train(given, log=lambda _: None)
+
+
 def test_under_bfloat16_trained_weights_stay_in_float32(start, tmp_path):
     given = options(start, tmp_path / "run", dtype="bfloat16", train="projectors", max_steps=1, save_steps=0)
     dtypes = {(p.requires_grad, p.dtype) for p in load_model(given).parameters()}
@@ -405,4 +461,25 @@ def test_adapters_are_small_and_merge_into_a_whole_model(start, tmp_path):
     adapted = peft.PeftModel.from_pretrained(base, Path(given.output) / "adapter")
     ids = torch.tensor([[1, 20, 30, 40]])
     assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
-    assert not torch.allclose(adapted(ids).logits, SaisaForConditionalGeneration(tiny_config())(ids).logits)
+    unadapted = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    assert not torch.allclose(adapted(ids).logits, unadapted(ids).logits, atol=1e-4)
+
+
+def test_adapters_over_4_bits_learn_and_merge_into_the_weights_as_they_were(start, tmp_path):
+    peft = pytest.importorskip("peft")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    given = options(start, tmp_path / "run", train="qlora", lora_rank=2, save_steps=0)
+    model = load_model(given)
+    small = {name for name, module in model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert len(small) == 3 * 7 and all("self_attn" in name or "mlp" in name for name in small)
+    train(given, log=lambda _: None)
+    found = losses(given.output)
+    assert found[6] < 0.9 * found[1]
+    base = SaisaForConditionalGeneration.from_pretrained(start / "model")
+    base.unshare_projectors()
+    merged = SaisaForConditionalGeneration.from_pretrained(given.output)
+    ids = torch.tensor([[1, 20, 30, 40]])
+    before = base(ids).logits
+    adapted = peft.PeftModel.from_pretrained(base, Path(given.output) / "adapter")
+    assert torch.allclose(adapted(ids).logits, merged(ids).logits, atol=1e-5)
+    assert not torch.allclose(adapted(ids).logits, before, atol=1e-2)

@@ -119,38 +119,55 @@ class ConversationEncoder:
 
 
 class SaisaCollator:
-    """Samples as a batch for the model, padded on the right.
+    """Samples as a batch for the model, padded on the right, or one behind the other.
 
     Args:
         encode: a `ConversationEncoder`, for samples that are not encoded yet; None if all are.
         pad_token_id: what `input_ids` are padded with.
+        packing: put all samples into one row, without padding. Their positions start at 0 each, by which the model knows
+            that they do not see each other.
     """
 
-    def __init__(self, encode: ConversationEncoder | None = None, pad_token_id: int | None = None):
+    def __init__(
+        self, encode: ConversationEncoder | None = None, pad_token_id: int | None = None, packing: bool = False
+    ):
         if pad_token_id is None and encode is not None:
             tokenizer = encode.processor.tokenizer
             pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.encode, self.pad_token_id = encode, pad_token_id or 0
+        self.encode, self.pad_token_id, self.packing = encode, pad_token_id or 0, packing
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `attention_mask` and `labels` (B, S), the pictures of all samples in their order, and `sample_index`
-        (B,) where samples have one."""
+        """`input_ids`, `labels` and `attention_mask` (B, S), the pictures of all samples in their order, and `sample_index`
+        (B,) where samples have one. With `packing`: `input_ids`, `labels`, `position_ids` (1, S)."""
         items = [sample if "input_ids" in sample else self.encode(sample) for sample in samples]
-        length = max(len(item["input_ids"]) for item in items)
-
-        def padded(rows, value):
-            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
-
-        batch = {
-            "input_ids": padded((item["input_ids"] for item in items), self.pad_token_id),
-            "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
-            "labels": padded((item["labels"] for item in items), IGNORED),
-        }
+        batch = self._packed(items) if self.packing else self._padded(items)
         pictures = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
         batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(pictures)}
         if all("sample_index" in item for item in items):
             batch["sample_index"] = torch.tensor([item["sample_index"] for item in items])
         return batch
+
+    def _packed(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """Encoded samples in one row. Nothing in front of a sample predicts its first token: that has no label."""
+        return {
+            "input_ids": torch.tensor([[token for item in items for token in item["input_ids"]]]),
+            "labels": torch.tensor([[label for item in items for label in (IGNORED, *item["labels"][1:])]]),
+            "position_ids": torch.tensor([[place for item in items for place in range(len(item["input_ids"]))]]),
+            "use_cache": False,  # with a cache, positions that start again would be those of one sequence
+        }
+
+    def _padded(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """Encoded samples, a row each."""
+        length = max(len(item["input_ids"]) for item in items)
+
+        def padded(rows, value):
+            return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+
+        return {
+            "input_ids": padded((item["input_ids"] for item in items), self.pad_token_id),
+            "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
+            "labels": padded((item["labels"] for item in items), IGNORED),
+        }
 
 
 def template_source(name: str, processor, captions: bool = False) -> str | None:

@@ -35,7 +35,7 @@ class TrainingOptions:
     unshare_projectors: bool = _option(
         False, "copy a shared projector into every layer first: from stage one to stage two"
     )
-    lora_rank: int = _option(64, "rank of the adapters of train: lora")
+    lora_rank: int = _option(64, "rank of the adapters of lora and qlora")
     lora_alpha: float = _option(128.0, "adapters count alpha / rank times")
     lora_dropout: float = _option(0.0, "dropout in front of the adapters")
     dtype: str = _option(
@@ -66,6 +66,9 @@ class TrainingOptions:
         "fail", "skip: the next sample takes the place of one that cannot be used", choices=("fail", "skip")
     )
     group_by_length: bool = _option(True, "batches of samples alike in length and in having pictures or none")
+    packing: bool = _option(
+        False, "put what a device takes at once into one row, without padding; samples do not see each other"
+    )
     workers: int = _option(4, "processes that read and prepare samples; 0: the training process itself")
 
     # --- optimisation ---

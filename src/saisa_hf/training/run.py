@@ -13,10 +13,11 @@ from transformers import set_seed
 from ..compat_saisa import training_arguments
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .curve import loss_curve
 from .encoding import ConversationEncoder, SaisaCollator, template_source
 from .options import TrainingOptions
 from .samples import BadSample, ConversationDataset, StreamedConversations, open_pictures, open_source, read_sample
-from .stages import add_lora, freeze_all_but
+from .stages import ADAPTED, add_lora, freeze_all_but, in_4_bits
 from .trainer import SaisaTrainer, StopOnSignal, checkpoints
 
 
@@ -27,8 +28,8 @@ ASKED_AT_ONCE = 16
 
 def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     """Trains as `options` say, from the newest checkpoint in `options.output` if there is one, and saves the trained model,
-    with processor and code, to that folder. With `train: lora` it is the merged model; the adapters alone go to the folder
-    `adapter` in it.
+    with processor and code, to that folder. With adapters (`lora`, `qlora`) it is the merged model; the adapters alone go to
+    the folder `adapter` in it.
 
     Returns:
         The folder.
@@ -106,7 +107,10 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
             log(f"going on from {newest[0]}")
     with StopOnSignal() as stop:
         trainer.add_callback(stop)
-        trainer.train(resume_from_checkpoint=str(newest[0]) if newest else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(newest[0]) if newest else None)
+        except BadSample as error:  # a worker's comes with its whole traceback
+            raise BadSample(str(error).rsplit("BadSample: ", 1)[-1].strip()) from error
     if main and dataset.skipped:
         log(f"left out {dataset.skipped} bad samples")
     if stop.stopped:
@@ -116,6 +120,7 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     trainer.save_state()
     _save(trainer, options, processor)
     if main:
+        loss_curve(trainer.state.log_history, Path(options.output) / "loss.png")
         log(f"wrote {options.output}")
         if options.questions:
             _ask_held_out(trainer.accelerator.unwrap_model(trainer.model), processor, options, log)
@@ -125,8 +130,11 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
 def load_model(options: TrainingOptions):
     """The model that `options` start from, with the parameters frozen that they do not train: a
     `SaisaForConditionalGeneration`, or a `peft.PeftModel` of one."""
+    dtype = getattr(torch, options.dtype)
     given = {"attn_implementation": options.attn_implementation} if options.attn_implementation else {}
-    model = SaisaForConditionalGeneration.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **given)
+    if options.train == "qlora":
+        given["quantization_config"] = in_4_bits(dtype)
+    model = SaisaForConditionalGeneration.from_pretrained(options.model, dtype=dtype, **given)
     prepared = prepare_model(model, options)
     for parameter in prepared.parameters():
         if parameter.requires_grad:  # small steps are lost in bfloat16
@@ -142,7 +150,7 @@ def prepare_model(model: SaisaForConditionalGeneration, options: TrainingOptions
     """
     if options.unshare_projectors:
         model.unshare_projectors()
-    if options.train == "lora":
+    if options.train in ADAPTED:
         return add_lora(model, options.lora_rank, options.lora_alpha, options.lora_dropout)
     freeze_all_but(model, options.train)
     return model
@@ -165,19 +173,30 @@ def training_data(options: TrainingOptions, processor: SaisaProcessor):
         captions=options.captions,
         bad_samples=options.bad_samples,
     )
-    return dataset, SaisaCollator(encode)
+    return dataset, SaisaCollator(encode, packing=options.packing)
 
 
 def _save(trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProcessor) -> None:
-    if options.train != "lora":
+    if options.train not in ADAPTED:
         trainer.save_model(options.output)
         return
-    trainer.save_model(os.path.join(options.output, "adapter"))
-    if trainer.args.should_save:
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(options.output)
-        processor.save_pretrained(options.output)
-        trainer.model = merged
+    adapter = os.path.join(options.output, "adapter")
+    trainer.save_model(adapter)
+    if not trainer.args.should_save:
+        return
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    if options.train == "qlora":  # into the weights as they were before they became 4 bits
+        from peft import PeftModel
+
+        device = next(trained.parameters()).device
+        trained = SaisaForConditionalGeneration.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        if options.unshare_projectors:
+            trained.unshare_projectors()
+        trained = PeftModel.from_pretrained(trained, adapter).to(device)
+    merged = trained.merge_and_unload()
+    merged.save_pretrained(options.output)
+    processor.save_pretrained(options.output)
+    trainer.model = merged
 
 
 @torch.no_grad()

@@ -307,7 +307,8 @@ class ConversationDataset(Dataset, _Reader):
                 if self.bad_samples == "fail":
                     raise
                 self._skip(error)
-        raise BadSample(f"None of the {len(self)} samples can be used; the last one: {self.name(index - 1)}.")
+                last = error
+        raise BadSample(f"None of the {len(self)} samples can be used; the last of them: {last}")
 
     def lengths(self, tokens_per_picture: int) -> list[tuple[int, bool]]:
         """For each sample about how many tokens it has, and whether a picture is among them. No picture is read."""

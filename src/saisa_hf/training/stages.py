@@ -1,7 +1,10 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Which parameters a stage of training changes."""
 
+import importlib.util
+
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 
 TRAINED = {
@@ -9,7 +12,11 @@ TRAINED = {
     "projectors+language_model": "all but the vision encoder (the paper's second stage)",
     "all": "every parameter, the vision encoder's too",
     "lora": "low-rank adapters of the decoder layers' linear maps, projectors included",
+    "qlora": "the same over a language model whose weights are kept in 4 bits",
 }
+ADAPTED = ("lora", "qlora")
+# what stays as it is beside 4-bit weights, in the two forms that transformers' releases look for: names, and patterns
+NOT_IN_4_BITS = [name for part in ("vision_tower", "visual_projector", "lm_head") for name in (part, rf".*\.{part}")]
 # what adapters go on, by module names; the regular expression has to match all of the name
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
 SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d"
@@ -64,7 +71,26 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: floa
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError("training with train='lora' needs PEFT: pip install saisa-hf[lora]") from error
+        raise ImportError("training adapters needs PEFT: pip install saisa-hf[lora]") from error
     targets = f"({LORA_TARGETS}|{SHARED_PROJECTOR})"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     return get_peft_model(model, config)
+
+
+def in_4_bits(dtype):
+    """The `quantization_config` of QLoRA: bitsandbytes' 4-bit normal floats for the language model's linear maps.
+
+    Args:
+        dtype: what they are computed in.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("train='qlora' needs bitsandbytes: pip install saisa-hf[lora,quantization]")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=NOT_IN_4_BITS,
+    )

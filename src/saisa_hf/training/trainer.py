@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +29,9 @@ class SaisaTrainer(Trainer):
     """`Trainer`, which
 
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
-    the samples; orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames
-    it when it is whole, so that a killed run leaves none that is not.
+    the samples; reports tokens (padding among them) and pictures per second, and memory; orders the samples as a function of
+    seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
+    none that is not.
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
@@ -171,11 +173,14 @@ class StopOnSignal(TrainerCallback):
         def stop(*_):
             self.stopped = True
 
-        self._before = signal.signal(signal.SIGTERM, stop)
+        self._handles = threading.current_thread() is threading.main_thread()  # others may not
+        if self._handles:
+            self._before = signal.signal(signal.SIGTERM, stop)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self._before)
+        if self._handles:
+            signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Asks for a checkpoint and for the end, if the signal came."""

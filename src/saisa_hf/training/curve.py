@@ -1,0 +1,41 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The loss of a run as a picture."""
+
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+
+WIDTH, HEIGHT, LEFT, BOTTOM, MARGIN = 960, 540, 70, 40, 20
+INK, PALE, LINE = (40, 40, 44), (225, 225, 228), (30, 90, 200)
+
+
+def loss_curve(history: list[dict], path: str | Path) -> bool:
+    """Writes the losses of `history`, a `Trainer`'s `log_history`, against their steps to `path` as PNG.
+
+    Returns:
+        Whether there were two finite losses at least; without, nothing is written.
+    """
+    points = [(e["step"], e["loss"]) for e in history if "loss" in e and math.isfinite(e["loss"])]
+    if len(points) < 2:
+        return False
+    first, last = points[0][0], points[-1][0]
+    top = max(loss for _, loss in points) or 1.0
+
+    def place(step, loss):
+        x = LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - MARGIN)
+        return x, MARGIN + (1 - loss / top) * (HEIGHT - BOTTOM - MARGIN)
+
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(picture)
+    for quarter in range(5):
+        loss, step = top * quarter / 4, first + (last - first) * quarter / 4
+        (x, _), (_, y) = place(step, 0), place(first, loss)
+        draw.line([(LEFT, y), (WIDTH - MARGIN, y)], fill=PALE)
+        draw.text((8, y - 6), f"{loss:.3g}", fill=INK)
+        draw.text((x - 10, HEIGHT - BOTTOM + 12), f"{step:.0f}", fill=INK)
+    draw.line([place(*point) for point in points], fill=LINE, width=2)
+    draw.text((LEFT, 4), "loss by step", fill=INK)
+    picture.save(path)
+    return True
