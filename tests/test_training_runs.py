@@ -214,6 +214,22 @@ def whole_run(start, tmp_path_factory):
     return train(options(start, tmp_path_factory.mktemp("whole") / "run"), log=lambda _: None)
 
 
+# Adam divides by the size of gradients, so that it makes large differences of rounding where they are almost zero
+PLAIN = {"optimizer": "sgd", "learning_rate": 0.05, "save_steps": 0}
+
+
+@pytest.fixture(scope="module")
+def plain_run(start, tmp_path_factory):
+    """A run of plain gradient descent, which rounding leaves what it is."""
+    return train(options(start, tmp_path_factory.mktemp("plain") / "run", **PLAIN), log=lambda _: None)
+
+
+def assert_equal_losses(folder, other):
+    found, expected = losses(folder), losses(other)
+    assert found == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected.items()}
+    assert len(expected) == 6 and expected[6] < 0.9 * expected[1]  # there is something to differ in
+
+
 def same_weights(one, other):
     one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (one, other))
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -307,30 +323,30 @@ def test_what_a_stage_does_not_train_is_the_same_to_the_last_bit(trained, start,
 
 
 def test_accumulated_batches_equal_one_large_one(start, tmp_path):
-    how = {"max_steps": 3, "save_steps": 0, "group_by_length": False}
-    large = train(options(start, tmp_path / "large", **how), log=lambda _: None)
-    parts = train(options(start, tmp_path / "parts", per_device_batch_size=1, **how), log=lambda _: None)
-    for step, loss in losses(large).items():
-        assert losses(parts)[step] == pytest.approx(loss, rel=1e-4)
+    large, parts = (
+        train(options(start, tmp_path / str(size), per_device_batch_size=size, group_by_length=False, **PLAIN), print)
+        for size in (4, 1)
+    )
+    assert_equal_losses(parts, large)
     one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (large, parts))
-    assert all((one[name] - other[name]).abs().max() < 1e-3 for name in one)
+    assert all((one[name] - other[name]).abs().max() < 1e-4 for name in one)
 
 
-def test_two_processes_learn_what_one_does(start, whole_run, tmp_path):
-    given = options(start, tmp_path / "run", per_device_batch_size=1, save_steps=3)
+def test_two_processes_learn_what_one_does(start, plain_run, tmp_path):
+    given = options(start, tmp_path / "run", per_device_batch_size=1, **PLAIN | {"save_steps": 3})
     (tmp_path / "c.yaml").write_text(json.dumps(vars(given)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]
     ended = subprocess.run([*launch, "train", str(tmp_path / "c.yaml")], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("wrote ") == 1
-    assert losses(given.output) == {step: pytest.approx(loss, rel=1e-4) for step, loss in losses(whole_run).items()}
+    assert_equal_losses(given.output, plain_run)
     assert [path.name for path in checkpoints(given.output)] == ["checkpoint-3", "checkpoint-6"]
 
 
 @pytest.mark.parametrize("trained", ["projectors", "projectors+language_model"])
 def test_gradient_checkpointing_of_both_kinds_changes_nothing(trained, start, tmp_path):
     def steps(name, **how):
-        how |= {"train": trained, "unshare_projectors": trained != "projectors", "max_steps": 3, "save_steps": 0}
+        how |= {"train": trained, "unshare_projectors": trained != "projectors", "max_steps": 3, **PLAIN}
         folder = train(options(start, tmp_path / name, **how), log=lambda _: None)
         history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
         return [entry[what] for entry in history if "loss" in entry for what in ("loss", "grad_norm")]
@@ -338,7 +354,7 @@ def test_gradient_checkpointing_of_both_kinds_changes_nothing(trained, start, tm
     plain = steps("plain")
     for reentrant in (False, True):
         found = steps(str(reentrant), gradient_checkpointing=True, use_reentrant=reentrant)
-        assert found == pytest.approx(plain, rel=1e-3) and len(found) == 6
+        assert found == pytest.approx(plain, rel=1e-4) and len(found) == 6
 
 
 def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(start, tmp_path, monkeypatch):
@@ -361,9 +377,9 @@ def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(sta
     assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
 
 
-def test_packed_samples_teach_what_padded_ones_do(start, whole_run, tmp_path):
-    folder = train(options(start, tmp_path / "run", packing=True, save_steps=0), log=lambda _: None)
-    assert losses(folder) == {step: pytest.approx(loss, rel=1e-3) for step, loss in losses(whole_run).items()}
+def test_packed_samples_teach_what_padded_ones_do(start, plain_run, tmp_path):
+    folder = train(options(start, tmp_path / "run", packing=True, **PLAIN), log=lambda _: None)
+    assert_equal_losses(folder, plain_run)
 
 
 def test_the_template_that_was_trained_is_saved_with_the_model(start, tmp_path):
