@@ -208,6 +208,15 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def own_precision():
+    """4.57's `TrainingArguments(bf16=True)`, of a test in another file, leaves a variable that makes all later runs of the
+    process compute in bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole_run(start, tmp_path_factory):
     """A run that nothing stopped."""
