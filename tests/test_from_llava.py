@@ -484,6 +484,14 @@ def test_bad_input_is_named(checkpoint, tmp_path, capsys, change, status, messag
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.work").exists()
 
 
+def test_a_destination_that_holds_what_is_read_is_refused(checkpoint, capsys):
+    argv = ["build", "--from-llava", checkpoint / "llava", "--images", checkpoint / "pictures", "--overwrite"]
+    before = sorted(path for path in checkpoint.rglob("*"))
+    for destination in (checkpoint, checkpoint / "llava", checkpoint / "pictures"):
+        assert main([*map(str, argv), str(destination)]) == 2 and "choose another DST" in capsys.readouterr().err
+    assert sorted(path for path in checkpoint.rglob("*")) == before
+
+
 def test_a_full_disk_is_an_error_before_anything_is_computed(llava, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(from_llava.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(OSError, match=r"0\.0 GB for features and states, and 0\.0 GB are free"):

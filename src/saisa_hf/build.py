@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 
 from .chat_templates import chat_template as named_chat_template
 from .chat_templates import with_pictures
-from .destination import check_destination, check_hub, partial_folder, put_in_place, size_in_bytes, upload
+from .destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from .model_card_saisa import licence_in_card, write_model_card
 from .modeling_saisa import SaisaForConditionalGeneration
-from .processing_saisa import SaisaProcessor, add_image_token
+from .processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .weight_files import DTYPES
 
 
@@ -71,7 +71,7 @@ def build(
         ValueError: a part is not supported, or the parts or arguments do not fit.
         OSError: a file or repository is missing or cannot be read or written.
     """
-    destination = Path(destination).expanduser().absolute()
+    destination = Path(destination).expanduser().resolve()
     language_model, vision_model = _source(language_model), _source(vision_model)
     size_in_bytes(max_shard_size)
     if dtype is not None and dtype not in DTYPES:
@@ -80,8 +80,8 @@ def build(
     if push_to_hub is not None:
         check_hub(push_to_hub)
     for part in (language_model, vision_model):
-        if os.path.isdir(part) and (destination == Path(part) or destination in Path(part).parents):
-            raise ValueError(f"DST {destination} contains {part}: choose another DST.")
+        if os.path.isdir(part):
+            check_outside(destination, Path(part))
 
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
@@ -101,8 +101,7 @@ def build(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square)
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(destination, log) as partial:
+    with new_folder(destination, overwrite, log) as partial:
         log("writing")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
@@ -115,8 +114,6 @@ def build(
             base_model=repositories or None,
             license=licence_in_card(Path(language_model) / "README.md"),
         )
-        check_destination(destination, overwrite)
-        put_in_place(partial, destination)
     log(f"checked {count} tensors; {image_token!r} takes {model.config.image_seq_length} visual tokens")
     log(f"wrote {destination}")
     if push_to_hub is not None:
@@ -134,10 +131,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | Non
     Returns:
         the image token.
     """
-    tokenizer.name_or_path = ""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    prepare_padding(tokenizer)
     vocabulary = tokenizer.get_vocab()
     if image_token is None:
         own = (getattr(tokenizer, "image_token", None), *KNOWN_IMAGE_TOKENS)

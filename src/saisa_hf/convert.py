@@ -24,15 +24,15 @@ from .configuration_saisa import SaisaConfig
 from .destination import (
     check_destination,
     check_hub,
+    check_outside,
     check_space,
-    partial_folder,
-    put_in_place,
+    new_folder,
     size_in_bytes,
     upload,
 )
 from .model_card_saisa import licence_in_card, write_model_card
 from .modeling_saisa import SaisaForConditionalGeneration
-from .processing_saisa import SaisaProcessor, add_image_token
+from .processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .weight_files import (
     DTYPES,
     STORED_DTYPES,
@@ -127,8 +127,7 @@ def convert(
     if push_to_hub is not None:
         check_hub(push_to_hub)
     folder = _local_folder(source, "SRC")
-    if destination == folder.resolve() or destination in folder.resolve().parents:
-        raise ValueError(f"DST {destination} contains SRC {folder}: choose another DST.")
+    check_outside(destination, folder, "SRC ")
 
     settings = read_json(folder / "config.json")
     weights = WeightFiles(folder)
@@ -151,8 +150,7 @@ def convert(
 
     files = _weight_shards(sources, stored, max_bytes) | ({SHARED_PROJECTOR_FILE: beside} if beside else {})
     size = sum(source.nbytes(stored) for part in files.values() for source in part.values())
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(destination, log) as partial:
+    with new_folder(destination, overwrite, log) as partial:
         check_space(destination.parent, size)
         _write_weights(partial, files, stored, [weights] if own_tower else [weights, tower], size, progress, log)
         config.save_pretrained(partial)
@@ -166,8 +164,6 @@ def convert(
             "license": licence_in_card(folder / "README.md"),
         }
         write_model_card(partial, config, **card)
-        check_destination(destination, overwrite)  # hours may have passed
-        put_in_place(partial, destination)
     if processor is None:
         log(
             f"note: {folder} has no tokenizer ({', '.join(_TOKENIZER_FILES)}): converted the model alone, no processor."
@@ -439,10 +435,7 @@ def _tokenizer(folder: Path):
         return None
     # the class is in tokenizer_config.json; without a config, transformers stumbles over the model_type in config.json
     tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
-    tokenizer.name_or_path = ""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    prepare_padding(tokenizer)
     add_image_token(tokenizer, IMAGE_TOKEN)
     return tokenizer
 

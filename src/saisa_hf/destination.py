@@ -34,6 +34,12 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(f"DST {destination} exists and is not empty. Choose another, or pass --overwrite.")
 
 
+def check_outside(destination: Path, part: Path, role: str = "") -> None:
+    """Raises ValueError if `part`, a folder that a command reads, is `destination` or lies in it and would be replaced."""
+    if destination == part.resolve() or destination in part.resolve().parents:
+        raise ValueError(f"DST {destination} contains {role}{part}: choose another DST.")
+
+
 def check_space(parent: Path, size: int) -> None:
     needed = size + 20_000_000  # tokenizer, configuration, code
     free = shutil.disk_usage(parent).free
@@ -45,7 +51,18 @@ def check_space(parent: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[Path]:
+def new_folder(destination: Path, overwrite: bool, log: Callable[[str], None]) -> Iterator[Path]:
+    """A hidden folder beside `destination` to write into. It takes its place in one step when the block ends, and is removed
+    when the block fails."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with _partial_folder(destination, log) as partial:
+        yield partial
+        check_destination(destination, overwrite)  # hours may have passed
+        _put_in_place(partial, destination)
+
+
+@contextlib.contextmanager
+def _partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[Path]:
     """A hidden folder beside `destination`, removed in the end. It is locked while its process lives: those that nobody
     holds were left by conversions that died, and are removed first."""
     for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
@@ -87,7 +104,7 @@ def _locked(folder: Path) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def put_in_place(finished: Path, destination: Path) -> None:
+def _put_in_place(finished: Path, destination: Path) -> None:
     """Makes `finished` the folder `destination`, in one step; what was there takes its place."""
     for path in [*finished.rglob("*"), finished]:
         handle = os.open(path, os.O_RDONLY)

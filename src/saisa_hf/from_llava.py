@@ -30,7 +30,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
 from .configuration_saisa import SaisaConfig
-from .destination import check_destination, check_hub, partial_folder, put_in_place, size_in_bytes, upload
+from .destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from .encoders_saisa import CLASS_TOKENS
 from .language_models_saisa import LanguageModelFamily, checkpoint_state_dict
 from .model_card_saisa import write_model_card
@@ -888,11 +888,14 @@ def from_llava(
     Raises:
         ValueError, OSError: something is not as expected; the message says what.
     """
-    fit, destination = fit or Fit(), Path(destination).expanduser().absolute()
+    fit, destination = fit or Fit(), Path(destination).expanduser().resolve()
     size_in_bytes(max_shard_size)
     check_destination(destination, overwrite)
     if push_to_hub is not None:
         check_hub(push_to_hub)
+    for part in (source, images, work_folder):
+        if isinstance(part, (str, os.PathLike)) and Path(part).expanduser().is_dir():
+            check_outside(destination, Path(part).expanduser())
     pictures = picture_files(images) if isinstance(images, (str, os.PathLike)) else list(images)
     work = Path(work_folder).expanduser() if work_folder else destination.parent / f".{destination.name}.work"
     start = time.perf_counter()
@@ -929,15 +932,12 @@ def from_llava(
         "settings": asdict(fit),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with partial_folder(destination, log) as partial:
+    with new_folder(destination, overwrite, log) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
         base_model = None if Path(source).expanduser().is_dir() else str(source)
         write_model_card(partial, model.config, repo_id=push_to_hub or destination.name, base_model=base_model)
         _write_json(partial / REPORT, report)
-        check_destination(destination, overwrite)
-        put_in_place(partial, destination)
     if work_folder is None:
         shutil.rmtree(work, ignore_errors=True)
     log(report_text(report))

@@ -486,8 +486,11 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
             documents = starts.cumsum(-1).expand(batch_size, -1)
         masks = self._attention_masks(layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents)
-        kinds = set(self.family.attention_types)
-        rotations = {kind: self._rotation(layout, text_PD, position_ids, kind) for kind in kinds}
+        kinds = self.family.attention_types
+        if self.rotary_emb.differs:
+            rotations = {kind: self._rotation(layout, text_PD, position_ids, kind) for kind in set(kinds)}
+        else:
+            rotations = dict.fromkeys(kinds, self._rotation(layout, text_PD, position_ids, kinds[0]))
 
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(

@@ -91,8 +91,7 @@ class ConversationEncoder:
         """
         name, images = sample.get("name", "sample"), sample.get("images") or None
         text, spans = self.answers(sample["messages"], name)
-        bos = self.processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}
+        options = {"add_special_tokens": False} if self.processor.begins_with_bos(text) else {}
         try:
             encoded = dict(self.processor(text=[text], images=images, return_offsets_mapping=True, **options))
         except ValueError as error:

@@ -211,17 +211,17 @@ def ask(model, processor, samples: list[dict], chat_template: str | None = None,
     answers = []
     for start in range(0, len(samples), ASKED_AT_ONCE):
         part = samples[start : start + ASKED_AT_ONCE]
-        prompts = [
-            processor.apply_chat_template(
-                sample["messages"][:-1], chat_template=chat_template, add_generation_prompt=True, tokenize=False
-            )
-            for sample in part
-        ]
-        bos = processor.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos is not None and prompts[0].startswith(bos) else {}
         images = [image for sample in part for image in sample["images"]] or None
-        batch = processor(
-            text=prompts, images=images, padding=True, padding_side="left", return_tensors="pt", **options
+        batch = processor.apply_chat_template(
+            [sample["messages"][:-1] for sample in part],
+            chat_template=chat_template,
+            images=images,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
         ).to(model.device)
         ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         answers += processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -209,6 +209,9 @@ class RotaryByLayerType(nn.Module):
     Args:
         rotary_class: transformers' class.
         config: the language model's.
+
+    Attributes:
+        differs: whether the kind of layer makes a difference.
     """
 
     def __init__(self, rotary_class, config):
@@ -219,6 +222,7 @@ class RotaryByLayerType(nn.Module):
             config = copy.deepcopy(config)
             config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
             self.rotary_emb_local = rotary_class(config=config)
+        self.differs = self.takes_layer_type or hasattr(self, "rotary_emb_local")
 
     def forward(self, x, position_ids, attention_type: str):
         """Cosines and sines, (B or 1, S, H) each or fewer than H where part of a head is rotated."""

@@ -52,6 +52,14 @@ def add_image_token(tokenizer, image_token: str = "<image>") -> int:
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
+def prepare_padding(tokenizer) -> None:
+    """Makes `tokenizer`, in place, pad on the left with a token that it has, and forget where it came from."""
+    tokenizer.name_or_path = ""
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
 class BatchWithVisualStates(BatchFeature):
     """A `BatchFeature` with `visual_states`: left alone where lists become tensors, moved and cast along with the tensors."""
 
@@ -447,6 +455,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     # --- chat ---
 
+    def begins_with_bos(self, text: str) -> bool:
+        """Whether a rendered conversation brings the BOS token, so that the tokenizer must not add another."""
+        bos = self.tokenizer.bos_token
+        return bos is not None and text.startswith(bos)
+
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
         """Renders conversations and, with `tokenize=True`, prepares text and pictures for the model.
 
@@ -504,8 +517,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 "The conversation brings pictures, but `visual_states` was given for all of them. Leave the data out of the "
                 'image parts, {"type": "image"}, or leave out `visual_states`.'
             )
-        bos = self.tokenizer.bos_token
-        if bos is not None and prompts[0].startswith(bos):
+        if self.begins_with_bos(prompts[0]):
             processor_kwargs.setdefault("add_special_tokens", False)
         return_tensors = processor_kwargs.get("return_tensors")
         if wants_mask:
