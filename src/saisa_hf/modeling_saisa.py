@@ -713,9 +713,10 @@ class SaisaModel(SaisaPreTrainedModel):
         if visual_states is not None:
             self.check_visual_states(visual_states)
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            self.check_visual_tokens("visual_states", visual_states.lengths, int(visual_BS.sum()))
+            places = (visual_states.rows(), position_ids) if len(visual_states) else ()
+            found = self._layout(visual_BS, *places, visual_states=visual_states.lengths)
             if len(visual_states):
-                layout = TokenLayout(visual_BS, visual_states.rows(), position_ids)
+                layout = found
                 visual = self._for_layers(visual_states.stored.features, visual_states.stored.keys_values)
         elif pixel_values is not None:
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
@@ -723,9 +724,9 @@ class SaisaModel(SaisaPreTrainedModel):
             if len(pixel_values):
                 encoded = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments)
                 pictures = list(encoded.pooler_output)
-            self.check_visual_tokens("pixel_values", [len(picture) for picture in pictures], int(visual_BS.sum()))
+            found = self._layout(visual_BS, pixel_values=[len(picture) for picture in pictures])
             if pictures:
-                layout, features = TokenLayout(visual_BS), torch.cat(pictures)
+                layout, features = found, torch.cat(pictures)
                 visual = self._for_layers(features)
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             self._warn_if_pictures_are_missing(input_ids)
@@ -853,6 +854,13 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"visual_states was computed with other weights than this model's (fingerprint {states.fingerprint[:12]}, "
                 f"here {fingerprint[:12]}). {again}"
             )
+
+    @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
+    def _layout(self, visual_BS: torch.Tensor, *places, **lengths_by_name: list[int]) -> TokenLayout:
+        """The layout of an input with these visual positions, which the pictures in the arguments named have to fill."""
+        for name, lengths in lengths_by_name.items():
+            self.check_visual_tokens(name, lengths, int(visual_BS.sum()))
+        return TokenLayout(visual_BS, *places)
 
     def check_visual_tokens(self, name: str, lengths: list[int], placeholders: int):
         """Raises ValueError if pictures of `lengths` visual tokens, the argument `name`, do not fill `placeholders`."""
@@ -1024,10 +1032,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        visual_BS = None
+        layout = TokenLayout(None)
         if pixel_values is not None or visual_states is not None:
-            visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept]
-        layout = TokenLayout(visual_BS)
+            layout = self.model._layout(self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept])
         hidden_PD = layout.text(outputs.last_hidden_state[:, kept])
         vocab_size = self.config.text_config.vocab_size
 
