@@ -8,7 +8,8 @@ import argparse
 import math
 import os
 import sys
-from importlib.metadata import version
+
+from . import __version__
 
 
 CONVERT_HELP = """\
@@ -84,6 +85,20 @@ LLaVA's form, questions about unseen pictures, and a model whose projector is ne
 """
 
 
+BENCH_HELP = """\
+Measures SAISA beside what else reads pictures, with random weights of the same language model and encoder,
+on the same work in the same run: transformers' LLaVA, a Flamingo (transformers' Idefics), and the language
+model on the text alone, which is the floor.
+
+  saisa bench --batch 1 8
+  saisa bench --curve --llava-up-to 8192 --plot curve.png --json curve.json
+  saisa bench --preset vicuna-7b --device cuda --dtype bfloat16 --batch 1 8 32
+
+Rounds in which all models take turns; medians with quartiles, ratios first, and the ratio of FLOPs, which
+is their limit, beside each.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
 
@@ -132,7 +147,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     """The parser of the whole command line. The options of training, which take a second to import, are there if `train` is
     among `asked_for`."""
     parser = argparse.ArgumentParser(prog="saisa", description="SAISA vision-language models for transformers.")
-    parser.add_argument("--version", action="version", version=f"saisa-hf {version('saisa-hf')}")
+    parser.add_argument("--version", action="version", version=f"saisa-hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     commands.add_parser("demo", help="ask a small model about pictures of handwritten digits, or train it again")
@@ -237,6 +252,19 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
 
         add_arguments(command)
     command.set_defaults(run=_train, parser=command)
+
+    command = commands.add_parser(
+        "bench",
+        help="measure speed and memory, beside LLaVA, a Flamingo and the language model alone",
+        usage="saisa bench [options]",
+        description=BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if "bench" in asked_for:
+        from .bench.run import add_arguments
+
+        add_arguments(command)
+    command.set_defaults(run=_bench, parser=command)
 
     command = commands.add_parser("data", help="check training data, or write a small data set to try training on")
     actions = command.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -386,6 +414,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("config", "run", "parser")}
     train(load_options(arguments.config, given))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench.run import bench
+
+    bench(arguments)
     return 0
 
 
