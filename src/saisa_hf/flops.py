@@ -11,18 +11,28 @@ width of the feed-forward network, c width of the encoder's features, p inner wi
 """
 
 import json
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
+from .configuration_saisa import SaisaConfig
 from .encoders_saisa import has_choice_of_attention, picture_size
 from .language_models_saisa import language_model_family
+from .presets import CLIP_336, LANGUAGE_MODELS
+from .tables import table
 
 
+NOTES = """\
+A multiply-add is two FLOPs; all pairs of queries and keys count, masked or not; the head is applied to the last position.
+(1) as the paper counts: SAISA's projectors are in, the encoder, the head and LLaVA's own projector are not
+(2) the Flamingo makes keys and values of the picture anew for each token, as transformers' Idefics does
+(3) forward and backward, without the encoder; logits at all positions that have an output\
+"""
 PARTS = ("encoder", "projectors", "attention projections", "attention scores", "feed-forward", "head")
 ARCHITECTURES = ("saisa", "llava", "flamingo", "language_model")
 
@@ -60,8 +70,8 @@ class Product:
         flops: two per multiply-add.
         sizes: (rows, inputs, outputs) of a product with a weight; None for queries with keys and probabilities with values.
         layer: of the decoder; None outside.
-        of: what is multiplied: `"features"` of the encoder, `"visual"` tokens on the way from a projector, what enters a layer
-            as `"text"`, or the `"attended"` behind its attention.
+        of: what is multiplied: the encoder's `"features"`, `"visual"` tokens on the way from a projector, the `"text"` that
+            enters a layer, or what is `"attended"`, behind its attention.
     """
 
     part: str
@@ -157,7 +167,6 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
             yield linear("feed-forward", rows, inputs, outputs, layer, "attended")
 
     rows = step.text + (visual if architecture == "llava" else 0)
-    keys = step.text + step.cached_text + (0 if architecture == "flamingo" else seen)
     if architecture == "llava":
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
@@ -177,11 +186,19 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
                 yield linear("attention projections", visual, h, k, layer, "visual")
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
-        yield attention(rows, keys, layer)
+        new = step.text + (0 if architecture == "flamingo" else visual)
+        yield attention(rows, new + _cached(family, architecture, layer, step), layer)
         yield linear("attention projections", rows, q, h, layer, "attended")
         yield from feed_forward(rows, inner, layer)
         yield linear("feed-forward", rows, h, _gates(family, layer), layer, "attended")
     yield linear("head", rows if step.logits is None else step.logits, h, text.vocab_size)
+
+
+def _cached(family, architecture: str, layer: int, step: Step) -> int:
+    """Tokens of a sample that a layer finds in the cache: behind a sliding window of n, n - 1 at most."""
+    tokens = step.cached_text + (step.cached_visual if architecture in ("saisa", "llava") else 0)
+    window = family.window(layer)
+    return tokens if window is None else min(tokens, window - 1)
 
 
 def _gates(family, layer: int) -> int:
@@ -189,6 +206,79 @@ def _gates(family, layer: int) -> int:
     if hasattr(family, "is_sparse"):
         return family.config.num_experts if family.is_sparse(layer) else 0
     return getattr(family.config, "num_local_experts", 0)
+
+
+def cache_bytes(config, architecture: str, step: Step, itemsize: int) -> int:
+    """Bytes of the keys and values in the cache behind `step`. All layers of a SAISA keep places for visual tokens, even those
+    that do not see them; a Flamingo's cross-attention keeps nothing."""
+    family, behind = language_model_family(config.text_config), step.next_token()
+    tokens = sum(_cached(family, architecture, layer, behind) for layer in range(config.text_config.num_hidden_layers))
+    return 2 * step.batch * tokens * config.text_config.num_key_value_heads * family.head_dim * itemsize
+
+
+def activation_bytes(config, architecture: str, step: Step, itemsize: int) -> int:
+    """About the most bytes that a prefill without a cache and with fused attention holds at once, beyond weights and
+    features: a model of what the layers' tensors need (docs/flops.md says how good it is).
+
+    Rows of the hidden states are held as embeddings, as the layer's input, behind its attention and behind a norm. On top of
+    that comes the largest of three: the feed-forward network (two inner rows and their product), the queries, keys and
+    values of attention, or, in a SAISA, a layer's visual tokens in the norm, which computes in float32.
+    """
+    text, family = config.text_config, language_model_family(config.text_config)
+    h, c, size = text.hidden_size, config.vision_feature_size, family.head_dim
+    q, k = (heads * size for heads in (text.num_attention_heads, text.num_key_value_heads))
+    inner = max(family.feed_forward_sizes())
+    t, v = step.text, 0 if architecture == "language_model" else step.visual
+    rows = t + (v if architecture == "llava" else 0)
+    held = 4 * rows * h + 2 * (t + (v if architecture in ("saisa", "llava") else 0)) * size
+    feed_forward, attention, norm = 3 * rows * inner, rows * (3 * q + 2 * k), 0
+    if architecture == "llava":
+        held += v * h
+    if architecture == "flamingo":
+        attention += 2 * v * k
+    if architecture == "saisa":
+        held += 2 * v * c
+        feed_forward += 2 * v * k  # a layer keeps its visual keys and values until its end
+        attention += 2 * v * k + 2 * (t + v) * k  # and joins them with the text's
+        norm = v * h * (3 if itemsize == 4 else 1 + 8 // itemsize)
+    return step.batch * itemsize * (held + max(feed_forward, attention, norm))
+
+
+def parameters(config, architecture: str, cross_every: int = 4) -> dict[str, int]:
+    """Parameters by part: those of SAISA are counted on a model without memory; a LLaVA has one projector in place of these,
+    and a Flamingo gated cross-attention (with a feed-forward network, two norms and two gates) in front of each
+    `cross_every` layers. A tied head has none."""
+    text, family = config.text_config, language_model_family(config.text_config)
+    counts = dict(_saisa_parameters(json.dumps(config.to_dict(), sort_keys=True, default=str)))
+    if architecture == "saisa":
+        return counts
+    h, c, bias = text.hidden_size, config.vision_feature_size, config.projector_bias
+    counts["projectors"] = c * h + h * h + 2 * h * bias if architecture == "llava" else 0
+    if architecture == "flamingo":
+        blocks = -(-text.num_hidden_layers // cross_every)
+        q, k = (heads * family.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
+        counts["attention"] += blocks * (2 * h * q + 2 * c * k)
+        counts["feed-forward"] += blocks * 3 * h * text.intermediate_size
+        counts["norms"] += blocks * (2 * h + 2)
+    if architecture == "language_model":
+        counts["encoder"] = 0
+    return counts
+
+
+@lru_cache(maxsize=8)
+def _saisa_parameters(settings: str) -> tuple[tuple[str, int], ...]:
+    from .modeling_saisa import SaisaForConditionalGeneration
+
+    plain = {key: value for key, value in json.loads(settings).items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = SaisaForConditionalGeneration(SaisaConfig.from_dict(plain))
+    names = {"vision_tower.": "encoder", "visual_projector.": "projectors", "self_attn.": "attention"}
+    names |= {".mlp.": "feed-forward", "moe.": "feed-forward", "embed_tokens.": "embedding", "lm_head.": "head"}
+    counts = dict.fromkeys(("encoder", "projectors", "embedding", "attention", "feed-forward", "norms", "head"), 0)
+    for name, p in model.named_parameters():
+        part = next((part for piece, part in names.items() if piece in name), "norms")
+        counts[part] += p.numel()
+    return tuple(counts.items())
 
 
 def encoder_flops(config) -> int:
@@ -207,3 +297,113 @@ def _encoder_flops(settings: str) -> int:
         with FlopCounterMode(display=False) as counter:
             encoder(pixel_values=pixel_values.to(next(encoder.parameters()).dtype))
     return counter.get_total_flops()
+
+
+# --- a model's name, and the command line -----------------------------------------------------------------------------
+
+
+def read_config(model: str) -> SaisaConfig:
+    """The sizes of `model` as a SAISA's: a preset (`LANGUAGE_MODELS`), or the folder or hub id of a SAISA, of a LLaVA, or of
+    a language model, which gets the paper's encoder.
+
+    Raises:
+        ValueError: it is a model of another kind.
+        OSError: there is no such folder or repository.
+    """
+    if model in LANGUAGE_MODELS:
+        return _with_encoder(dict(LANGUAGE_MODELS[model]), dict(CLIP_336))
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise OSError(
+            f"{model!r} is no preset ({', '.join(LANGUAGE_MODELS)}), and no folder or hub id with a config.json: {error}"
+        ) from error
+    if isinstance(config, SaisaConfig):
+        return config
+    if hasattr(config, "vision_config") and hasattr(config, "text_config"):
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        return _with_encoder(config.text_config, config.vision_config, **settings)
+    return _with_encoder(config, dict(CLIP_336))
+
+
+def _with_encoder(text_config, vision_config, **settings) -> SaisaConfig:
+    # any token will do: nothing is counted by it
+    return SaisaConfig(text_config=text_config, vision_config=vision_config, image_token_id=0, **settings)
+
+
+def account(
+    config, step: Step, itemsize: int = 2, generated: int = 0, cross_every: int = 4, trained: str = "full"
+) -> dict:
+    """All that `saisa flops` prints, by architecture.
+
+    Args:
+        config: a `SaisaConfig`.
+        step: the prompt.
+        itemsize: bytes of a number.
+        generated: tokens to generate behind the prompt.
+        cross_every: see `step_flops`.
+        trained: what a training step trains, see `training_flops`.
+
+    Returns:
+        for `"saisa"`, `"llava"` and `"flamingo"`: `prompt` (FLOPs by part), `language_model` (FLOPs as the paper counts
+        them), `next_token`, `generated` and `training` (FLOPs), `parameters` (by part), `cache_bytes` (behind the last
+        token) and `activation_bytes`. The encoder takes as many whole pictures as the visual tokens fill.
+    """
+    pictures = step.batch * -(-step.visual // config.image_seq_length)
+    found = {}
+    for name in ARCHITECTURES[:3]:
+        prompt = step_flops(config, name, step, cross_every)
+        counted = {part: flops for part, flops in prompt.items() if part not in ("encoder", "head")}
+        if name == "llava":
+            counted.pop("projectors")
+        behind, decoded = step, []
+        for _ in range(max(generated, 1)):
+            behind = behind.next_token()
+            decoded.append(sum(step_flops(config, name, behind, cross_every).values()))
+        last = behind if generated else step
+        rows = {"saisa": step.text, "llava": step.text + step.visual}.get(name, step.text)
+        training = None
+        if trained == "full" or name != "flamingo":
+            learned = replace(step, logits=rows)
+            training = training_flops(config, name, learned, trained, cross_every=cross_every)
+        found[name] = {
+            "prompt": prompt | {"encoder": pictures * encoder_flops(config)},
+            "language_model": sum(counted.values()),
+            "next_token": decoded[0],
+            "generated": sum(decoded) if generated else 0,
+            "training": training,
+            "parameters": parameters(config, name, cross_every),
+            "cache_bytes": cache_bytes(config, name, last, itemsize),
+            "activation_bytes": activation_bytes(config, name, step, itemsize),
+        }
+    return found
+
+
+def show(found: dict, generated: int = 0, cross_every: int = 4, trained: str = "full") -> str:
+    """`account`'s result as tables, ratios last."""
+    names = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": f"Flamingo, every {cross_every} layers"}
+
+    def each(*keys):
+        return [reduce(operator.getitem, keys, found[name]) for name in names]
+
+    def row(what, values, unit, form=".2f"):
+        return [what, *("" if value is None else f"{value / unit:{form}}" for value in values)]
+
+    sums = [sum(parts.values()) for parts in each("prompt")]
+    unit, letter = (1e12, "T") if max(sums) >= 1e11 else (1e9, "G") if max(sums) >= 1e8 else (1e6, "M")
+    prompt = [row(part, each("prompt", part), unit) for part in PARTS]
+    prompt += [row("all", sums, unit), row("language model (1)", each("language_model"), unit)]
+    less = [1 - value / found["llava"]["language_model"] for value in each("language_model")]
+    prompt.append(["against LLaVA", *(f"{abs(x):.0%} {'less' if x > 0 else 'more'}" if x else "" for x in less)])
+    later = [row("next token (2)", each("next_token"), 1e9)]
+    if generated:
+        later.append(row(f"{generated} generated tokens (2)", each("generated"), 1e9))
+    later.append(row(f"training step, {trained} (3)", each("training"), 1e9))
+    weights = [row(part, each("parameters", part), 1e6, ",.2f") for part in found["saisa"]["parameters"]]
+    weights.append(row("all", [sum(parts.values()) for parts in each("parameters")], 1e6, ",.2f"))
+    kept = [row("keys and values in the cache", each("cache_bytes"), 2**20, ",.2f")]
+    kept.append(row("activations of the prompt, about", each("activation_bytes"), 2**20, ",.2f"))
+    heads = (f"{letter}FLOPs of the prompt", "GFLOPs", "million parameters", "MiB")
+    tables = [table([head, *names.values()], rows) for head, rows in zip(heads, (prompt, later, weights, kept))]
+    return "\n\n".join([*tables, NOTES])

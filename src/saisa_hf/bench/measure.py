@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saisa_hf
 
+from ..tables import table  # noqa: F401
+
 
 def machine(device: str) -> dict:
     """What a number depends on: processors, threads, other load, versions."""
@@ -113,18 +115,6 @@ def peak_memory(call: Callable, device: str) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(cells):
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(line, [header, rule, *rows]))
 
 
 def progress(items, what: str):

@@ -123,14 +123,19 @@ class GivenFeatures(nn.Module):
 
 
 def build(args, flamingo_every: int | None = None) -> Models:
-    """Random models that share their weights, but for the projectors. Weights are as large as keeps activations from
-    vanishing, so that answers depend on the picture.
+    """Random models that share their weights, but for the projectors, and ask for no gradients. Weights are as large as keeps
+    activations from vanishing, so that answers depend on the picture.
 
     Args:
         args: what `add_size_options` and `with_sizes` make.
         flamingo_every: put gated cross-attention in front of each so many layers of a Flamingo; None: make none. Where keys
             are shared by several heads, its decoder layers, which know nothing of that, have weights of their own.
+
+    Raises:
+        ValueError: `flamingo_every` does not divide the layers, as Idefics wants.
     """
+    if flamingo_every is not None and args.layers % flamingo_every:
+        raise ValueError(f"cross_every={flamingo_every}: expected a divisor of the {args.layers} layers.")
     text = LlamaConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
@@ -179,6 +184,9 @@ def build(args, flamingo_every: int | None = None) -> Models:
             flamingo.model.layers.load_state_dict(bare.model.layers.state_dict(), assign=True)
     models = Models(saisa, bare, llava, flamingo)
     models.set_attention(args.attn_implementation)
+    for model in (saisa, bare, llava, flamingo):
+        if model is not None:
+            model.requires_grad_(False)
     return models
 
 

@@ -8,9 +8,12 @@ Every prefill computes the logits of the last position alone, as `generate` has 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from itertools import accumulate
 
 import torch
+from transformers import IdeficsForVisionText2Text
 
 from ..flops import Step, encoder_flops, step_flops, training_flops
 from ..training.stages import LORA_TARGETS
@@ -28,6 +31,8 @@ TRAINED = ("full", "projectors", "lora")  # all but the encoder, the projectors 
 RANK = 64  # of the adapters
 MODELS = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": "Flamingo", "language_model": "language model, text alone"}
 WITHOUT_PICTURE = "language_model"
+# where it has no such argument, it makes the logits of all positions
+IDEFICS_KEEPS_LOGITS = "logits_to_keep" in signature(IdeficsForVisionText2Text.forward).parameters
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def model_of(models: Models, name: str) -> torch.nn.Module:
 
 @contextmanager
 def tasks(models: Models, names: list[str], case: Case, args, cross_every: int = 4) -> Iterator[dict[str, Task]]:
-    """The work of `case` by each of the models `names`, to be done within. Behind it the models are as before, but for weights
+    """The work of `case` by each of the models `names`, to be done within. Behind it models are as before, but for weights
     that training has changed."""
     inputs, config = Inputs(case, args), models.saisa.config
     step = Step(case.text, case.visual, batch=case.batch)
@@ -145,22 +150,28 @@ def tasks(models: Models, names: list[str], case: Case, args, cross_every: int =
         return
     make = {"prefill": _prefill, "first-token": _first_token, "second-question": _second_question, "decode": _decode}
     with torch.inference_mode():
-        made = {}
-        for name in names:
-            counted = step
-            if case.work == "second-question" and name == "saisa":
-                counted = Step(case.text, 0, cached_visual=case.visual, batch=case.batch)
-            flops = sum(step_flops(config, name, counted, cross_every).values())
-            if case.work == "first-token" and name != WITHOUT_PICTURE:
-                flops += len(inputs.pixels) * encoder_flops(config)
-            if case.work == "decode":
-                flops, behind = 0, step
-                for _ in range(case.tokens):
-                    behind = behind.next_token()
-                    flops += sum(step_flops(config, name, behind, cross_every).values())
-            made[name] = make[case.work](models, name, inputs, case)
-            made[name].flops = flops
+        made = {name: make[case.work](models, name, inputs, case) for name in names}
+        for name, task in made.items():
+            task.flops = _flops(name, step, inputs, case, config, cross_every)
         yield made
+
+
+def _flops(name, step, inputs, case, config, cross_every) -> int:
+    """FLOPs of a call of any work but training."""
+    steps = [step]
+    if name == "flamingo":
+        if not IDEFICS_KEEPS_LOGITS:
+            step = replace(step, logits=None)
+        # from pixels, it attends to the class tokens as well
+        pictures = 0 if inputs.pixels is None else len(inputs.pixels) // case.batch
+        steps = [replace(step, visual=step.visual + pictures)]
+    if case.work == "second-question" and name == "saisa":
+        steps = [replace(step, visual=0, cached_visual=step.visual)]
+    if case.work == "decode":
+        steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
+    encoder = inputs.pixels is not None and name != WITHOUT_PICTURE
+    total = len(inputs.pixels) * encoder_flops(config) if encoder else 0
+    return total + sum(sum(step_flops(config, name, one, cross_every).values()) for one in steps)
 
 
 def _prefill(models, name, inputs, case) -> Task:
