@@ -11,6 +11,7 @@ width of the feed-forward network, c width of the encoder's features, p inner wi
 """
 
 import json
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -182,8 +183,9 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
         if architecture == "saisa" and config.sees_image(layer):
             if config.projector_sharing == "per_layer":
                 yield from projector(p, layer)
-            for _ in ("keys", "values"):
-                yield linear("attention projections", visual, h, k, layer, "visual")
+            # from one matrix for queries, keys and values come queries as well, which nothing uses
+            for outputs in (q, k, k) if family.fused_projection else (k, k):
+                yield linear("attention projections", visual, h, outputs, layer, "visual")
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
         new = step.text + (0 if architecture == "flamingo" else visual)
@@ -209,8 +211,8 @@ def _gates(family, layer: int) -> int:
 
 
 def cache_bytes(config, architecture: str, step: Step, itemsize: int) -> int:
-    """Bytes of the keys and values in the cache behind `step`. All layers of a SAISA keep places for visual tokens, even those
-    that do not see them; a Flamingo's cross-attention keeps nothing."""
+    """Bytes of the keys and values in the cache behind `step`. All layers of a SAISA keep places for visual tokens, whether
+    or not they see them; a Flamingo's cross-attention keeps nothing."""
     family, behind = language_model_family(config.text_config), step.next_token()
     tokens = sum(_cached(family, architecture, layer, behind) for layer in range(config.text_config.num_hidden_layers))
     return 2 * step.batch * tokens * config.text_config.num_key_value_heads * family.head_dim * itemsize
@@ -289,13 +291,19 @@ def encoder_flops(config) -> int:
 @lru_cache(maxsize=8)
 def _encoder_flops(settings: str) -> int:
     config = CONFIG_MAPPING[json.loads(settings)["model_type"]].from_dict(json.loads(settings))
-    height, width = picture_size(config)
     arguments = {"attn_implementation": "eager"} if has_choice_of_attention(config) else {}
+    channels = getattr(config, "num_channels", 3)
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, **arguments).eval()
-        pixel_values = torch.empty(1, getattr(config, "num_channels", 3), height, width)
+        dtype = next(encoder.parameters()).dtype
+        inputs = {"pixel_values": torch.empty(1, channels, *picture_size(config), dtype=dtype)}
+        if config.model_type == "siglip2_vision_model":  # takes patches, and their number each way as values
+            patches, side = config.num_patches, math.isqrt(config.num_patches)
+            inputs["pixel_values"] = torch.empty(1, patches, channels * config.patch_size**2, dtype=dtype)
+            inputs["pixel_attention_mask"] = None
+            inputs["spatial_shapes"] = torch.tensor([[side, side]], device="cpu")
         with FlopCounterMode(display=False) as counter:
-            encoder(pixel_values=pixel_values.to(next(encoder.parameters()).dtype))
+            encoder(**inputs)
     return counter.get_total_flops()
 
 
