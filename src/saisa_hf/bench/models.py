@@ -127,7 +127,7 @@ def build(args, flamingo_every: int | None = None) -> Models:
     activations from vanishing, so that answers depend on the picture.
 
     Args:
-        args: what `add_size_options` and `with_sizes` make.
+        args: what `add_size_options` and `with_sizes` make; `projector_sharing` may be there as well.
         flamingo_every: put gated cross-attention in front of each so many layers of a Flamingo; None: make none. Where keys
             are shared by several heads, its decoder layers, which know nothing of that, have weights of their own.
 
@@ -162,7 +162,8 @@ def build(args, flamingo_every: int | None = None) -> Models:
     torch.set_default_dtype(getattr(torch, args.dtype))
     try:
         with torch.device(args.device):
-            config = SaisaConfig(**copy.deepcopy(parts), image_token_id=args.vocab_size - 1)
+            sharing = getattr(args, "projector_sharing", "per_layer")
+            config = SaisaConfig(**copy.deepcopy(parts), image_token_id=args.vocab_size - 1, projector_sharing=sharing)
             saisa = SaisaForConditionalGeneration(config).eval()
             llava_config = LlavaConfig(**copy.deepcopy(parts), image_token_index=args.vocab_size - 1)
             llava_projector = LlavaMultiModalProjector(llava_config)

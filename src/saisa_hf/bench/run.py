@@ -3,13 +3,14 @@
 
 import argparse
 import math
+import operator
 from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import measure
-from .models import Models, add_size_options, build, with_sizes
+from .models import PRESETS, Models, add_size_options, build, with_sizes
 from .work import MODELS, TRAINED, WITHOUT_PICTURE, WORKS, Case, tasks
 
 
@@ -134,10 +135,12 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    batches = sorted({r["batch"] for r in results if r["work"] == "prefill"})
+    results = [r for r in results if r["work"] == "prefill" and "preset" not in r]
+    batches = sorted({r["batch"] for r in results})
+    batches = [batch for batch in batches if len({r["visual"] for r in results if r["batch"] == batch}) > 1] or batches
     figure, (times, memory, ratios) = pyplot.subplots(1, 3, figsize=(16, 5))
     for batch, style in zip(batches, ("-", "--", ":", "-.")):
-        prefills = sorted((r for r in results if r["work"] == "prefill" and r["batch"] == batch), key=_visual)
+        prefills = sorted((r for r in results if r["batch"] == batch), key=operator.itemgetter("visual"))
         for (name, label), color in zip(MODELS.items(), ("C0", "C1", "C2", "C7")):
             own = [r for r in prefills if name in r["models"]]
             marks = {"color": color, "linestyle": style, "marker": "o", "markersize": 4}
@@ -176,10 +179,6 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     pyplot.close(figure)
 
 
-def _visual(result: dict) -> int:
-    return result["visual"]
-
-
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +203,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"prefill alone, with {', '.join(map(str, CURVE))} visual tokens, and exponents",
     )
+    targets = "measure what SAISA is held to instead: rows for two CPU cores, or for an H200 where --device is cuda"
+    add("--targets", nargs="?", choices=("auto", "cpu", "h200"), const="auto", help=targets)
     llava = "leave LLaVA out beyond so many visual tokens in all, batch times tokens"
     add("--llava-up-to", type=int, metavar="N", help=llava)
     trained = "with --work train: all but the encoder, the projectors alone, or adapters (default: full)"
@@ -250,6 +251,7 @@ def names_for(case: Case, args) -> list[str]:
 
 def prepared(args) -> argparse.Namespace:
     """`args` complete, and PyTorch set to them."""
+    args.given_sizes = [name for name in PRESETS[args.preset] if hasattr(args, name)]
     args = with_sizes(args)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -259,16 +261,24 @@ def prepared(args) -> argparse.Namespace:
 def bench(args: argparse.Namespace) -> dict:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds."""
     args = prepared(args)
-    result = {"machine": measure.machine(args.device), "settings": _settings(args), "results": []}
+    result = {"machine": measure.machine(args.device), "settings": _settings(args)}
     print(measure.describe(result["machine"]))
-    print(describe_models(args))
-    todo = cases(args)
-    every = args.cross_every if any("flamingo" in names_for(case, args) for case in todo) else None
-    models = build(args, every)
-    for case in todo:
-        result["results"].append(measure_case(models, names_for(case, args), case, args))
+    if args.targets:
+        from .targets import run_targets, show_targets
+
+        which = args.targets
+        if which == "auto":
+            which = "h200" if torch.device(args.device).type == "cuda" else "cpu"
+        result |= run_targets(args, which)
+        print("\n" + show_targets(result["targets"]))
+    else:
+        print(describe_models(args))
+        todo = cases(args)
+        every = args.cross_every if any("flamingo" in names_for(case, args) for case in todo) else None
+        models = build(args, every)
+        result["results"] = [measure_case(models, names_for(case, args), case, args) for case in todo]
+        result["slopes"] = slopes(result["results"], args.clock)
     found = result["results"]
-    result["slopes"] = slopes(found, args.clock)
     print("\n" + show_ratios(found) + "\n\n" + show_times(found, args.clock) + "\n")
     if result["slopes"]:
         print(show_slopes(result["slopes"]) + "\n")
