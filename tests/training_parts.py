@@ -1,11 +1,17 @@
-"""A tokenizer whose tokens are characters, pictures, and conversations about them: what the tests of training share."""
+"""A tokenizer whose tokens are characters, pictures, conversations about them, and runs that train on these: what the tests of
+training share."""
+
+import json
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
 
-from saisa_hf import SaisaProcessor
+from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.chat_templates import chat_template
 from saisa_hf.processing_saisa import add_image_token
 
@@ -54,3 +60,50 @@ def conversation(*turns, image=None):
     """A record in LLaVA's form: questions and answers in turn."""
     said = [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
     return {"conversations": said} | ({} if image is None else {"image": image})
+
+
+def write_start(folder):
+    """Puts a tiny untrained model of one projector, twelve samples and their pictures into `folder`."""
+    tiny_model(projector_sharing="shared").save_pretrained(folder / "model")
+    processor_for().save_pretrained(folder / "model")
+    for i in range(12):
+        picture(20 * i).save(folder / f"{i}.png")
+    records = [
+        conversation("<image>\nA?", "Yes." * (1 + i % 3), "B?", "No.", image=f"{i}.png") if i % 4 else
+        conversation("C?", "Z." if i == 8 else "Y.")
+        for i in range(12)
+    ]  # fmt: skip
+    (folder / "q.json").write_text(json.dumps(records))
+    return folder
+
+
+def run_options(start, output, **changes):
+    """Options of a short run from the folder `start`, as `write_start` makes it."""
+    given = {
+        "model": str(start / "model"), "data": str(start / "q.json"), "output": str(output), "batch_size": 4,
+        "per_device_batch_size": 4, "max_steps": 6, "learning_rate": 1e-2, "save_steps": 2, "save_total_limit": 0,
+        "logging_steps": 1, "workers": 0, "device": "cpu", "unshare_projectors": True,
+    }  # fmt: skip
+    return given | changes
+
+
+# Adam divides by the size of gradients, so that it makes large differences of rounding where they are almost zero
+PLAIN = {"optimizer": "sgd", "learning_rate": 0.05, "save_steps": 0}
+
+
+def reports(folder, *what):
+    """What a run reported of each of `what`, step by step."""
+    history = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: tuple(entry[name] for name in what) for entry in history if "loss" in entry}
+
+
+def losses(folder):
+    """The losses of a run by their steps."""
+    return {step: loss for step, (loss,) in reports(folder, "loss").items()}
+
+
+def distance(one, other):
+    """The largest difference of a weight of the models in two folders."""
+    one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (one, other))
+    assert one.keys() == other.keys()
+    return max(torch.dist(one[name].float(), other[name].float(), torch.inf).item() for name in one)

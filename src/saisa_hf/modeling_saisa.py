@@ -16,6 +16,7 @@ An input without pictures is not packed: there, P stands for the two axes (B, S)
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -317,8 +318,11 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             visual = None
         elif isinstance(visual, tuple):
             visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
-        else:
+        elif len(visual):
             visual = self.visual_keys_and_values(visual)
+        else:  # the sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
+            text_PD = text_PD + sum(x_VKH.sum() for x_VKH in self.visual_keys_and_values(visual))
+            visual = None
         normed_PD = self._normed(self.norms.before_attention, text_PD)
         attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
         text_PD = self._added(text_PD, self._normed(self.norms.after_attention, attended_PD))
@@ -684,7 +688,8 @@ class SaisaModel(SaisaPreTrainedModel):
         Args:
             input_ids: (B, S). `config.image_token_id` stands once for each visual token.
             pixel_values: (pictures, channels, height, width), the pictures in the order of their placeholders, row by
-                row. None: all tokens are text.
+                row. None: all tokens are text. No pictures, (0, channels, height, width), is the same, but that in training
+                the projectors get gradients, of zero, which processes that train together wait for.
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared (B, 1, S, L) mask, or a dict
                 of such masks by attention type, as `generate` makes them.
             position_ids: (B, S), counted over text and visual tokens. None counts from the first cached token.
@@ -728,6 +733,8 @@ class SaisaModel(SaisaPreTrainedModel):
             if pictures:
                 layout, features = found, torch.cat(pictures)
                 visual = self._for_layers(features)
+            elif self.training and torch.is_grad_enabled():
+                visual = self._for_layers(self._no_features(pixel_values=pixel_values, **encoder_arguments))
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             self._warn_if_pictures_are_missing(input_ids)
 
@@ -755,6 +762,15 @@ class SaisaModel(SaisaPreTrainedModel):
             return keys_values
         features = features.to(self.get_input_embeddings().weight.dtype)
         return self.visual_projector(features) if self.config.projector_sharing == "shared" else features
+
+    def _no_features(self, **no_pictures) -> torch.Tensor:
+        """Features (0, C) of no pictures, through which gradients of zero reach the projectors: processes that share a model's
+        weights or gradients wait for one another, also where one has no picture. An encoder that takes part in that, since it
+        is trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank picture."""
+        if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
+            return no_pictures["pixel_values"].new_zeros(0, self.config.vision_feature_size)
+        blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_pictures.items()}
+        return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
 
     def unshare_projectors(self):
         """Copies the projector that all layers share into every layer that sees the picture: the step from the paper's first
@@ -892,6 +908,15 @@ def _patchify(pixel_values, patch_size: int, kwargs: dict):
     return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+class SaisaHead(nn.Linear):
+    """The language model's head. A loss whose logits exist for some rows at a time (see `loss_saisa.py`) is made in one call of
+    this module: processes that share its weights gather them for each call, but have unlike numbers of rows."""
+
+    def forward(self, hidden_PD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
+        """Logits (P, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
+        return super().forward(hidden_PD) if loss is None else loss(hidden_PD, super().forward)
+
+
 class SuppressImageToken(SuppressTokensLogitsProcessor):
     """A class of its own, since `generate` takes one of its own classes for the caller's `suppress_tokens`."""
 
@@ -908,7 +933,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
     def __init__(self, config: SaisaConfig):
         super().__init__(config)
         self.model = SaisaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = SaisaHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._can_compile_fullgraph = self.language_model.family.compiles
         self.post_init()
 
@@ -1045,11 +1070,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 targets_BS = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
             targets_P = layout.text(targets_BS[:, kept]).contiguous()
         if skip_logits and targets_P is not None:
-            loss = chunked_cross_entropy(
-                hidden_PD, targets_P, self._logits, vocab_size, loss_arguments.get("num_items_in_batch")
-            )
+            loss = self._loss(hidden_PD, targets_P, loss_arguments.get("num_items_in_batch"))
         else:
-            logits_PX = self._logits(hidden_PD)
+            logits_PX = self.language_model.family.scaled_logits(self.lm_head(hidden_PD))
             logits = layout.align(logits_PX)
             if targets_P is not None:
                 loss_arguments["shift_labels"] = targets_P
@@ -1063,8 +1086,18 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def _logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
-        return self.language_model.family.scaled_logits(self.lm_head(hidden_PD))
+    def _loss(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """The loss by logits that exist for some rows at a time."""
+
+        def loss(hidden_PD, head):
+            def logits(hidden_ND):
+                return self.language_model.family.scaled_logits(head(hidden_ND))
+
+            vocab_size = self.config.text_config.vocab_size
+            return chunked_cross_entropy(hidden_PD, targets_P, logits, vocab_size, num_items_in_batch)
+
+        # whoever has put another head in its place, adapters for instance, has not told it of losses
+        return self.lm_head(hidden_PD, loss) if isinstance(self.lm_head, SaisaHead) else loss(hidden_PD, self.lm_head)
 
     create_masks_for_generate = staticmethod(decoding_masks)
 

@@ -6,6 +6,7 @@ import copy
 import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
+from PIL import Image
 
 from ..chat_templates import chat_template as packaged_template
 from ..chat_templates import chat_template_names
@@ -134,17 +135,31 @@ class SaisaCollator:
             tokenizer = encode.processor.tokenizer
             pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.encode, self.pad_token_id, self.packing = encode, pad_token_id or 0, packing
+        self.no_pictures = None
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels` and `attention_mask` (B, S), the pictures of all samples in their order, and `sample_index`
-        (B,) where samples have one. With `packing`: `input_ids`, `labels`, `position_ids` (1, S)."""
+        (B,) where samples have one. With `packing`: `input_ids`, `labels`, `position_ids` (1, S).
+
+        Samples of text alone have `pixel_values` (0, ...) where there is an `encode`, by which the projectors get gradients,
+        of zero: processes that train together expect the same of one another."""
         items = [sample if "input_ids" in sample else self.encode(sample) for sample in samples]
         batch = self._packed(items) if self.packing else self._padded(items)
         pictures = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
         batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(pictures)}
+        if not pictures and self.encode is not None:
+            batch |= self._no_pictures()
         if all("sample_index" in item for item in items):
             batch["sample_index"] = torch.tensor([item["sample_index"] for item in items])
         return batch
+
+    def _no_pictures(self) -> dict[str, torch.Tensor]:
+        """What the image processor makes of pictures, but of none."""
+        if self.no_pictures is None:
+            blank = Image.new("RGB", (64, 64))
+            encoded = self.encode.processor.image_processor(images=[blank], return_tensors="pt")
+            self.no_pictures = {key: torch.as_tensor(np.asarray(value))[:0] for key, value in encoded.items()}
+        return self.no_pictures
 
     def _packed(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """Encoded samples in one row. Nothing in front of a sample predicts its first token: that has no label."""

@@ -53,6 +53,8 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     model = load_model(options)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
+    # `accelerate launch` sets it by its own config, and 4.57 leaves what an earlier run had: here `dtype` alone decides
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if options.dtype == "bfloat16" else "no"
     arguments = training_arguments(
         warmup_ratio=options.warmup_ratio,
         checkpointing={"use_reentrant": options.use_reentrant} if options.gradient_checkpointing else None,
@@ -123,7 +125,7 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         loss_curve(trainer.state.log_history, Path(options.output) / "loss.png")
         log(f"wrote {options.output}")
         if options.questions:
-            _ask_held_out(trainer.accelerator.unwrap_model(trainer.model), processor, options, log)
+            _ask_held_out(_trained_model(trainer, options), processor, options, log)
     return Path(options.output)
 
 
@@ -185,18 +187,33 @@ def _save(trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProce
     if not trainer.args.should_save:
         return
     trained = trainer.accelerator.unwrap_model(trainer.model)
-    if options.train == "qlora":  # into the weights as they were before they became 4 bits
+    # into the weights as they were before they became 4 bits, or were spread over the processes
+    if options.train == "qlora" or trainer.weights_are_shared:
         from peft import PeftModel
 
-        device = next(trained.parameters()).device
-        trained = SaisaForConditionalGeneration.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
+        trained = _reloaded(options.model, options, trainer)
         if options.unshare_projectors:
             trained.unshare_projectors()
-        trained = PeftModel.from_pretrained(trained, adapter).to(device)
+        trained = PeftModel.from_pretrained(trained, adapter).to(trainer.args.device)
     merged = trained.merge_and_unload()
     merged.save_pretrained(options.output)
     processor.save_pretrained(options.output)
-    trainer.model = merged
+
+
+def _reloaded(checkpoint: str, options: TrainingOptions, trainer: SaisaTrainer) -> SaisaForConditionalGeneration:
+    """The model in `checkpoint`, in this process alone."""
+    if trainer.is_deepspeed_enabled:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # by which ZeRO-3 would spread it over processes that do not take part
+    return SaisaForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, options.dtype))
+
+
+def _trained_model(trainer: SaisaTrainer, options: TrainingOptions) -> SaisaForConditionalGeneration:
+    """The model that was trained and saved, for the main process alone."""
+    if options.train in ADAPTED or trainer.weights_are_shared:
+        return _reloaded(options.output, options, trainer).to(trainer.args.device)
+    return trainer.accelerator.unwrap_model(trainer.model)
 
 
 @torch.no_grad()

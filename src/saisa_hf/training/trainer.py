@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """transformers' `Trainer` with what training a SAISA asks for on top; everything else is its own."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ class SaisaTrainer(Trainer):
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
     the samples; reports tokens (padding among them) and pictures per second, and memory; orders the samples as a function of
     seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
-    none that is not.
+    none that is not; saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
@@ -58,10 +59,19 @@ class SaisaTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs):
         """transformers' own, on a batch whose loss has to be finite."""
-        indices = inputs.pop("sample_index", None)
         self._seen["tokens"] += inputs["input_ids"].numel()
         self._seen["pictures"] += len(inputs.get("pixel_values", ()))
-        loss = super().training_step(model, inputs, num_items_in_batch, **kwargs)
+        return super().training_step(model, inputs, num_items_in_batch, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        """transformers' own, without logits where nobody looks at them, and finite in training."""
+        inputs = dict(inputs)
+        indices = inputs.pop("sample_index", None)
+        inputs["use_cache"] = False
+        if return_outputs:
+            return super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch, **kwargs)
+        inputs["skip_logits"] = True
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch, **kwargs)
         if not torch.isfinite(loss):
             names = [] if indices is None else [self.sample_name(index) for index in indices.tolist()]
             raise NonFiniteLoss(
@@ -70,14 +80,6 @@ class SaisaTrainer(Trainer):
                 "a lower max_grad_norm, or training without these samples may help."
             )
         return loss
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        """transformers' own, without logits where nobody looks at them."""
-        inputs = {name: value for name, value in inputs.items() if name != "sample_index"}
-        inputs["use_cache"] = False
-        if not return_outputs:
-            inputs["skip_logits"] = True
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch, **kwargs)
 
     def log(self, logs, *args, **kwargs):
         """transformers' own, with what this process has done per second since the last report, times the number of processes,
@@ -118,7 +120,32 @@ class SaisaTrainer(Trainer):
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedSampler(self.lengths, step, **arguments)
 
+    # --- several processes ---
+
+    def create_accelerator_and_postprocess(self):
+        """transformers' own. FSDP2 in bfloat16 adds up the gradients of all processes in float32, and leaves the loss in it."""
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:
+            exact = {"reduce_dtype": torch.float32, "output_dtype": None}
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
+
+    @property
+    def weights_are_shared(self) -> bool:
+        """Whether no process has all weights (FSDP, DeepSpeed ZeRO-3)."""
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return self.is_fsdp_enabled or (deepspeed is not None and deepspeed.zero_stage == 3)
+
     # --- checkpoints ---
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """transformers' own, which under FSDP saves no model where the state to go on from is kept in shards."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return super().save_model(output_dir, _internal_call)
+        state_dict = self.accelerator.get_state_dict(self.model)  # of the main process: to it all others give theirs
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
