@@ -37,6 +37,7 @@ from .compat_saisa import (
     causal_mask,
     decoding_masks,
     has_empty_places,
+    load_options,
     save_options,
     tied_weights,
     update_cache,
@@ -48,6 +49,7 @@ from .language_models_saisa import initialize, language_model_family
 from .loss_saisa import chunked_cross_entropy
 from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
+from .quantization_saisa import check_backend, settle, with_precise_modules
 from .token_layout_saisa import TokenLayout
 from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
@@ -360,15 +362,23 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' own, which does not leave single tensors of the base model at their random initial values.
+        """transformers' own, which does not leave single tensors of the base model at their random initial values, and whose
+        `quantization_config` leaves alone what `KEPT_PRECISE` names, unless it names modules itself.
 
         Raises:
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
+            ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        names = VISION_MODEL_NAMES if _encoder_type(pretrained_model_name_or_path, kwargs) in NESTED_ENCODERS else {}
+        encoder_type, quantization = _encoder_and_quantization(pretrained_model_name_or_path, kwargs)
+        names = VISION_MODEL_NAMES if encoder_type in NESTED_ENCODERS else {}
         kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        check_backend(quantization or kwargs.get("quantization_config"))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_precise_modules(kwargs["quantization_config"])
+        kwargs |= load_options(bool(quantization or kwargs.get("quantization_config")), kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        settle(model)
         if pretrained_model_name_or_path is not None:
             parts = ["vision_tower.", "visual_projector.", "language_model."]
             if model.config.architectures != ["SaisaModel"]:  # which has no head to lack
@@ -413,14 +423,15 @@ class SaisaPreTrainedModel(PreTrainedModel):
         """Nothing to do: the config's `auto_map` is complete as it stands."""
 
 
-def _encoder_type(checkpoint, kwargs: dict) -> str:
-    """The `model_type` of the encoder of `checkpoint`, given the arguments of `from_pretrained`."""
+def _encoder_and_quantization(checkpoint, kwargs: dict) -> tuple[str, dict | None]:
+    """The `model_type` of the encoder of `checkpoint` and its quantization, given the arguments of `from_pretrained`."""
     config = kwargs.get("config")
     if hasattr(config, "vision_config"):
-        return config.vision_config.model_type
+        return config.vision_config.model_type, getattr(config, "quantization_config", None)
     hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})
-    return (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    encoder_type = (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    return encoder_type, found.get("quantization_config")
 
 
 class SaisaLanguageModel(SaisaPreTrainedModel):
@@ -640,7 +651,7 @@ class SaisaModel(SaisaPreTrainedModel):
             if pixel_values.ndim == 4:
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
-        dtype = next(self.vision_tower.parameters()).dtype
+        dtype = next(p.dtype for p in self.vision_tower.parameters() if p.is_floating_point())
         outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
