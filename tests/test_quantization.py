@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import HubStandIn
-from tiny_models import TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
+from tiny_models import ROWS, TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from saisa_hf import AutoModelForVision2Seq, SaisaForConditionalGeneration, SaisaVisualStates
@@ -32,7 +32,6 @@ KINDS = {
 }
 # relative errors of these random weights, which are no worse than a trained model's
 ERRORS = {"8 bits": 0.05, "nf4": 0.5, "fp4": 0.6, "nf4 twice": 0.5}
-ROWS = [[1, 5, 6, 7], [1, "image", 8, 9], [1, 5, "image", 6, "image", 7, 8]]  # no, one and several pictures
 
 
 def text_config(aligned: bool):

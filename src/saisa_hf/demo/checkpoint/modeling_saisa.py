@@ -43,6 +43,7 @@ from .compat_saisa import (
     update_cache,
 )
 from .configuration_saisa import SaisaConfig
+from .devices_saisa import Luggage, check_device_map, execution_device
 from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import initialize, language_model_family
@@ -289,10 +290,17 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
     def visual_keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
         (V, K, H) each. They depend on nothing else."""
-        weight = getattr(self, next(filter(None, self.norms))).weight
-        features = features.to(weight.device)
+        norm = getattr(self, next(filter(None, self.norms)))
+        features = features.to(self.device)
         visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-        return self.self_attn.keys_and_values(self._normed(self.norms.before_attention, visual_VD.to(weight.dtype)))
+        return self.self_attn.keys_and_values(
+            self._normed(self.norms.before_attention, visual_VD.to(norm.weight.dtype))
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return execution_device(getattr(self, next(filter(None, self.norms))))
 
     def visual_modules(self) -> dict[str, nn.Module]:
         """The modules on whose weights `visual_keys_and_values` depends."""
@@ -367,12 +375,14 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
+            ValueError: `device_map` splits a decoder layer.
             ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         encoder_type, quantization = _encoder_and_quantization(pretrained_model_name_or_path, kwargs)
         names = VISION_MODEL_NAMES if encoder_type in NESTED_ENCODERS else {}
         kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        check_device_map(kwargs.get("device_map"))
         check_backend(quantization or kwargs.get("quantization_config"))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_precise_modules(kwargs["quantization_config"])
@@ -509,12 +519,14 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 "the model with attn_implementation='eager'."
             )
         hidden_states, attentions = [], []
+        luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(layout.align(text_PD))
+            features, rotations, masks = luggage.at(layer.device)
             text_PD, probabilities_BNTL = layer(
                 text_PD,
-                visual[index] if isinstance(visual, tuple) else visual,
+                visual[index] if isinstance(visual, tuple) else features,
                 layout=layout,
                 rotation=rotations[layer.attention_type],
                 attention_mask=masks[layer.attention_type, layer.sees_image],
@@ -1079,7 +1091,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         _check_one_of(pixel_values, visual_states)
         if pixel_values is not None or visual_states is not None:
-            never = SuppressImageToken([self.config.image_token_id], device=self.device)
+            given = next(x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
+            never = SuppressImageToken([self.config.image_token_id], device=given.device)  # the model's may be the disk
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
             kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
@@ -1125,7 +1138,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             return model_inputs
         real_BS = torch.ones_like(visual_BS)
         if attention_mask is not None and attention_mask.ndim == 2:
-            real_BS = attention_mask[:, -length:].bool()
+            real_BS = attention_mask[:, -length:].bool().to(visual_BS.device)  # transformers may have moved the ids
         last_B1 = (real_BS * torch.arange(1, length + 1, device=real_BS.device)).argmax(1, keepdim=True)
         if visual_BS.gather(1, last_B1).any():
             raise ValueError(
