@@ -37,6 +37,8 @@ from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 torch.set_num_threads(1)
 
 VOCAB_SIZE, PAD, BOS, IMAGE_TOKEN = 97, 0, 1, 96
+# for `prompts_from_rows`: a row with no, one and several pictures
+ROWS = [[BOS, 5, 6, 7], [BOS, "image", 8, 9], [BOS, 5, "image", 6, "image", 7, 8]]
 
 _TEXT = {
     "vocab_size": VOCAB_SIZE,

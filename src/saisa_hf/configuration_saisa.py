@@ -16,12 +16,14 @@ from .language_models_saisa import FAMILIES, language_model_family
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
     from .attention_saisa import Visibility  # noqa: F401
+    from .devices_saisa import check_device_map  # noqa: F401
     from .loss_saisa import chunked_cross_entropy  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .parts_saisa import assemble  # noqa: F401
     from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
+    from .quantization_saisa import settle  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 

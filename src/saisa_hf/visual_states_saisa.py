@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .quantization_saisa import stored_tensors
+
 
 FORMAT = "saisa visual states 1"
 
@@ -286,26 +288,47 @@ def _head_by_head(x_VKH: torch.Tensor) -> torch.Tensor:
 def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torch.nn.Module], settings: list) -> str:
     """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
 
-    Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest.
+    Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest. Weights that accelerate keeps
+    elsewhere are read once.
+
+    Raises:
+        ValueError: a weight is on the meta device, and nothing tells where its values are.
     """
     # names are made for the digest alone: this is asked at every use
     found = []
     for module in parts.values():
         _collect_parameters(module, found)
-    state = [
-        (id(p), 0 if p.is_meta else p.data_ptr(), 0 if p.is_inference() else p._version) for p in found if p is not None
-    ]
+    state = [_identity(p) for p in found if p is not None]
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
     if name in remembered and remembered[name][0] == (state, settings):
         return remembered[name][1]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for part, module in parts.items():
-        for key, p in module.named_parameters():
-            digest.update(f"{part}.{key} {tuple(p.shape)} ".encode())
-            if not p.is_meta:  # weights that are elsewhere are not fetched for this
-                digest.update(_sums(p))
+        for prefix, child in module.named_modules(prefix=part):
+            for key, p in child._parameters.items():
+                if p is None:
+                    continue
+                tensors = stored_tensors(child, key)
+                if tensors is None:
+                    raise ValueError(
+                        f"{prefix}.{key} is on the meta device, and no hook of accelerate tells where its values are: visual "
+                        "states cannot be told from those of another model. Load the weights with from_pretrained."
+                    )
+                shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+                digest.update(f"{prefix}.{key} {tuple(shape)} ".encode())
+                for tensor in tensors:
+                    digest.update(_sums(tensor))
     remembered[name] = ((state, settings), digest.hexdigest())
     return digest.hexdigest()
+
+
+def _identity(p: torch.Tensor) -> tuple:
+    """What changes when a parameter gets other values; nothing does for one that is kept elsewhere, of which there is a new
+    stand-in at each use."""
+    if p.is_meta:
+        return ()
+    has_storage = not hasattr(p, "__tensor_flatten__")
+    return id(p), p.data_ptr() if has_storage else 0, 0 if p.is_inference() else p._version
 
 
 def _collect_parameters(module: torch.nn.Module, found: list):

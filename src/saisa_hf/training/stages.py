@@ -15,8 +15,6 @@ TRAINED = {
     "qlora": "the same over a language model whose weights are kept in 4 bits",
 }
 ADAPTED = ("lora", "qlora")
-# what stays as it is beside 4-bit weights, in the two forms that transformers' releases look for: names, and patterns
-NOT_IN_4_BITS = [name for part in ("vision_tower", "visual_projector", "lm_head") for name in (part, rf".*\.{part}")]
 # what adapters go on, by module names; the regular expression has to match all of the name
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
 SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d"
@@ -79,6 +77,7 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: floa
 
 def in_4_bits(dtype):
     """The `quantization_config` of QLoRA: bitsandbytes' 4-bit normal floats for the language model's linear maps.
+    `from_pretrained` leaves encoder, projectors and head alone.
 
     Args:
         dtype: what they are computed in.
@@ -92,5 +91,4 @@ def in_4_bits(dtype):
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=NOT_IN_4_BITS,
     )

@@ -233,6 +233,13 @@ class RotaryByLayerType(nn.Module):
         return self.rotary_emb(x, position_ids)
 
 
+def load_options(quantized: bool, given: dict) -> dict:
+    """Arguments of `from_pretrained` beside those `given`: the dtype of the checkpoint for what is not quantized, which is
+    5.x's default. 4.57 would take float16."""
+    named = TRANSFORMERS_5 or "dtype" in given or "torch_dtype" in given
+    return {"dtype": "auto"} if quantized and not named else {}
+
+
 def save_options() -> dict:
     """Arguments of `save_pretrained` that keep the parameter names in the file what they are in the model."""
     return {"save_original_format": False} if TRANSFORMERS_5 else {}

@@ -38,17 +38,20 @@ from .compat_saisa import (
     causal_mask,
     decoding_masks,
     has_empty_places,
+    load_options,
     save_options,
     tied_weights,
     update_cache,
 )
 from .configuration_saisa import SaisaConfig
+from .devices_saisa import Luggage, check_device_map, execution_device
 from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import initialize, language_model_family
 from .loss_saisa import chunked_cross_entropy
 from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
+from .quantization_saisa import check_backend, settle, with_precise_modules
 from .token_layout_saisa import TokenLayout
 from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
@@ -288,10 +291,17 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
     def visual_keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
         (V, K, H) each. They depend on nothing else."""
-        weight = getattr(self, next(filter(None, self.norms))).weight
-        features = features.to(weight.device)
+        norm = getattr(self, next(filter(None, self.norms)))
+        features = features.to(self.device)
         visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-        return self.self_attn.keys_and_values(self._normed(self.norms.before_attention, visual_VD.to(weight.dtype)))
+        return self.self_attn.keys_and_values(
+            self._normed(self.norms.before_attention, visual_VD.to(norm.weight.dtype))
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return execution_device(getattr(self, next(filter(None, self.norms))))
 
     def visual_modules(self) -> dict[str, nn.Module]:
         """The modules on whose weights `visual_keys_and_values` depends."""
@@ -364,15 +374,25 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """transformers' own, which does not leave single tensors of the base model at their random initial values.
+        """transformers' own, which does not leave single tensors of the base model at their random initial values, and whose
+        `quantization_config` leaves alone what `KEPT_PRECISE` names, unless it names modules itself.
 
         Raises:
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
+            ValueError: `device_map` splits a decoder layer.
+            ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        names = VISION_MODEL_NAMES if _encoder_type(pretrained_model_name_or_path, kwargs) in NESTED_ENCODERS else {}
+        encoder_type, quantization = _encoder_and_quantization(pretrained_model_name_or_path, kwargs)
+        names = VISION_MODEL_NAMES if encoder_type in NESTED_ENCODERS else {}
         kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        check_device_map(kwargs.get("device_map"))
+        check_backend(quantization or kwargs.get("quantization_config"))
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = with_precise_modules(kwargs["quantization_config"])
+        kwargs |= load_options(bool(quantization or kwargs.get("quantization_config")), kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        settle(model)
         if pretrained_model_name_or_path is not None:
             parts = ["vision_tower.", "visual_projector.", "language_model."]
             if model.config.architectures != ["SaisaModel"]:  # which has no head to lack
@@ -417,14 +437,15 @@ class SaisaPreTrainedModel(PreTrainedModel):
         """Nothing to do: the config's `auto_map` is complete as it stands."""
 
 
-def _encoder_type(checkpoint, kwargs: dict) -> str:
-    """The `model_type` of the encoder of `checkpoint`, given the arguments of `from_pretrained`."""
+def _encoder_and_quantization(checkpoint, kwargs: dict) -> tuple[str, dict | None]:
+    """The `model_type` of the encoder of `checkpoint` and its quantization, given the arguments of `from_pretrained`."""
     config = kwargs.get("config")
     if hasattr(config, "vision_config"):
-        return config.vision_config.model_type
+        return config.vision_config.model_type, getattr(config, "quantization_config", None)
     hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
     found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})
-    return (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    encoder_type = (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    return encoder_type, found.get("quantization_config")
 
 
 class SaisaLanguageModel(SaisaPreTrainedModel):
@@ -502,12 +523,14 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 "the model with attn_implementation='eager'."
             )
         hidden_states, attentions = [], []
+        luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 hidden_states.append(layout.align(text_PD))
+            features, rotations, masks = luggage.at(layer.device)
             text_PD, probabilities_BNTL = layer(
                 text_PD,
-                visual[index] if isinstance(visual, tuple) else visual,
+                visual[index] if isinstance(visual, tuple) else features,
                 layout=layout,
                 rotation=rotations[layer.attention_type],
                 attention_mask=masks[layer.attention_type, layer.sees_image],
@@ -644,7 +667,7 @@ class SaisaModel(SaisaPreTrainedModel):
             if pixel_values.ndim == 4:
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
-        dtype = next(self.vision_tower.parameters()).dtype
+        dtype = next(p.dtype for p in self.vision_tower.parameters() if p.is_floating_point())
         outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
@@ -1108,7 +1131,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         _check_one_of(pixel_values, visual_states)
         if pixel_values is not None or visual_states is not None:
-            never = SuppressImageToken([self.config.image_token_id], device=self.device)
+            given = next(x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
+            never = SuppressImageToken([self.config.image_token_id], device=given.device)  # the model's may be the disk
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
             kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
@@ -1154,7 +1178,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             return model_inputs
         real_BS = torch.ones_like(visual_BS)
         if attention_mask is not None and attention_mask.ndim == 2:
-            real_BS = attention_mask[:, -length:].bool()
+            real_BS = attention_mask[:, -length:].bool().to(visual_BS.device)  # transformers may have moved the ids
         last_B1 = (real_BS * torch.arange(1, length + 1, device=real_BS.device)).argmax(1, keepdim=True)
         if visual_BS.gather(1, last_B1).any():
             raise ValueError(
