@@ -4,6 +4,8 @@ Nothing here asserts a time."""
 
 import argparse
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from saisa_hf.bench.targets import CPU, H200
 from saisa_hf.bench.work import MODELS, WORKS, Case, model_of, tasks
 from saisa_hf.cli import main
 from saisa_hf.flops import Step, step_flops
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import performance
 
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "layers": 4, "heads": 4, "kv_heads": 4}
@@ -188,6 +194,12 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
         assert (row["target"] is None) == (row["met"] is None)
         if row["over"] is not None:
             assert row["target"] == pytest.approx(row["over"] * row["limit"])
+    page = "a\n<!-- here: start -->\nold\n<!-- here: end -->\nb"
+    page = performance.filled(performance.filled(page, "here", result), "here", result)
+    assert page.startswith("a\n<!-- here: start -->\n") and page.endswith("<!-- here: end -->\nb") and "old" not in page
+    assert all(page.count(row["work"]) == 1 for row in result["targets"])
+    with pytest.raises(ValueError, match="expected one of here"):
+        performance.filled(page, "there", result)
     targets = {row["work"]: row["target"] for row in result["targets"]}
     if which == "cpu":
         assert targets["decode, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 1.03

@@ -273,7 +273,7 @@ def test_json_holds_all_that_is_printed(capsys):
 
 
 def test_configs_of_llavas_and_of_language_models_are_read(tmp_path, capsys):
-    saisa = tiny_config("qwen2")
+    saisa = tiny_config("qwen3")
     parts = {"text_config": copy.deepcopy(saisa.text_config), "vision_config": copy.deepcopy(saisa.vision_config)}
     LlavaConfig(**parts, vision_feature_layer=-1, image_token_index=96).save_pretrained(tmp_path / "llava")
     saisa.text_config.save_pretrained(tmp_path / "language")

@@ -138,7 +138,7 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     results = [r for r in results if r["work"] == "prefill" and "preset" not in r]
     batches = sorted({r["batch"] for r in results})
     batches = [batch for batch in batches if len({r["visual"] for r in results if r["batch"] == batch}) > 1] or batches
-    figure, (times, memory, ratios) = pyplot.subplots(1, 3, figsize=(16, 5))
+    figure, (times, memory, ratios) = pyplot.subplots(1, 3, figsize=(16, 5), sharex=True)
     for batch, style in zip(batches, ("-", "--", ":", "-.")):
         prefills = sorted((r for r in results if r["batch"] == batch), key=operator.itemgetter("visual"))
         for (name, label), color in zip(MODELS.items(), ("C0", "C1", "C2", "C7")):
@@ -168,11 +168,14 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
         (ratios, "SAISA / LLaVA", "ratio"),
     ):
         axes.set(title=title, xlabel="visual tokens", ylabel=unit, xscale="log")
+        ticks = sorted({r["visual"] for r in results})
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45, fontsize=8)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
-    for axes in (times, memory):
-        axes.set_yscale("log")
+    times.set_yscale("log")
+    memory.set_yscale("log")
     ratios.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
