@@ -4,6 +4,7 @@ accelerate knows FSDP and DeepSpeed on accelerators alone. Here it takes a CPU f
 saw to `seen-RANK.json` in the folder of the run.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -32,9 +33,7 @@ def cpu(state):
 PartialState._prepare_backend, PartialState.set_device = cpu_as_accelerator, cpu
 transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    import deepspeed.comm.torch
-
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # which would be compiled first
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # which would be compiled first
 # logits of three rows at a time: processes have unlike numbers of parts
 chunked_cross_entropy.__defaults__ = (None, 3 * 97)
 

@@ -1,4 +1,4 @@
-"""`accelerate launch` with the configs that ship: several processes learn what one does, and no weight is lost between them."""
+"""`accelerate launch` with the configs that ship: several processes learn what one does, and lose none of the weights."""
 
 import importlib.util
 import json

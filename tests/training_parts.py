@@ -1,5 +1,5 @@
-"""A tokenizer whose tokens are characters, pictures, conversations about them, and runs that train on these: what the tests of
-training share."""
+"""A tokenizer whose tokens are characters, pictures, conversations about them, and runs that train on these: what the tests
+of training share."""
 
 import json
 from pathlib import Path

@@ -123,7 +123,7 @@ class SaisaTrainer(Trainer):
     # --- several processes ---
 
     def create_accelerator_and_postprocess(self):
-        """transformers' own. FSDP2 in bfloat16 adds up the gradients of all processes in float32, and leaves the loss in it."""
+        """transformers' own. FSDP2 in bfloat16 adds gradients up in float32 as well, and leaves the loss in it."""
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:
