@@ -19,13 +19,13 @@ import time
 from itertools import product
 from pathlib import Path
 
-import measure
 import numpy as np
 import torch
 from PIL import Image
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from saisa_hf import SaisaForConditionalGeneration
+from saisa_hf.bench import measure
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.encoder import vision_config
 from saisa_hf.demo.language import IMAGE, Conversation, text_config

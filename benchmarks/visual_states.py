@@ -16,9 +16,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import measure
 import torch
-from random_models import Models, add_size_options, build, draw_picture, draw_text, prompt, visual_tokens, with_sizes
+
+from saisa_hf.bench import measure
+from saisa_hf.bench.models import (
+    Models,
+    add_size_options,
+    build,
+    draw_picture,
+    draw_text,
+    prompt,
+    visual_tokens,
+    with_sizes,
+)
 
 
 NOTES = """

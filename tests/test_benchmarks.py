@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import convert_memory
-import measure
 import visual_states
+
+from saisa_hf.bench import measure
 
 
 TINY = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "layers": 3, "heads": 4, "kv_heads": 2}

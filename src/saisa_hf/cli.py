@@ -5,10 +5,13 @@ Heavy modules are imported by the sub-command that needs them, so that `saisa --
 """
 
 import argparse
+import json
 import math
 import os
 import sys
-from importlib.metadata import version
+
+from . import __version__
+from .presets import LANGUAGE_MODELS
 
 
 CONVERT_HELP = """\
@@ -84,6 +87,32 @@ LLaVA's form, questions about unseen pictures, and a model whose projector is ne
 """
 
 
+FLOPS_HELP = """\
+Tells what a prompt costs: FLOPs by part, parameters, keys and values in the cache and activations, for a SAISA, a
+LLaVA and a Flamingo (gated cross-attention in front of every few layers) of the same language model and encoder:
+
+  saisa flops vicuna-7b --text 64 --visual 576
+  saisa flops ./saisa-vicuna --images 4 --generate 128 --json
+
+MODEL is a preset ({presets}),
+or the folder or hub id of a SAISA, of a LLaVA, or of a language model of a supported family, which is counted with
+the paper's encoder, CLIP ViT-L/14 at 336 pixels.
+"""
+
+BENCH_HELP = """\
+Measures SAISA beside what else reads pictures, with random weights of the same language model and encoder,
+on the same work in the same run: transformers' LLaVA, a Flamingo (transformers' Idefics), and the language
+model on the text alone, which is the floor.
+
+  saisa bench --batch 1 8
+  saisa bench --curve --llava-up-to 8192 --plot curve.png --json curve.json
+  saisa bench --preset vicuna-7b --device cuda --dtype bfloat16 --batch 1 8 32
+
+Rounds in which all models take turns; medians with quartiles, ratios first, and the ratio of FLOPs, which
+is their limit, beside each.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
 
@@ -132,7 +161,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     """The parser of the whole command line. The options of training, which take a second to import, are there if `train` is
     among `asked_for`."""
     parser = argparse.ArgumentParser(prog="saisa", description="SAISA vision-language models for transformers.")
-    parser.add_argument("--version", action="version", version=f"saisa-hf {version('saisa-hf')}")
+    parser.add_argument("--version", action="version", version=f"saisa-hf {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     commands.add_parser("demo", help="ask a small model about pictures of handwritten digits, or train it again")
@@ -237,6 +266,21 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
 
         add_arguments(command)
     command.set_defaults(run=_train, parser=command)
+
+    _add_flops(commands)
+
+    command = commands.add_parser(
+        "bench",
+        help="measure speed and memory, beside LLaVA, a Flamingo and the language model alone",
+        usage="saisa bench [options]",
+        description=BENCH_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if "bench" in asked_for:
+        from .bench.run import add_arguments
+
+        add_arguments(command)
+    command.set_defaults(run=_bench, parser=command)
 
     command = commands.add_parser("data", help="check training data, or write a small data set to try training on")
     actions = command.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -343,6 +387,33 @@ def _add_build(commands) -> None:
     command.set_defaults(run=_build, parser=command, of_parts=parts, of_llava=llava)
 
 
+def _add_flops(commands) -> None:
+    command = commands.add_parser(
+        "flops",
+        help="tell FLOPs, parameters and memory, beside LLaVA's and a Flamingo's",
+        description=FLOPS_HELP.format(presets=", ".join(LANGUAGE_MODELS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="preset, folder, or hub id")
+    add("--text", metavar="N", type=_positive, default=64, help="text tokens (default: %(default)s)")
+    visual = command.add_mutually_exclusive_group()
+    visual.add_argument("--visual", metavar="N", type=_count, help="visual tokens (default: those of one picture)")
+    visual.add_argument("--images", metavar="N", type=_count, help="pictures, of as many tokens as the encoder yields")
+    add("--batch", metavar="N", type=_positive, default=1, help="samples (default: %(default)s)")
+    add("--generate", metavar="N", type=_count, default=0, help="tokens to generate (default: %(default)s)")
+    bytes_of = "that the bytes are of (default: %(default)s)"
+    add("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help=bytes_of)
+    every = "the Flamingo's cross-attention stands in front of each Nth layer (default: %(default)s)"
+    add("--cross-every", metavar="N", type=_positive, default=4, help=every)
+    trained = (
+        "what a training step trains: all but the encoder, the projectors alone, or adapters (default: %(default)s)"
+    )
+    add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
+    add("--json", action="store_true", help="print all numbers as JSON")
+    command.set_defaults(run=_flops, parser=command)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
@@ -386,6 +457,39 @@ def _train(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("config", "run", "parser")}
     train(load_options(arguments.config, given))
+    return 0
+
+
+def _flops(arguments: argparse.Namespace) -> int:
+    from .flops import Step, account, read_config, show
+
+    config = read_config(arguments.model)
+    visual = arguments.visual
+    if visual is None:
+        visual = config.image_seq_length * (1 if arguments.images is None else arguments.images)
+    step = Step(arguments.text, visual, batch=arguments.batch)
+    options = {"cross_every": arguments.cross_every, "trained": arguments.train}
+    itemsize = 4 if arguments.dtype == "float32" else 2
+    found = account(config, step, itemsize, arguments.generate, **options)
+    text, vision = config.text_config, config.vision_config
+    if arguments.json:
+        asked = {"model": arguments.model, "text": arguments.text, "visual": visual, "batch": arguments.batch}
+        asked |= {"generated": arguments.generate, "dtype": arguments.dtype, **options}
+        print(json.dumps(asked | found, indent=1))
+        return 0
+    print(
+        f"{arguments.model}: {text.model_type}, {text.num_hidden_layers} layers, hidden {text.hidden_size}; "
+        f"{vision.model_type}, {config.image_seq_length} tokens a picture\n{arguments.text} text and {visual} visual tokens, "
+        f"batch {arguments.batch}, {arguments.dtype}\n"
+    )
+    print(show(found, arguments.generate, **options))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench.run import bench
+
+    bench(arguments)
     return 0
 
 

@@ -30,28 +30,29 @@ def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
     """FLOPs of one prefill in the language model, by the paper's formulas; a multiply-accumulate counts as 2.
 
     With h hidden, m intermediate (of the experts that a token passes, where there are some), t text, v visual, c encoder
-    width, p projector width, k the width of all key heads, per decoder layer:
+    width, p projector width, q and k the widths of all query and all key heads (both h in the paper), per decoder layer:
 
-        "saisa": 2t(4h + 3m)h + 4vhk + 4t(t + v)h + 2v(cp + ph)
-        "llava": 2(t + v)(4h + 3m)h + 4(t + v)^2 h
+        "saisa": 2t(2q + 2k + 3m)h + 4vhk + 4t(t + v)q + 2v(cp + ph)
+        "llava": 2(t + v)(2q + 2k + 3m)h + 4(t + v)^2 q
 
     Layers outside `config.visual_layers` have v = 0, and a shared projector runs once instead of in every layer. The
     vision tower, the embedding, the head and LLaVA's own projector are left out, as in the paper.
     """
     text, t, v = config.text_config, text_tokens, visual_tokens
+    family = language_model_family(text)
     h, layers = text.hidden_size, text.num_hidden_layers
-    m = sum(language_model_family(text).feed_forward_sizes()) / layers
-    heads = text.num_attention_heads
-    k = (getattr(text, "num_key_value_heads", None) or heads) * (getattr(text, "head_dim", None) or h // heads)
+    m = sum(family.feed_forward_sizes()) / layers
+    q, k = (heads * family.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     c, p = config.vision_feature_size, config.projector_hidden_size or h
     seeing = layers if config.visual_layers is None else len(config.visual_layers)
     projections = 1 if config.projector_sharing == "shared" else seeing
+    weights = (2 * q + 2 * k + 3 * m) * h
     saisa = (
-        layers * (2 * t * (4 * h + 3 * m) * h + 4 * t * t * h)
-        + seeing * (4 * v * h * k + 4 * t * v * h)
+        layers * (2 * t * weights + 4 * t * t * q)
+        + seeing * (4 * v * h * k + 4 * t * v * q)
         + projections * 2 * v * (c * p + p * h)
     )
-    llava = layers * (2 * (t + v) * (4 * h + 3 * m) * h + 4 * (t + v) ** 2 * h)
+    llava = layers * (2 * (t + v) * weights + 4 * (t + v) ** 2 * q)
     return {"saisa": float(saisa), "llava": float(llava)}
 
 

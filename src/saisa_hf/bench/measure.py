@@ -18,6 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saisa_hf
 
+from ..tables import table  # noqa: F401
+
 
 def machine(device: str) -> dict:
     """What a number depends on: processors, threads, other load, versions."""
@@ -45,27 +47,34 @@ def describe(machine: dict) -> str:
     return f"{processor}{load}\n{versions}"
 
 
-def interleaved(
-    calls: dict[str, Callable], repeats: int, device: str, cpu_time: bool = False
-) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` times all of them in turn, so that what else the machine does meets all alike. What a
-    call returns is freed outside of its time. The first round warms up and is not counted.
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
-    Args:
-        cpu_time: count the processor time of this process in place of wall time.
+
+def interleaved_by_clock(calls: dict[str, Callable], repeats: int, device: str) -> dict[str, dict[str, list[float]]]:
+    """For each of `CLOCKS` the seconds of each call, `repeats` times all of them in turn, so that what else the machine does
+    meets all alike. What a call returns is freed outside of its time. The first round warms up and is not counted.
+
+    `"processor"` is the time of all threads of this process; on a GPU it says nothing about the GPU.
     """
-    clock = time.process_time if cpu_time else time.perf_counter
-    seconds = {name: [] for name in calls}
+    seconds = {clock: {name: [] for name in calls} for clock in CLOCKS}
     for _ in progress(range(repeats + 1), "timing"):
         gc.collect()  # rather than within some call
         for name, call in calls.items():
             _wait(device)
-            start = clock()
+            start = {clock: now() for clock, now in CLOCKS.items()}
             result = call()
             _wait(device)
-            seconds[name].append(clock() - start)
+            for clock, now in CLOCKS.items():
+                seconds[clock][name].append(now() - start[clock])
             del result
-    return {name: values[1:] for name, values in seconds.items()}
+    return {clock: {name: values[1:] for name, values in each.items()} for clock, each in seconds.items()}
+
+
+def interleaved(
+    calls: dict[str, Callable], repeats: int, device: str, cpu_time: bool = False
+) -> dict[str, list[float]]:
+    """`interleaved_by_clock` by one clock: wall time, or with `cpu_time` the processor time of this process."""
+    return interleaved_by_clock(calls, repeats, device)["processor" if cpu_time else "wall"]
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -106,18 +115,6 @@ def peak_memory(call: Callable, device: str) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table whose columns are aligned, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(cells):
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(map(line, [header, rule, *rows]))
 
 
 def progress(items, what: str):

@@ -1,0 +1,228 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Random models of a given size, and random prompts and pictures for them: SAISA, its bare language model, a LLaVA, and a
+Flamingo (transformers' Idefics)."""
+
+import argparse
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    CLIPVisionConfig,
+    IdeficsConfig,
+    IdeficsForVisionText2Text,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from .. import SaisaConfig, SaisaForConditionalGeneration
+from ..presets import CLIP_336, LANGUAGE_MODELS
+
+
+def _sizes(name: str) -> dict:
+    text = LANGUAGE_MODELS[name]
+    kv_heads = text["num_key_value_heads"]
+    return {
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": kv_heads,
+        "text_tokens": 64,
+        "vision_width": CLIP_336["hidden_size"],
+        "vision_layers": CLIP_336["num_hidden_layers"],
+        "image_size": CLIP_336["image_size"],
+    }
+
+
+PRESETS = {name: _sizes(name) for name in ("vicuna-7b", "vicuna-13b", "llama3-8b")}
+SMALL = {"hidden_size": 1024, "intermediate_size": 2752, "layers": 8, "heads": 16, "kv_heads": 16}
+PRESETS = {"small": PRESETS["vicuna-7b"] | SMALL, **PRESETS}
+PATCH_SIZE = CLIP_336["patch_size"]
+
+
+def add_size_options(parser: argparse.ArgumentParser):
+    parser.add_argument("--preset", choices=PRESETS, default="small", help="sizes; the next options change single ones")
+    for name in PRESETS["small"]:
+        values = ", ".join(f"{preset}: {sizes[name]}" for preset, sizes in PRESETS.items())
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, metavar="N", default=argparse.SUPPRESS, help=values)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all weights")
+    parser.add_argument("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, ...")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
+
+
+def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
+    """`args` with what the preset says where no option did. As many key/value heads as heads, where `--heads` alone was
+    given."""
+    if not hasattr(args, "kv_heads") and hasattr(args, "heads"):
+        args.kv_heads = args.heads
+    for name, value in PRESETS[args.preset].items():
+        setattr(args, name, getattr(args, name, value))
+    return args
+
+
+@dataclass
+class Models:
+    """Random models of the same language model and encoder: a SAISA, its language model by itself, a LLaVA, and, where it was
+    asked for, a Flamingo, which has as many key heads as heads."""
+
+    saisa: SaisaForConditionalGeneration
+    bare: LlamaForCausalLM
+    llava: LlavaForConditionalGeneration
+    flamingo: IdeficsForVisionText2Text | None = None
+
+    def set_attention(self, implementation: str):
+        for model in (self.saisa, self.bare, self.flamingo):  # LLaVA consists of the parts of the first two
+            if model is not None:
+                model.set_attn_implementation(implementation)
+
+    @contextmanager
+    def countable(self, implementation: str):
+        """Within, attention consists of matrix products, which the FLOP counter knows on every device."""
+        self.set_attention("eager")
+        yield
+        self.set_attention(implementation)
+
+    @contextmanager
+    def encoded_by(self, encoder: nn.Module):
+        """Within, SAISA and LLaVA have `encoder` in place of their own."""
+        models = (self.saisa.model, self.llava.model)
+        towers = [model.vision_tower for model in models]
+        for model in models:
+            model.vision_tower = encoder
+        try:
+            yield
+        finally:
+            for model, tower in zip(models, towers):
+                model.vision_tower = tower
+
+
+class GivenFeatures(nn.Module):
+    """Looks like an encoder and hands out states that are there already, whatever the picture.
+
+    Args:
+        states: (pictures, 1 + visual tokens, C), the class token in front.
+    """
+
+    def __init__(self, states: torch.Tensor):
+        super().__init__()
+        self.like = nn.Parameter(states.new_empty(0), requires_grad=False)  # models ask an encoder for its dtype
+        self.states = states
+
+    def forward(self, pixel_values=None, **_):
+        return BaseModelOutputWithPooling(last_hidden_state=self.states, hidden_states=(self.states, self.states))
+
+
+def build(args, flamingo_every: int | None = None) -> Models:
+    """Random models that share their weights, but for the projectors, and ask for no gradients. Weights are as large as keeps
+    activations from vanishing, so that answers depend on the picture.
+
+    Args:
+        args: what `add_size_options` and `with_sizes` make; `projector_sharing` may be there as well.
+        flamingo_every: put gated cross-attention in front of each so many layers of a Flamingo; None: make none. Where keys
+            are shared by several heads, its decoder layers, which know nothing of that, have weights of their own.
+
+    Raises:
+        ValueError: `flamingo_every` does not divide the layers, as Idefics wants.
+    """
+    if flamingo_every is not None and args.layers % flamingo_every:
+        raise ValueError(f"cross_every={flamingo_every}: expected a divisor of the {args.layers} layers.")
+    text = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=4096,
+        initializer_range=args.hidden_size**-0.5,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_width,
+        intermediate_size=4 * args.vision_width,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=max(args.vision_width // 64, 1),
+        image_size=args.image_size,
+        patch_size=PATCH_SIZE,
+    )
+    parts = {"vision_config": vision, "text_config": text, "image_seq_length": visual_tokens(args)}
+    torch.manual_seed(args.seed)
+    # rather than a cast, which would round the rotary frequencies too
+    torch.set_default_dtype(getattr(torch, args.dtype))
+    try:
+        with torch.device(args.device):
+            sharing = getattr(args, "projector_sharing", "per_layer")
+            config = SaisaConfig(**copy.deepcopy(parts), image_token_id=args.vocab_size - 1, projector_sharing=sharing)
+            saisa = SaisaForConditionalGeneration(config).eval()
+            llava_config = LlavaConfig(**copy.deepcopy(parts), image_token_index=args.vocab_size - 1)
+            llava_projector = LlavaMultiModalProjector(llava_config)
+            flamingo = None if flamingo_every is None else _flamingo(text, vision, flamingo_every)
+        with torch.device("meta"):
+            bare, llava = LlamaForCausalLM(text).eval(), LlavaForConditionalGeneration(llava_config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    weights = saisa.language_model.state_dict().items()
+    bare.model.load_state_dict({name: x for name, x in weights if "visual_projector" not in name}, assign=True)
+    bare.model.rotary_emb = saisa.language_model.rotary_emb.rotary_emb
+    bare.lm_head = saisa.lm_head
+    llava.model.language_model, llava.model.vision_tower = bare.model, saisa.vision_tower
+    llava.model.multi_modal_projector, llava.lm_head = llava_projector, saisa.lm_head
+    if flamingo is not None:
+        flamingo.lm_head.weight = saisa.lm_head.weight
+        flamingo.model.embed_tokens.weight = saisa.language_model.embed_tokens.weight
+        if args.kv_heads == args.heads:
+            flamingo.model.layers.load_state_dict(bare.model.layers.state_dict(), assign=True)
+    models = Models(saisa, bare, llava, flamingo)
+    models.set_attention(args.attn_implementation)
+    for model in (saisa, bare, llava, flamingo):
+        if model is not None:
+            model.requires_grad_(False)
+    return models
+
+
+def _flamingo(text: LlamaConfig, vision: CLIPVisionConfig, every: int) -> IdeficsForVisionText2Text:
+    vision_names = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
+    text_names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    text_names += ("max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id")
+    config = IdeficsConfig(
+        **{name: getattr(text, name) for name in text_names},
+        vision_config={name: getattr(vision, name) for name in vision_names} | {"embed_dim": vision.hidden_size},
+        cross_layer_interval=every,
+        # gates that are shut would leave the picture out
+        alpha_initializer="ones",
+        freeze_text_layers=False,
+        freeze_vision_layers=False,
+        tie_word_embeddings=False,
+    )
+    return IdeficsForVisionText2Text(config).eval()
+
+
+def visual_tokens(args) -> int:
+    """Visual tokens of a picture."""
+    return (args.image_size // PATCH_SIZE) ** 2
+
+
+def prompt(text: list[int], place: int, args) -> torch.Tensor:
+    """(1, S) token ids: `text` with the picture in front of its token number `place`."""
+    ids = [*text[:place], *[args.vocab_size - 1] * visual_tokens(args), *text[place:]]
+    return torch.tensor([ids], device=args.device)
+
+
+def draw_text(length: int, args) -> list[int]:
+    return torch.randint(3, args.vocab_size - 1, (length,)).tolist()
+
+
+def draw_picture(args) -> torch.Tensor:
+    size = args.image_size
+    return torch.randn(1, 3, size, size, device=args.device, dtype=getattr(torch, args.dtype))

@@ -1,0 +1,282 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What is measured: for each kind of work a call per model, its FLOPs, its times and its memory.
+
+All models get the same text and features. Where the encoder is no part of the work, SAISA and LLaVA get its states from a
+stand-in, so that what runs is each model's own forward pass from pixels but for the encoder; the Flamingo takes features.
+Every prefill computes the logits of the last position alone, as `generate` has it do.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from inspect import signature
+from itertools import accumulate
+
+import torch
+from transformers import IdeficsForVisionText2Text
+
+from ..flops import Step, encoder_flops, step_flops, training_flops
+from ..training.stages import LORA_TARGETS
+from .models import GivenFeatures, Models, draw_text, visual_tokens
+
+
+WORKS = {
+    "prefill": "language model and projectors read a prompt whose pictures are encoded already",
+    "first-token": "from pixels to the first token, the encoder included",
+    "second-question": "a prompt about a picture whose keys and values are kept",
+    "decode": "one token more, behind a prompt in the cache",
+    "train": "forward, backward and AdamW step, on encoded pictures",
+}
+TRAINED = ("full", "projectors", "lora")  # all but the encoder, the projectors alone, adapters
+RANK = 64  # of the adapters
+MODELS = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": "Flamingo", "language_model": "language model, text alone"}
+WITHOUT_PICTURE = "language_model"
+# where it has no such argument, it makes the logits of all positions
+IDEFICS_KEEPS_LOGITS = "logits_to_keep" in signature(IdeficsForVisionText2Text.forward).parameters
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a measurement.
+
+    Attributes:
+        work: one of `WORKS`.
+        batch: samples.
+        text, visual: tokens of each sample.
+        trained: with `"train"`, one of `TRAINED`.
+        tokens: with `"decode"`, how many a call decodes.
+    """
+
+    work: str
+    batch: int = 1
+    text: int = 64
+    visual: int = 576
+    trained: str | None = None
+    tokens: int = 8
+
+    @property
+    def name(self) -> str:
+        """What it is, in a few words."""
+        what = self.work if self.trained is None else f"{self.work} {self.trained}"
+        return f"{what}, batch {self.batch}, {self.text} + {self.visual} tokens"
+
+
+@dataclass
+class Task:
+    """The work of a case by one model.
+
+    Attributes:
+        call: does it once.
+        uncached: the same without keeping keys and values, where it makes some: what it holds then are activations.
+        flops: of a call, by `saisa_hf.flops`.
+        held: tensors besides the model that it needs between calls, as bytes.
+    """
+
+    call: Callable
+    flops: int
+    uncached: Callable | None = None
+    held: Callable[[], int] = field(default=lambda: 0)
+
+
+class Inputs:
+    """Random text, features and pictures for a case. A prompt is one text token, the picture, and the rest of the text."""
+
+    def __init__(self, case: Case, args):
+        place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+        image = torch.full((case.batch, case.visual), args.vocab_size - 1)
+        text_ids = torch.tensor([draw_text(case.text, args) for _ in range(case.batch)])
+        self.text_ids = text_ids.to(args.device)
+        self.ids = torch.cat([text_ids[:, :1], image, text_ids[:, 1:]], dim=1).to(args.device)
+        self.encoder = GivenFeatures(torch.randn(case.batch, 1 + case.visual, args.vision_width, **place))
+        self.nothing = torch.zeros(case.batch, 3, 1, 1, **place)
+        self.image_mask = torch.ones(case.batch, case.text, 1, dtype=torch.long, device=args.device)
+        self.pixels = None
+        if case.work == "first-token":
+            if case.visual % visual_tokens(args):
+                raise ValueError(
+                    f"visual={case.visual}: from pixels, expected a multiple of the {visual_tokens(args)} visual tokens of a "
+                    "picture. Change the number, or --image-size."
+                )
+            pictures = case.batch * (case.visual // visual_tokens(args))
+            self.pixels = torch.randn(pictures, 3, args.image_size, args.image_size, **place)
+
+    def tokens(self, name: str) -> torch.Tensor:
+        """Token ids, with placeholders for the models whose pictures stand among the text."""
+        return self.ids if name in ("saisa", "llava") else self.text_ids
+
+    def labels(self, name: str) -> torch.Tensor:
+        """The same with -100 up to the picture's end."""
+        labels = self.tokens(name).clone()
+        labels[:, : self.ids.shape[1] - self.text_ids.shape[1] + 1 if name in ("saisa", "llava") else 1] = -100
+        return labels
+
+    def features(self, name: str) -> dict:
+        """The arguments by which a model's forward pass gets the pictures, encoded by `encoder`."""
+        if name == WITHOUT_PICTURE:
+            return {}
+        if name == "flamingo":
+            return {
+                "image_encoder_embeddings": self.encoder.states[:, None, 1:],
+                "image_attention_mask": self.image_mask,
+            }
+        return {"pixel_values": self.nothing}
+
+    def pictures(self, name: str) -> dict:
+        """The arguments by which it gets them as pixels."""
+        if name == WITHOUT_PICTURE:
+            return {}
+        if name == "flamingo":
+            pixels = self.pixels.unflatten(0, (len(self.ids), -1))
+            return {"pixel_values": pixels, "image_attention_mask": self.image_mask.expand(-1, -1, pixels.shape[1])}
+        return {"pixel_values": self.pixels}
+
+
+def model_of(models: Models, name: str) -> torch.nn.Module:
+    """The model called `name` in `MODELS`."""
+    return models.bare if name == WITHOUT_PICTURE else getattr(models, name)
+
+
+@contextmanager
+def tasks(models: Models, names: list[str], case: Case, args, cross_every: int = 4) -> Iterator[dict[str, Task]]:
+    """The work of `case` by each of the models `names`, to be done within. Behind it models are as before, but for weights
+    that training has changed."""
+    inputs, config = Inputs(case, args), models.saisa.config
+    step = Step(case.text, case.visual, batch=case.batch)
+    if case.work == "train":
+        with _training(models, names, case) as trained:
+            yield {
+                name: _training_task(trained[name], name, models, inputs, case, config, cross_every) for name in names
+            }
+        return
+    make = {"prefill": _prefill, "first-token": _first_token, "second-question": _second_question, "decode": _decode}
+    with torch.inference_mode():
+        made = {name: make[case.work](models, name, inputs, case) for name in names}
+        for name, task in made.items():
+            task.flops = _flops(name, step, inputs, case, config, cross_every)
+        yield made
+
+
+def _flops(name, step, inputs, case, config, cross_every) -> int:
+    """FLOPs of a call of any work but training."""
+    steps = [step]
+    if name == "flamingo":
+        if not IDEFICS_KEEPS_LOGITS:
+            step = replace(step, logits=None)
+        # from pixels, it attends to the class tokens as well
+        pictures = 0 if inputs.pixels is None else len(inputs.pixels) // case.batch
+        steps = [replace(step, visual=step.visual + pictures)]
+    if case.work == "second-question" and name == "saisa":
+        steps = [replace(step, visual=0, cached_visual=step.visual)]
+    if case.work == "decode":
+        steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
+    encoder = inputs.pixels is not None and name != WITHOUT_PICTURE
+    total = len(inputs.pixels) * encoder_flops(config) if encoder else 0
+    return total + sum(sum(step_flops(config, name, one, cross_every).values()) for one in steps)
+
+
+def _prefill(models, name, inputs, case) -> Task:
+    model, ids = model_of(models, name), inputs.tokens(name)
+
+    def call(use_cache=True):
+        with models.encoded_by(inputs.encoder):
+            return model(input_ids=ids, use_cache=use_cache, logits_to_keep=1, **inputs.features(name))
+
+    return Task(call, 0, lambda: call(use_cache=False))
+
+
+def _first_token(models, name, inputs, case) -> Task:
+    model, ids = model_of(models, name), inputs.tokens(name)
+
+    def call():
+        outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs.pictures(name))
+        return outputs.logits[:, -1].argmax(-1)
+
+    return Task(call, 0)
+
+
+def _second_question(models, name, inputs, case) -> Task:
+    if name != "saisa":
+        return _prefill(models, name, inputs, case)
+    with models.encoded_by(inputs.encoder):
+        states = models.saisa.get_visual_states(inputs.nothing)
+
+    def call():
+        with models.encoded_by(inputs.encoder):  # which the states are told to belong to
+            return models.saisa(input_ids=inputs.ids, visual_states=states, use_cache=True, logits_to_keep=1)
+
+    return Task(call, 0, held=lambda: states.nbytes)
+
+
+def _decode(models, name, inputs, case) -> Task:
+    model, cache = model_of(models, name), _prefill(models, name, inputs, case).call().past_key_values
+    token = inputs.text_ids[:, -1:]
+    pictures = inputs.features(name) if name == "flamingo" else {}
+    if pictures:
+        pictures["image_attention_mask"] = inputs.image_mask[:, :1]
+
+    def call():
+        for _ in range(case.tokens):
+            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
+        cache.crop(-case.tokens)
+
+    return Task(call, 0)
+
+
+@contextmanager
+def _training(models: Models, names: list[str], case: Case) -> Iterator[dict]:
+    """The models in training mode, with what is to be trained, and nothing else, asking for gradients."""
+    trained = {name: model_of(models, name) for name in names}
+    for model in trained.values():
+        model.requires_grad_(False)
+    try:
+        if case.trained == "lora":
+            trained = {name: _with_adapters(model) for name, model in trained.items()}
+        for model in trained.values():
+            model.train()
+            if case.trained != "lora":
+                for parameter, p in model.named_parameters():
+                    projector = "visual_projector" in parameter or "multi_modal_projector" in parameter
+                    encoder = "vision_tower" in parameter or "vision_model" in parameter
+                    p.requires_grad_(projector if case.trained == "projectors" else not encoder)
+        yield trained
+    finally:
+        for name in names:
+            if case.trained == "lora":
+                trained[name] = trained[name].unload()
+            model_of(models, name).requires_grad_(False).eval()
+
+
+def _with_adapters(model):
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("training adapters needs PEFT: pip install saisa-hf[lora]") from error
+    targets = rf"({LORA_TARGETS}|.*multi_modal_projector\.linear_\d)"
+    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets))
+
+
+def _training_task(model, name, models, inputs, case, config, cross_every) -> Task:
+    weights = [p for p in model.parameters() if p.requires_grad]
+    device = inputs.ids.device.type
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device == "cuda" or None)
+    ids, labels = inputs.tokens(name), inputs.labels(name)
+    options = {"skip_logits": True} if name == "saisa" else {}  # as `saisa train` has it
+    dtype = inputs.nothing.dtype
+    precision = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
+
+    def call():
+        with models.encoded_by(inputs.encoder), precision:
+            pictures = inputs.features(name)
+            loss = model(input_ids=ids, labels=labels, use_cache=False, **pictures, **options).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def held():
+        states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
+        return sum(x.numel() * x.element_size() for x in (*model.parameters(), *states))
+
+    # the token in front of the picture predicts nothing, and for SAISA no token of the picture does
+    rows = {"saisa": case.text - 2}.get(name)
+    step = Step(case.text, case.visual, batch=case.batch, logits=rows)
+    return Task(call, training_flops(config, name, step, case.trained, RANK, cross_every), held=held)

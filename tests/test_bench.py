@@ -1,0 +1,227 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`saisa bench` at tiny sizes: models do the work they are said to do, and what is promised is printed, written and drawn.
+Nothing here asserts a time."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from saisa_hf.bench import measure
+from saisa_hf.bench.models import build
+from saisa_hf.bench.run import CURVE, add_arguments, cases, names_for, prepared, slope
+from saisa_hf.bench.targets import CPU, H200
+from saisa_hf.bench.work import MODELS, WORKS, Case, model_of, tasks
+from saisa_hf.cli import main
+from saisa_hf.flops import Step, step_flops
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import performance
+
+
+SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "layers": 4, "heads": 4, "kv_heads": 4}
+SIZES |= {"vision_width": 24, "vision_layers": 2, "image_size": 42}
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()] + ["--repeats=2"]
+
+
+def arguments(*options) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return prepared(parser.parse_args([*OPTIONS, *options]))
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One model of each kind, of one size."""
+    args = arguments()
+    return build(args, flamingo_every=args.cross_every), args
+
+
+def bench(capsys, tmp_path, *options):
+    """What `saisa bench` prints and writes."""
+    path = tmp_path / "result.json"
+    assert main(["bench", *OPTIONS, *options, f"--json={path}"]) == 0
+    return capsys.readouterr().out, json.loads(path.read_text())
+
+
+def test_every_work_is_measured_for_every_model_it_is_meant_for(capsys, tmp_path):
+    options = ["--work", *WORKS, "--visual", "9", "--text", "12", "--batch", "2", "--train", "full", "projectors"]
+    printed, result = bench(capsys, tmp_path, *options)
+    assert len(result["results"]) == 4 + 2
+    for one in result["results"]:
+        expected = {"second-question": {"saisa", "language_model"}}.get(one["work"], set(MODELS))
+        expected = {"saisa", "llava"} if one["trained"] == "projectors" else expected
+        assert set(one["models"]) == expected and set(one["ratios"]) == expected - {"saisa"}
+        for name, found in one["models"].items():
+            keeps = one["work"] == "train" or (one["work"], name) == ("second-question", "saisa")
+            assert (found["held_bytes"] > 0) == keeps
+            for clock in measure.CLOCKS:
+                assert len(found["seconds"][clock]) == 2 and min(found["seconds"][clock]) > 0
+            assert found["flops"] > 0 and found["peak_bytes"] > 0
+        for name, ratio in one["ratios"].items():
+            low, mid, high = ratio["time"]
+            assert low <= mid <= high
+            assert ratio["flops"] == one["models"]["saisa"]["flops"] / one["models"][name]["flops"]
+        assert f"{one['name']}: SAISA / " in printed
+    assert {"cpu", "torch", "transformers", "threads"} <= set(result["machine"])
+    assert result["settings"]["hidden_size"] == 32
+    assert printed.index("SAISA / LLaVA") < printed.index("tokens/s")
+
+
+def rows_through(module: torch.nn.Module, call) -> int:
+    """Rows that a linear map sees during a call."""
+    seen = []
+    handle = module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel() // inputs[0].shape[-1]))
+    call()
+    handle.remove()
+    return sum(seen)
+
+
+@pytest.mark.parametrize("work", ["prefill", "first-token", "second-question", "decode"])
+def test_visual_tokens_pass_llavas_feed_forward_network_and_no_other(models, work):
+    models, args = models
+    case = Case(work, batch=2, text=12, visual=18, tokens=3)
+    names = names_for(case, args)
+    new = 3 if work == "decode" else 12
+    with tasks(models, names, case, args, args.cross_every) as todo:
+        for name in names:
+            model = model_of(models, name).model
+            layers = getattr(model, "language_model", model).layers
+            visual = 18 if name == "llava" and work != "decode" else 0
+            assert rows_through(layers[1].mlp.gate_proj, todo[name].call) == 2 * (new + visual), name
+            encoder = todo[name].call if work == "first-token" else None
+            if encoder is not None and name in ("saisa", "llava"):
+                patches = model.vision_tower.vision_model.encoder.layers[0].mlp.fc1
+                assert rows_through(patches, encoder) == 2 * 2 * 10
+
+
+def test_only_the_last_position_gets_logits(models):
+    models, args = models
+    with tasks(models, ["saisa", "llava", "language_model"], Case("prefill", 2, 12, 9), args) as todo:
+        for name, task in todo.items():
+            assert task.call().logits.shape == (2, 1, 97), name
+
+
+def test_decoding_leaves_the_cache_as_it_was(models):
+    models, args = models
+    case = Case("decode", 2, 12, 9, tokens=3)
+    with tasks(models, list(MODELS), case, args, args.cross_every) as todo:
+        for task in todo.values():
+            caches = [x.cell_contents for x in task.call.__closure__ if hasattr(x.cell_contents, "get_seq_length")]
+            before = caches[0].get_seq_length()
+            task.call()
+            assert caches[0].get_seq_length() == before in (12, 21)
+
+
+@pytest.mark.parametrize("trained, changed", [("full", {"language", "projector"}), ("projectors", {"projector"})])
+def test_a_training_step_trains_what_it_says(models, trained, changed):
+    models, args = models
+    for name in ("saisa", "llava"):
+        model = model_of(models, name)
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        with tasks(models, [name], Case("train", 1, 12, 9, trained=trained), args) as todo:
+            todo[name].call()
+        after = dict(model.named_parameters())
+        kinds = {"projector": "projector", "vision_tower": "encoder"}
+        differ = {
+            next((kind for piece, kind in kinds.items() if piece in key), "language")
+            for key, p in before.items()
+            if not torch.equal(p, after[key])
+        }
+        assert differ == changed, name
+        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+
+
+def test_adapters_are_gone_behind_their_measurement(models):
+    pytest.importorskip("peft")
+    models, args = models
+    names = {name: [key for key, _ in model_of(models, name).named_parameters()] for name in ("saisa", "llava")}
+    with tasks(models, list(names), Case("train", 1, 12, 9, trained="lora"), args) as todo:
+        for name, task in todo.items():
+            task.call()
+            assert any("lora_" in key for key, _ in model_of(models, name).named_parameters())
+    assert names == {name: [key for key, _ in model_of(models, name).named_parameters()] for name in names}
+
+
+def test_the_curve_goes_from_64_to_16384_visual_tokens():
+    args = arguments("--curve", "--llava-up-to", "2048")
+    found = cases(args)
+    assert [case.visual for case in found] == [64, 256, 576, 1024, 2048, 4096, 8192, 16384] == list(CURVE)
+    assert {case.work for case in found} == {"prefill"}
+    assert ["llava" in names_for(case, args) for case in found] == [True] * 5 + [False] * 3
+
+
+def test_saisas_flops_grow_linearly_in_visual_tokens_and_llavas_do_not(models):
+    config = models[0].saisa.config
+    growth = {}
+    for name in ("saisa", "llava"):
+        flops = [(visual, sum(step_flops(config, name, Step(64, visual)).values())) for visual in CURVE[3:]]
+        growth[name] = slope(flops)
+    assert growth["saisa"] < 1.0 < 1.8 < growth["llava"] < 2.0
+    assert slope([(x, 3 * x**1.5) for x in (1, 2, 5, 9)]) == pytest.approx(1.5)
+
+
+def test_the_plot_is_a_picture_of_the_curves(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--work", "prefill", "--visual", "9", "30", "60", "--text", "12", "--no-memory"]
+    _, result = bench(capsys, tmp_path, *options, f"--plot={tmp_path / 'curve.png'}")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+    assert "peak_bytes" not in result["results"][0]["models"]["saisa"]
+
+
+@pytest.mark.parametrize(
+    "which, machine, prefills, rows",
+    [("cpu", CPU, 2 + len(CURVE), 11), ("h200", H200, 6 + len(CURVE), 20)],
+)
+def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, machine, prefills, rows):
+    if which == "h200":
+        pytest.importorskip("peft")
+    monkeypatch.setattr("saisa_hf.bench.targets.CURVE", (64, 1024, 2048))
+    prefills += 3 - len(CURVE)
+    printed, result = bench(capsys, tmp_path, "--targets", which, "--repeats", "1")
+    table = [line.split("|")[1:-1] for line in printed.splitlines() if machine in line]
+    assert len(table) == len(result["targets"]) == rows
+    assert sum(one["work"] == "prefill" for one in result["results"]) == prefills
+    for row, cells in zip(result["targets"], table):
+        assert cells[0].strip() == row["work"]
+        assert cells[-1].strip() == {None: "", True: "met", False: "missed"}[row["met"]]
+        assert (row["target"] is None) == (row["met"] is None)
+        if row["over"] is not None:
+            assert row["target"] == pytest.approx(row["over"] * row["limit"])
+    page = "a\n<!-- here: start -->\nold\n<!-- here: end -->\nb"
+    page = performance.filled(performance.filled(page, "here", result), "here", result)
+    assert page.startswith("a\n<!-- here: start -->\n") and page.endswith("<!-- here: end -->\nb") and "old" not in page
+    assert all(page.count(row["work"]) == 1 for row in result["targets"])
+    with pytest.raises(ValueError, match="expected one of here"):
+        performance.filled(page, "there", result)
+    targets = {row["work"]: row["target"] for row in result["targets"]}
+    if which == "cpu":
+        assert targets["decode, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 1.03
+        assert targets["second-question, batch 1, 64 + 576 tokens: SAISA / language model on the text"] == 1.15
+        assert targets["saisa: exponent of time in visual tokens, 1024 to 2048"] == 1.05
+        assert [row["over"] for row in result["targets"][:2]] == [1.10, 1.10]
+    else:
+        for preset in ("vicuna-7b", "llama3-8b"):
+            assert targets[f"{preset}, prefill, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 0.45
+            assert targets[f"{preset}, prefill, batch 8, 64 + 576 tokens: activation memory, SAISA / LLaVA"] == 0.5
+            rate = f"{preset}, prefill, batch 32, 64 + 576 tokens: SAISA's FLOPs per second, of 790 T"
+            assert targets[rate] == 0.6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--work", "first-token", "--visual", "10"], "expected a multiple of the 9 visual tokens"),
+        (["--visual", "9", "--cross-every", "3"], "expected a divisor of the 4 layers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_line(capsys, options, message):
+    assert main(["bench", *OPTIONS, *options]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("saisa: error: ") and message in error
