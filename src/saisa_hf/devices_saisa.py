@@ -1,10 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A model on several devices: what accelerate's device maps may look like, and where a module computes."""
+"""A model on several devices: what accelerate's device maps may look like, where a module computes, and what the processes of
+tensor parallelism have each."""
 
+import os
 import re
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 DECODER_LAYER = re.compile(r"((?:model\.)?language_model\.layers\.\d+)\.")
@@ -65,3 +67,47 @@ def _moved(x, device):
         moved = [_moved(value, device) for value in x]
         return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
     return x
+
+
+# --- tensor parallelism -----------------------------------------------------------------------------------------------
+
+
+def wants_tensor_parallelism(arguments: dict) -> bool:
+    """Whether `arguments` of `from_pretrained` ask for it: `tp_plan`, `tp_size` or, on 5.x, `distributed_config`."""
+    return any(arguments.get(name) is not None for name in ("tp_plan", "tp_size", "distributed_config"))
+
+
+def check_tensor_parallelism(text_config, arguments: dict) -> None:
+    """Raises ValueError if the processes cannot have as many heads each."""
+    config = arguments.get("distributed_config")
+    named = config.get("tp_size") if isinstance(config, dict) else getattr(config, "tp_size", None)
+    shards = arguments.get("tp_size") or named or (int(os.environ.get("WORLD_SIZE", 1)) if config is None else 1)
+    heads = text_config.num_key_value_heads
+    if heads % shards:
+        allowed = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+        raise ValueError(
+            f"Tensor parallelism over {shards} processes: they would share out num_key_value_heads={heads} unevenly. Start "
+            f"{allowed} of them (torchrun --nproc-per-node), or spread whole layers with device_map='auto' in one process."
+        )
+
+
+def gathered(x: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """The parts `x` of all processes that share `weight`, joined along `dim`."""
+    group = _group(weight)
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(group))
+    ]
+    distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim)
+
+
+def own_part(x: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """This process's part of `x`: the inverse of `gathered`."""
+    group = _group(weight)
+    return x.chunk(distributed.get_world_size(group), dim)[distributed.get_rank(group)]
+
+
+def _group(weight: torch.Tensor):
+    """The processes that share `weight`; some releases of transformers keep a plain tensor, shared by all."""
+    mesh = getattr(weight, "device_mesh", None)
+    return None if mesh is None else mesh.get_group()

@@ -143,6 +143,22 @@ class LanguageModelFamily:
         """What the head's output `x` becomes."""
         return x
 
+    # --- several processes ---
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """How `tp_plan="auto"` shards the layers, by module: the products of a pair of linear maps travel once, as the sums
+        behind the second. Attention that needs all heads at once gets its products gathered.
+        """
+        whole = self.fused_projection or self.head_norm == "width"
+        first, second = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
+        into = ["qkv_proj"] if self.fused_projection else ["q_proj", "k_proj", "v_proj"]
+        plan = {f"layers.*.self_attn.{name}": first for name in into}
+        plan |= {"layers.*.self_attn.o_proj": second} | self.feed_forward_plan()
+        return plan | {"layers.*.visual_projector.linear_1": "colwise", "layers.*.visual_projector.linear_2": "rowwise"}
+
+    def feed_forward_plan(self) -> dict[str, str]:
+        return gated_plan("mlp", "gate_proj", "up_proj", "down_proj")
+
     # --- checkpoints ---
 
     def checkpoint_name(self, name: str) -> str:
@@ -152,6 +168,12 @@ class LanguageModelFamily:
     def feed_forward_sizes(self) -> list[int]:
         """Inner width of each layer's feed-forward network that a token passes."""
         return [self.config.intermediate_size] * self.config.num_hidden_layers
+
+
+def gated_plan(network: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """The tensor parallel plan of the feed-forward network of that name in a decoder layer."""
+    styles = {gate: "colwise", up: "colwise", down: "rowwise"}
+    return {f"layers.*.{network}.{name}": style for name, style in styles.items()}
 
 
 class WindowEverywhere(LanguageModelFamily):
@@ -232,6 +254,10 @@ class Phi3(WindowEverywhere):
     qkv_bias = output_bias = False
     only = {"resid_pdrop": 0.0}
 
+    def feed_forward_plan(self):
+        styles = {"gate_up_proj": "colwise_gather_output", "down_proj": "rowwise_split_input"}
+        return {f"layers.*.mlp.{name}": style for name, style in styles.items()}
+
 
 class Olmo2(LanguageModelFamily):
     """Norms behind attention and feed-forward network alone; queries and keys are normalised across heads."""
@@ -290,6 +316,10 @@ class Qwen3Moe(WindowEverywhere):
         experts = [mlp(config, intermediate_size=config.moe_intermediate_size) for _ in range(config.num_experts)]
         return Experts(config.hidden_size, experts, config.num_experts_per_tok, config.norm_topk_prob)
 
+    def feed_forward_plan(self):
+        plan = super().feed_forward_plan() if not all(map(self.is_sparse, range(self.config.num_hidden_layers))) else {}
+        return plan | gated_plan("mlp.experts.*", "gate_proj", "up_proj", "down_proj")
+
     def feed_forward_sizes(self):
         config = self.config
         sparse = config.moe_intermediate_size * config.num_experts_per_tok
@@ -310,6 +340,9 @@ class Mixtral(WindowEverywhere):
         config = self.config
         experts = [MixtralExpert(config) for _ in range(config.num_local_experts)]
         return Experts(config.hidden_size, experts, config.num_experts_per_tok, normalised=True)
+
+    def feed_forward_plan(self):
+        return gated_plan("block_sparse_moe.experts.*", "w1", "w3", "w2")
 
     def checkpoint_name(self, name):
         name = name.replace(".mlp.", ".block_sparse_moe.")

@@ -4,6 +4,7 @@
 import copy
 import importlib.util
 import inspect
+import re
 
 import torch
 import transformers
@@ -231,6 +232,19 @@ class RotaryByLayerType(nn.Module):
         if attention_type == "sliding_attention" and hasattr(self, "rotary_emb_local"):
             return self.rotary_emb_local(x, position_ids)
         return self.rotary_emb(x, position_ids)
+
+
+def readable_tp_plan(plan: dict[str, str]) -> dict[str, str]:
+    """`plan`, {module: style}, as the installed release reads it. Two styles had other names in 4.57 and 5.0. 4.57 reads any
+    number in a name as a layer's, and does not tell `linear_1` from `linear_2`: both are shared out by columns there, and
+    their products gathered."""
+    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES  # heavy
+
+    if not TRANSFORMERS_5:
+        digits = re.compile(r"\d+")
+        plan = {digits.sub("*", x): "colwise_rep" if digits.search(x) else style for x, style in plan.items()}
+    names = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
+    return {x: style if style in ALL_PARALLEL_STYLES else names.get(style, style) for x, style in plan.items()}
 
 
 def load_options(quantized: bool, given: dict) -> dict:

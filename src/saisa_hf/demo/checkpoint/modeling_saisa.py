@@ -39,12 +39,21 @@ from .compat_saisa import (
     decoding_masks,
     has_empty_places,
     load_options,
+    readable_tp_plan,
     save_options,
     tied_weights,
     update_cache,
 )
 from .configuration_saisa import SaisaConfig
-from .devices_saisa import Luggage, check_device_map, execution_device
+from .devices_saisa import (
+    Luggage,
+    check_device_map,
+    check_tensor_parallelism,
+    execution_device,
+    gathered,
+    own_part,
+    wants_tensor_parallelism,
+)
 from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import initialize, language_model_family
@@ -182,6 +191,11 @@ class NaavitAttention(nn.Module):
             key_RX, value_RX = self.k_proj(x_RD), self.v_proj(x_RD)
         return self._heads(key_RX, "k_norm"), self._heads(value_RX)
 
+    def with_all_heads(self, keys_values: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`keys_and_values` of this process with those of the others that share the layer (tensor parallelism)."""
+        missing = keys_values[0].shape[1] < self.config.num_key_value_heads
+        return tuple(gathered(x, self.k_proj.weight, dim=1) for x in keys_values) if missing else keys_values
+
     def _queries_keys_values(self, x_PD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Input rows (P, D) of text tokens -> (P, N, H), (P, K, H), (P, K, H)."""
         if hasattr(self, "qkv_proj"):
@@ -215,6 +229,8 @@ class NaavitAttention(nn.Module):
         query_PNH, key_PKH = (self._rotated(x, *rotation.text) for x in (query_PNH, key_PKH))
         key_VKH = value_VKH = visual_rotation = None
         if visual is not None:
+            if visual[0].shape[1] > key_PKH.shape[1]:  # of all processes that share the layer
+                visual = tuple(own_part(x_VKH, self.k_proj.weight, dim=1) for x_VKH in visual)
             key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
             cos_VH = rotation.visual[0]
             if self.rotates and cos_VH.shape[-1] == self.head_dim and cos_VH.dtype == key_VKH.dtype:
@@ -379,7 +395,7 @@ class SaisaPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
-            ValueError: `device_map` splits a decoder layer.
+            ValueError: `device_map` splits a decoder layer, or `tp_plan` has more shards than heads to share out.
             ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -387,6 +403,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
         names = VISION_MODEL_NAMES if encoder_type in NESTED_ENCODERS else {}
         kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
         check_device_map(kwargs.get("device_map"))
+        if wants_tensor_parallelism(kwargs):
+            check_tensor_parallelism(_config(pretrained_model_name_or_path, kwargs).text_config, kwargs)
         check_backend(quantization or kwargs.get("quantization_config"))
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_precise_modules(kwargs["quantization_config"])
@@ -442,10 +460,24 @@ def _encoder_and_quantization(checkpoint, kwargs: dict) -> tuple[str, dict | Non
     config = kwargs.get("config")
     if hasattr(config, "vision_config"):
         return config.vision_config.model_type, getattr(config, "quantization_config", None)
-    hub = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    found, _ = SaisaConfig.get_config_dict(config or checkpoint, **{key: kwargs[key] for key in hub if key in kwargs})
+    found, _ = SaisaConfig.get_config_dict(config or checkpoint, **_of_the_hub(kwargs))
     encoder_type = (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
     return encoder_type, found.get("quantization_config")
+
+
+def _config(checkpoint, kwargs: dict) -> SaisaConfig:
+    config = kwargs.get("config")
+    return (
+        config
+        if hasattr(config, "text_config")
+        else SaisaConfig.from_pretrained(config or checkpoint, **_of_the_hub(kwargs))
+    )
+
+
+def _of_the_hub(kwargs: dict) -> dict:
+    """Those of the arguments of `from_pretrained` that say how to read a file."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 class SaisaLanguageModel(SaisaPreTrainedModel):
@@ -464,6 +496,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         self.rotary_emb = self.family.rotary_embedding()
         self.gradient_checkpointing = False
         self.post_init()
+        self._tp_plan = readable_tp_plan(self.family.tensor_parallel_plan())
 
     def forward(
         self,
@@ -635,6 +668,9 @@ class SaisaModel(SaisaPreTrainedModel):
             self.visual_projector = SaisaVisualProjector(config)
         self.language_model = SaisaLanguageModel(config)
         self.post_init()
+        if config.projector_sharing == "shared":
+            plan = {"visual_projector.linear_1": "colwise", "visual_projector.linear_2": "rowwise"}
+            self._tp_plan |= readable_tp_plan(plan)
 
     def get_input_embeddings(self):
         return self.language_model.embed_tokens
@@ -843,7 +879,7 @@ class SaisaModel(SaisaPreTrainedModel):
         if store == "keys_values":
             visual, features = self._for_layers(features), None
             keys_values = tuple(
-                layer.visual_keys_and_values(visual) if layer.sees_image else None
+                layer.self_attn.with_all_heads(layer.visual_keys_and_values(visual)) if layer.sees_image else None
                 for layer in self.language_model.layers
             )
         return SaisaVisualStates(VisualStore(lengths, features, keys_values, self.visual_fingerprint(store)))
@@ -959,6 +995,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         self.lm_head = SaisaHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._can_compile_fullgraph = self.language_model.family.compiles
         self.post_init()
+        if not config.tie_word_embeddings:  # else it is the embedding, of which every process looks up whole rows
+            self._tp_plan |= readable_tp_plan({"lm_head": "colwise_gather_output"})
 
     @classmethod
     def from_parts(cls, text_model, vision_model, *, image_token_id=None, dtype=None, **arguments):
