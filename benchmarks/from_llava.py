@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 import math
-import os
 import tempfile
 import time
 from itertools import product
@@ -21,16 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from digit_models import BATCH, VISUAL_TOKENS, keep, new_llava, optimizer_of, training_step
 from PIL import Image
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
-from saisa_hf import SaisaForConditionalGeneration
 from saisa_hf.bench import measure
 from saisa_hf.demo import train as demo
-from saisa_hf.demo.encoder import vision_config
-from saisa_hf.demo.language import IMAGE, Conversation, text_config
-from saisa_hf.demo.run import CHECKPOINT, ask_model
-from saisa_hf.demo.scenes import LISTS, SIZE, draw, held_out_questions, make_scene
+from saisa_hf.demo.language import Conversation
+from saisa_hf.demo.run import ask_model
+from saisa_hf.demo.scenes import LISTS, draw, held_out_questions, make_scene
 from saisa_hf.from_llava import (
     Fit,
     LayerFit,
@@ -44,10 +42,8 @@ from saisa_hf.from_llava import (
 )
 
 
-BATCH, RATE, WARM_UP = 32, 1.5e-3, 0.05
 STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists
 SHORT, LONG = 1350, 2050  # steps of the first two stages, and of all three
-VISUAL_TOKENS = (SIZE // demo.PATCH) ** 2
 PROMPTS = (*LISTS.values(), "How many digits are there?")
 PICTURES_SEED, QUESTIONS_SEED = 77, 1
 
@@ -61,35 +57,13 @@ TRAINING = ("seed", "depth", "steps")
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
-    """A LLaVA around the demo's trained encoder, `depth` random decoder layers deep."""
-    text = text_config(len(processor.tokenizer)).to_dict() | {"num_hidden_layers": depth, "layer_types": None}
-    config = LlavaConfig(
-        vision_config=vision_config(),
-        text_config=text,
-        image_token_index=processor.tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=VISUAL_TOKENS,
-        vision_feature_layer=-1,
-    )
-    model = LlavaForConditionalGeneration(config)
-    for linear in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-        torch.nn.init.normal_(linear.weight, std=model.config.text_config.initializer_range)
-    tower = SaisaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32).vision_tower
-    own = model.model.vision_tower.state_dict()
-    trained = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
-    model.model.vision_tower.load_state_dict({name: trained[name.removeprefix("vision_model.")] for name in own})
-    return model
-
-
 def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None, kept: Path | None = None) -> dict:
     """Trains all but the encoder in place, in as many of the stages `STAGES` as make `steps`, on a stream of fresh pictures
     that depends on `seed` alone; with `seconds`, each stage goes on until its part of that much processor time is spent.
     Where `kept` is given, the state is written to that file from time to time, and an interrupted training goes on from
     it."""
     conversation, collate = Conversation(tokenizer, VISUAL_TOKENS), demo.TurnCollator(tokenizer.pad_token_id)
-    model.model.vision_tower.requires_grad_(False)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.05)
+    optimizer = optimizer_of(model)
     stage, step, total, earlier = 0, 0, 0, 0.0
     if kept is not None and kept.exists():
         state = torch.load(kept, weights_only=True)
@@ -108,24 +82,15 @@ def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None,
             done = step / stage_steps if seconds is None else (time.process_time() - begun) / (seconds * share)
             if done >= 1:
                 break
-            rate = RATE * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = model(**collate([pictures[index] for index in range(step * BATCH, (step + 1) * BATCH)])).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            batch = collate([pictures[index] for index in range(step * BATCH, (step + 1) * BATCH)])
+            loss = training_step(model, optimizer, batch, done)
             step, total = step + 1, total + 1
             spent = earlier + time.process_time() - start
             if total % 50 == 0:
-                print(f"stage {number}, step {step}: loss {loss.item():.3f}, {spent:.0f} s", flush=True)
+                print(f"stage {number}, step {step}: loss {loss:.3f}, {spent:.0f} s", flush=True)
                 if kept is not None:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                    torch.save(
-                        state | {"stage": number, "step": step, "total": total, "seconds": spent}, f"{kept}.part"
-                    )
-                    os.replace(f"{kept}.part", kept)
+                    keep(state | {"stage": number, "step": step, "total": total, "seconds": spent}, kept)
         step = 0
     model.eval()
     seconds = earlier + time.process_time() - start

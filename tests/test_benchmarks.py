@@ -3,15 +3,24 @@
 Nothing here asserts a time."""
 
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from saisa_hf.demo import scenes
+from saisa_hf.demo.run import ask_model, load
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import convert_memory
+import learning
+import relations
 import visual_states
 
 from saisa_hf.bench import measure
@@ -131,3 +140,174 @@ def test_the_benchmark_of_the_conversion_compares_every_tensor_with_what_it_made
     content[-1] ^= 1
     file.write_bytes(content)
     assert convert_memory.compare(tmp_path / "converted", text, vision, stored, stored)["equal"] == 42 + 39 - 1
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_scans(monkeypatch):
+    """Scenes drawn from one copy of each scan, which are made in a moment."""
+    monkeypatch.setitem(scenes.VARIANTS, "train", 1)
+    scenes.sprites.cache_clear()
+    yield
+    scenes.sprites.cache_clear()
+
+
+def answer_by_looking(scene, text: str) -> str:
+    """The answer to a question of `relations` from a map of the picture, or "unclear"."""
+    cells = {divmod(glyph.cell, 3): glyph for glyph in scene.glyphs}
+    if text == "Do two digits agree?":
+        return "yes" if max(Counter(glyph.digit for glyph in cells.values()).values()) > 1 else "no"
+    side, ink = re.search(r"(left|right) of the (\w+) one", text).groups()
+    [(row, column)] = [cell for cell, glyph in cells.items() if glyph.ink == ink]
+    other = cells[row, column + (1 if side == "right" else -1)].digit
+    if text.startswith("Which"):
+        return str(other)
+    own = cells[row, column].digit
+    return "unclear" if own == other else ("yes" if other > own else "no")
+
+
+def test_questions_about_relations_have_the_right_answer_which_no_guess_has():
+    asked = relations.held_out_questions(1500, 0)
+    assert all(question.answer == answer_by_looking(scene, question.text) for scene, question in asked)
+    assert {scene.split for scene, _ in asked} == {"test"}
+    for kind in ("larger", "agree"):
+        for count in (4, 5, 6):
+            answers = [q.answer for scene, q in asked if q.kind == kind and len(scene.glyphs) == count]
+            assert len(answers) > 100 and 0.4 < answers.count("yes") / len(answers) < 0.6
+    digits = Counter(question.answer for _, question in asked if question.kind == "neighbour")
+    assert len(digits) == 10 and max(digits.values()) < 0.2 * 500
+    # one of both digits tells 78%
+    known = {own: Counter() for own in range(10)}
+    for scene, question in asked:
+        if question.kind == "larger":
+            ink = question.text.split()[-3]
+            [own] = [glyph.digit for glyph in scene.glyphs if glyph.ink == ink]
+            known[own][question.answer] += 1
+    assert 0.74 < sum(max(counts.values()) for counts in known.values()) / 500 < 0.83
+
+
+def test_the_turns_of_a_training_sequence_are_right_too_and_all_words_are_known():
+    tokenizer = learning.make_processor().tokenizer
+    for index in range(200):
+        rng = np.random.default_rng(index)
+        scene = relations.make_scene("train", rng)
+        turns = relations.turns(scene, rng)
+        assert all(turn.answer == answer_by_looking(scene, turn.text) for turn in turns)
+        assert 1 <= len({turn.text for turn in turns}) == len(turns) <= relations.MOST_TURNS
+        text = " ".join([relations.LIST, relations.list_all(scene), *(turn.text for turn in turns)])
+        assert tokenizer.unk_token_id not in tokenizer(text).input_ids
+    entries = dict(entry.split(" ", 1) for entry in relations.list_all(scene).split(", "))
+    assert list(entries) == list(scenes.INKS)
+    for side, ink, _, other in relations.pairs(scene):
+        assert entries[ink].split()[side == "right of"] == str(other)
+
+
+@torch.no_grad()
+def test_an_answer_counts_as_right_exactly_if_greedy_decoding_gives_it():
+    model, processor = load()
+    conversation = learning.Conversation(processor.tokenizer, 36)
+    examination = learning.Examination(conversation, learning.demo.TurnCollator(0), 140, size=50)
+    answers = ask_model(model, processor, examination.asked["questions"])
+    expected = [answer == question.answer for answer, (_, question) in zip(answers, examination.asked["questions"])]
+    assert examination.right(model, "questions") == expected and 0 < sum(expected) < 140
+    scores = examination.scores(model)["questions"]
+    assert learning.mean(scores.values()) == pytest.approx(sum(expected) / 140, abs=1e-4)
+
+
+def test_models_to_compare_start_from_the_same_weights():
+    models = learning.make_models(learning.make_processor(), 3)
+    llava = models["LLaVA"]
+    visual = {}
+    for name, model in models.items():
+        for own, theirs in zip(model.get_input_embeddings().parameters(), llava.get_input_embeddings().parameters()):
+            assert torch.equal(own, theirs)
+        assert torch.equal(model.lm_head.weight, llava.lm_head.weight)
+        tower = llava.model.vision_tower.state_dict().values()
+        assert all(map(torch.equal, model.model.vision_tower.state_dict().values(), tower))
+        words = torch.tensor([[1, 7, 8, 9]])
+        assert torch.equal(model(input_ids=words).logits, llava(input_ids=words).logits)
+        if name != "LLaVA":
+            parts = {id(x): x for part, x in model.named_modules() if part.endswith("visual_projector")}
+            visual[name] = len(parts)
+            for part in parts.values():
+                expected = llava.model.multi_modal_projector.state_dict()
+                assert all(torch.equal(value, expected[key]) for key, value in part.state_dict().items())
+    assert visual == {"SAISA": 4, "SAISA, one projector": 1, "SAISA, layers 1 and 3": 2}
+    storage = [model.lm_head.weight.data_ptr() for model in models.values()]
+    assert len(set(storage)) == len(storage), "what one learns, another would know"
+
+
+def test_flops_of_a_training_step_are_those_of_its_matrix_products(few_scans):
+    """Backward costs twice forward, but for the first matrix of a projector: the features below it are not trained."""
+    processor = learning.make_processor()
+    conversation, collate = learning.Conversation(processor.tokenizer, 36), learning.demo.TurnCollator(0)
+    mixture = learning.Mixture(conversation, collate, 0, 100)
+    item = mixture.item(0, {"questions": 1})
+    batch = collate([item, item])
+    whole = batch["input_ids"].shape[1]
+    text, visual, width, inner, words, rows = whole - 36, 36, 128, 352, len(processor.tokenizer), 2
+    per_token = 4 * width**2 + 3 * width * inner
+    projector = 2 * visual * (6 * 2 * width**2 - 2 * width**2)
+    for name, model in learning.make_models(processor, 0).items():
+        found = learning.cost(model, [batch])
+        if name == "LLaVA":
+            forward = 4 * (2 * whole * per_token + 4 * whole**2 * width) + 2 * whole * width * words
+            expected = 3 * forward * rows + projector
+        else:
+            forward = 4 * (2 * text * per_token + 4 * text**2 * width) + 2 * whole * width * words
+            layers = len(model.config.visual_layers or range(4))
+            forward += layers * 2 * visual * 2 * width**2
+            forward += 4 * 4 * text * visual * width  # masked in layers that do not see the picture
+            once = 1 if name == "SAISA, one projector" else layers
+            expected = 3 * forward * rows + once * projector
+        assert found["flops"] - found["encoder_flops"] == pytest.approx(expected, rel=0.01), name
+
+
+def test_a_comparison_that_is_killed_goes_on_as_if_nothing_had_happened(few_scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCH", 2)
+    monkeypatch.setattr(learning, "COUNTED_BATCHES", 2)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n<!-- summary: start -->\nold\n<!-- summary: end -->\n<!-- kinds: start -->\n<!-- kinds: end -->\nz"
+    )
+    options = ["--steps=2", "--every=1", "--questions=10", "--final-questions=10", "--seeds", "0", "1"]
+    whole = learning.main([f"--json={tmp_path / 'whole.json'}", *options])
+    step, calls = learning.training_step, []
+
+    def interrupted(*args):
+        calls.append(None)
+        if len(calls) in (7, 14):  # in the second step of the one seed, and in the first of the other
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(learning, "training_step", interrupted)
+    path = tmp_path / "parts.json"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            learning.main([f"--json={path}", *options])
+    learning.main([f"--json={path}", *options])
+    assert not list(tmp_path.glob("*.training"))
+    parts = json.loads(path.read_text())
+    assert list(parts["cells"]) == ["seed 0", "seed 1"]
+    for name, cell in parts["cells"].items():
+        assert cell["steps"] == [0, 1, 2]
+        for model, curve in cell["models"].items():
+            expected = whole["cells"][name]["models"][model]
+            assert curve["loss"] == expected["loss"] and curve["scores"] == expected["scores"]
+            assert 0 == curve["seconds"][0] < curve["seconds"][1] < curve["seconds"][2]
+    assert whole["cells"]["seed 0"]["models"]["SAISA"]["loss"] != whole["cells"]["seed 1"]["models"]["SAISA"]["loss"]
+
+    monkeypatch.setattr(learning, "training_step", None)
+    shown = [f"--tables={page}", f"--plot={tmp_path / 'a.png'}", f"--example={tmp_path / 'b.png'}", "--until=0"]
+    learning.main([f"--json={path}", *options, *shown])
+    text = page.read_text()
+    assert text.startswith("a\n") and text.endswith("\nz") and "old" not in text
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert [line[0] for line in lines if line[0] in learning.MODELS] == list(learning.MODELS)
+    assert {line[0] for line in lines} > {*scenes.KINDS, *relations.KINDS}
+    assert lines[2][3] == "100%" and int(lines[3][3][:-1]) < 100
+    assert Image.open(tmp_path / "a.png").size[0] > 1000 < Image.open(tmp_path / "b.png").size[0]
+    with pytest.raises(ValueError, match="choose another --json"):
+        learning.main([f"--json={path}", *options, "--questions=20"])

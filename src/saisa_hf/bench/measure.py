@@ -129,8 +129,10 @@ def progress(items, what: str):
 
 
 def write_json(path: str | Path, result: dict) -> None:
-    """`result` with the version of saisa_hf, as a file."""
-    Path(path).write_text(json.dumps({"saisa_hf": saisa_hf.__version__, **result}, indent=1) + "\n")
+    """`result` with the version of saisa_hf, as a file, which is there as a whole or not at all."""
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps({"saisa_hf": saisa_hf.__version__, **result}, indent=1) + "\n")
+    part.replace(path)
 
 
 def _wait(device: str):

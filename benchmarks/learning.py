@@ -1,0 +1,447 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Does a SAISA learn as well as a LLaVA, and for less? Small models of both kinds, trained from nothing on pictures of
+handwritten digits: same encoder, same initial weights, same batches in the same order. Accuracy on the demo's questions and
+on questions that relate visual tokens to each other (`relations.py`), in handwriting held out, against steps, FLOPs, seconds.
+
+    python benchmarks/learning.py --json result.json --plot result.png --tables page.md
+
+All models of a seed take each step in turn, so that what else the machine does meets all alike. Results are written at every
+measurement, and the state of training beside them; a run that ended early goes on from there. `--until 0` computes nothing
+and shows what there is.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import relations
+import torch
+from digit_models import RATE, VISUAL_TOKENS, keep, new_llava, optimizer_of, training_step
+
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.bench import measure
+from saisa_hf.demo import scenes
+from saisa_hf.demo import train as demo
+from saisa_hf.demo.language import Conversation
+from saisa_hf.from_llava import saisa_from_llava
+
+
+DEPTH, BATCH = 4, 16
+EXERCISES = {"lists": 0.6, "neighbours": 0.4}
+# Parts of the whole training, each with a schedule of its own, and what the sequences in them are.
+STAGES = ((0.45, EXERCISES), (0.55, {"lists": 0.06, "neighbours": 0.04, "questions": 0.4, "relations": 0.5}))
+REFERENCE = "LLaVA"
+MODELS = {  # what differs in the configuration of a SAISA; None: a LLaVA
+    REFERENCE: None,
+    "SAISA": {},
+    "SAISA, one projector": {"projector_sharing": "shared"},
+    "SAISA, layers 1 and 3": {"visual_layers": [1, 3]},
+}
+COLOURS = ("#444444", "#c0392b", "#2471a3", "#1e8449")
+TASKS = {"questions": scenes, "relations": relations}
+TITLES = {"questions": "the demo's questions", "relations": "relations between visual tokens"}
+QUESTIONS_SEED = 1
+COUNTED_BATCHES = 20  # whose FLOPs are counted
+MARKS = "<!-- {}: start -->\n", "<!-- {}: end -->"
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """Training sequences, one picture and turns about it each, in the shares of `STAGES`: the demo's lists and questions, and
+    those of `relations`. The batch of a step is a function of (seed, step) alone."""
+
+    def __init__(self, conversation: Conversation, collate, seed: int, steps: int):
+        self.conversation, self.collate, self.seed = conversation, collate, seed
+        shares = {"lists": 1.0, "questions": 0.0}
+        self.demo = {name: demo.TurnDataset(conversation, "train", 1, seed, share) for name, share in shares.items()}
+        ends = [round(steps * sum(part for part, _ in STAGES[: number + 1])) for number in range(len(STAGES))]
+        self.stages = list(zip([0, *ends], ends, (shares for _, shares in STAGES)))
+
+    def batch(self, step: int) -> tuple[dict[str, torch.Tensor], float]:
+        """The batch of a step, and how far its stage is."""
+        start, end, shares = next(stage for stage in self.stages if step < stage[1])
+        items = [self.item(index, shares) for index in range(step * BATCH, (step + 1) * BATCH)]
+        return self.collate(items), (step - start) / (end - start)
+
+    def item(self, index: int, shares: dict[str, float]) -> dict:
+        rng = np.random.default_rng([self.seed, index, 4])
+        task = rng.choice(list(shares), p=list(shares.values()))
+        scene = (scenes if task in self.demo else relations).make_scene("train", rng)
+        if task in self.demo:
+            turns = self.demo[task].turns(scene, rng)
+        elif task == "neighbours":
+            turns = [(relations.LIST, relations.list_all(scene))]
+        else:
+            turns = [(question.text, question.answer) for question in relations.turns(scene, rng)]
+        ids, labels = self.conversation.ids_and_labels(turns)
+        return {"picture": scenes.draw(scene), "ids": ids, "labels": labels}
+
+
+class Examination:
+    """Questions about held-out handwriting, one a picture: `count` of each task."""
+
+    def __init__(self, conversation: Conversation, collate, count: int, size: int = 100):
+        self.asked = {task: module.held_out_questions(count, QUESTIONS_SEED) for task, module in TASKS.items()}
+        self.batches = {task: [] for task in TASKS}
+        for task, asked in self.asked.items():
+            for start in range(0, count, size):
+                items = []
+                for scene, question in asked[start : start + size]:
+                    ids, labels = conversation.ids_and_labels([(question.text, question.answer)])
+                    items.append({"picture": scenes.draw(scene), "ids": ids, "labels": labels})
+                self.batches[task].append(collate(items))
+
+    @torch.no_grad()
+    def right(self, model, task: str) -> list[bool]:
+        """Whether greedy decoding would give exactly the right answer, question by question: whether each token of that
+        answer, and the end, is the most likely one behind those before it."""
+        found = []
+        for batch in self.batches[task]:
+            labels = batch["labels"][:, 1:]
+            given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+            likely = model(**given, use_cache=False).logits[:, :-1].argmax(-1)
+            found += ((likely == labels) | (labels == -100)).all(dim=1).tolist()
+        return found
+
+    def scores(self, model) -> dict[str, dict[str, float]]:
+        """The part of exactly right answers, by task and kind of question."""
+        model.eval()
+        result = {}
+        for task, asked in self.asked.items():
+            kinds = [question.kind for _, question in asked]
+            hits = Counter(kind for kind, right in zip(kinds, self.right(model, task)) if right)
+            result[task] = {kind: round(hits[kind] / count, 4) for kind, count in Counter(kinds).items()}
+        model.train()
+        return result
+
+    def chance(self) -> dict[str, dict[str, float]]:
+        """The part that the best answer would get that is the same for all questions of a kind, by task and kind."""
+        result = {}
+        for task, asked in self.asked.items():
+            answers = {}
+            for _, question in asked:
+                answers.setdefault(question.kind, []).append(question.answer)
+            best = {kind: max(Counter(given).values()) / len(given) for kind, given in answers.items()}
+            result[task] = {kind: round(value, 4) for kind, value in best.items()}
+        return result
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def make_processor():
+    processor = demo.make_processor()
+    relations.add_words(processor.tokenizer)
+    return processor
+
+
+def make_models(processor, seed: int) -> dict[str, torch.nn.Module]:
+    """The models to compare. All their weights are the LLaVA's at first: each projector is a copy of its projector."""
+    torch.manual_seed(seed)
+    llava = new_llava(processor, DEPTH)
+    start, models = saisa_from_llava(copy.deepcopy(llava)), {}
+    weights = {name: tensor for name, tensor in start.state_dict().items() if "visual_projector." not in name}
+    for name, changes in MODELS.items():
+        if changes is None:
+            models[name] = llava
+        else:
+            model = SaisaForConditionalGeneration(SaisaConfig.from_dict({**start.config.to_dict(), **changes}))
+            model.load_state_dict(weights, strict=False)
+            for part, module in model.named_modules():
+                if part.endswith("visual_projector"):
+                    module.load_state_dict(llava.model.multi_modal_projector.state_dict())
+            models[name] = model
+    return {name: model.train() for name, model in models.items()}
+
+
+def cost(model, batches: list[dict]) -> dict:
+    """FLOPs of a training step, forward and backward, the mean over `batches`: in all, and the encoder's alone, which is
+    frozen; and the number of trained parameters."""
+    optimizer_of(model)
+    model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
+
+    def step():
+        for batch in batches:
+            model(**batch).loss.backward()
+
+    def encode():
+        for batch in batches:
+            model.model.vision_tower(batch["pixel_values"])
+
+    return {
+        "flops": measure.flops(step) / len(batches),
+        "encoder_flops": measure.flops(encode) / len(batches),
+        "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+    }
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Class:
+    """What all seeds share: the words, what is asked, and what a step costs."""
+
+    def __init__(self, args):
+        self.processor = make_processor()
+        self.conversation = Conversation(self.processor.tokenizer, VISUAL_TOKENS)
+        self.collate = demo.TurnCollator(self.processor.tokenizer.pad_token_id)
+        self.often = Examination(self.conversation, self.collate, args.questions)
+        self.final = Examination(self.conversation, self.collate, args.final_questions)
+
+    def mixture(self, seed: int, steps: int) -> Mixture:
+        return Mixture(self.conversation, self.collate, seed, steps)
+
+    def costs(self) -> dict[str, dict]:
+        """`cost` over batches of all stages, as many of each as is its part."""
+        data = self.mixture(0, COUNTED_BATCHES)
+        counted = [data.batch(step)[0] for step in range(COUNTED_BATCHES)]
+        return {name: cost(model, counted) for name, model in make_models(self.processor, 0).items()}
+
+
+def train_cell(args, shared: Class, seed: int, save) -> None:
+    """Trains all models of a seed, from where the state on disk ends. `save` is called with the results so far after each
+    measurement."""
+    data, models = shared.mixture(seed, args.steps), make_models(shared.processor, seed)
+    optimizers = {name: optimizer_of(model) for name, model in models.items()}
+    kept = Path(f"{args.json}.seed-{seed}.training")
+    state = {"step": 0, "seconds": dict.fromkeys(models, 0.0), "losses": dict.fromkeys(models, 0.0)}
+    state["cell"] = {"steps": [], "models": {name: {"seconds": [], "loss": [], "scores": []} for name in models}}
+    if kept.exists():
+        loaded = torch.load(kept, weights_only=True)
+        state = {name: loaded[name] for name in state}
+        for name, model in models.items():
+            model.load_state_dict(loaded["models"][name])
+            optimizers[name].load_state_dict(loaded["optimizers"][name])
+    cell, names = state["cell"], list(models)
+
+    def keep_state():
+        weights = {name: model.state_dict() for name, model in models.items()}
+        moments = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        keep(state | {"models": weights, "optimizers": moments}, kept)
+
+    while True:
+        step = state["step"]
+        if step % args.every == 0 and step not in cell["steps"]:
+            examination = shared.final if step == args.steps else shared.often
+            cell["steps"].append(step)
+            for name, model in models.items():
+                curve = cell["models"][name]
+                curve["seconds"].append(round(state["seconds"][name], 2))
+                curve["loss"].append(round(state["losses"][name] / args.every, 4) if step else None)
+                curve["scores"].append(examination.scores(model))
+                state["losses"][name] = 0.0
+            keep_state()
+            save(cell)
+            print(f"seed {seed}, step {step}\n{show_cell(cell)}", flush=True)
+        if step == args.steps:
+            kept.unlink()
+            return
+        if time.monotonic() > args.deadline:
+            keep_state()
+            return
+        batch, done = data.batch(step)
+        turn = step % len(names)
+        for name in names[turn:] + names[:turn]:  # none is always the first
+            start = time.process_time()
+            state["losses"][name] += training_step(models[name], optimizers[name], batch, done)
+            state["seconds"][name] += time.process_time() - start
+        state["step"] += 1
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and the least and the most where there are several."""
+    low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
+    return f"{mean(values):.1%}" + (f" ({low} to {high})" if len(values) > 1 else "")
+
+
+def show_cell(cell: dict) -> str:
+    """The last measurement of a seed."""
+    rows = []
+    for name, curve in cell["models"].items():
+        last = curve["scores"][-1]
+        row = [name, f"{curve['seconds'][-1]:.0f}", f"{curve['loss'][-1] or math.nan:.3f}"]
+        row += [f"{mean(last[task].values()):.1%}" for task in TASKS]
+        rows.append([*row, " ".join(f"{100 * value:.0f}" for task in TASKS for value in last[task].values())])
+    return measure.table(["", "processor s", "loss", *TASKS, "by kind, %"], rows)
+
+
+def complete(result: dict) -> dict[str, dict]:
+    """The seeds that are trained to the end."""
+    return {name: cell for name, cell in result["cells"].items() if cell["steps"][-1] == result["settings"]["steps"]}
+
+
+def accuracy(curve: dict, task: str, point: int = -1) -> float:
+    return mean(curve["scores"][point][task].values())
+
+
+def summary(result: dict) -> str:
+    """The Markdown table of costs and accuracies at the end; the differences are those of models of the same seed."""
+    cells, costs = list(complete(result).values()), result["cost"]
+    steps, base = result["settings"]["steps"], costs[REFERENCE]["flops"]
+    header = ["model", "trained parameters", "GFLOPs a step", "of LLaVA's", "processor s a step", "of LLaVA's"]
+    rows = []
+    for name in MODELS:
+        seconds = [cell["models"][name]["seconds"][-1] / steps for cell in cells]
+        ratios = [cell["models"][name]["seconds"][-1] / cell["models"][REFERENCE]["seconds"][-1] for cell in cells]
+        row = [name, f"{costs[name]['trained']:,}", f"{costs[name]['flops'] / 1e9:.2f}"]
+        row += [f"{costs[name]['flops'] / base:.0%}", f"{mean(seconds):.3f}", f"{mean(ratios):.0%}"]
+        for task in TASKS:
+            row.append(spread([accuracy(cell["models"][name], task) for cell in cells]))
+        rows.append(row)
+    return measure.table([*header, *(TITLES[task] for task in TASKS)], rows)
+
+
+def by_kind(result: dict) -> str:
+    """The Markdown table of accuracies at the end by kind of question."""
+    cells, rows = list(complete(result).values()), []
+    for task in TASKS:
+        for kind, chance in result["chance"][task].items():
+            row = [kind, f"{chance:.0%}"]
+            for name in MODELS:
+                row.append(spread([cell["models"][name]["scores"][-1][task][kind] for cell in cells]))
+            rows.append(row)
+    return measure.table(["question", "same answer always", *MODELS], rows)
+
+
+def write_tables(result: dict, path: str | Path) -> None:
+    """Writes the tables over what stands between their marks in the file `path`."""
+    page = Path(path).read_text()
+    for name, text in (("summary", summary(result)), ("kinds", by_kind(result))):
+        start, end = (mark.format(name) for mark in MARKS)
+        if start not in page or end not in page:
+            raise ValueError(f"{path} has no lines {start.strip()!r} and {end!r} to write the table between.")
+        page = page[: page.index(start) + len(start)] + text + "\n" + page[page.index(end) :]
+    Path(path).write_text(page)
+
+
+def plot(result: dict, path: str) -> None:
+    """Accuracy of both tasks against steps, FLOPs and seconds: the mean of all seeds, and the range they span. Of seeds that
+    are not trained to the end, none is shown, unless there are no others."""
+    pyplot = _pyplot()
+    cells = list((complete(result) or result["cells"]).values())
+    points = min(len(cell["steps"]) for cell in cells)
+    steps = np.array(cells[0]["steps"][:points])
+    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.4), sharey="row", sharex="col", layout="constrained")
+    for row, task in zip(axes, TASKS):
+        chance = mean(result["chance"][task].values())
+        for name, colour in zip(MODELS, COLOURS):
+            curves = [cell["models"][name] for cell in cells]
+            found = 100 * np.array([[accuracy(curve, task, point) for point in range(points)] for curve in curves])
+            seconds = np.mean([curve["seconds"][:points] for curve in curves], axis=0)
+            for axis, x in zip(row, (steps, steps * result["cost"][name]["flops"] / 1e12, seconds)):
+                axis.plot(x, found.mean(axis=0), "o-", color=colour, markersize=3, linewidth=1.6, label=name)
+                axis.fill_between(x, found.min(axis=0), found.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+        for axis in row:
+            axis.axhline(100 * chance, color="#999999", linestyle=":", linewidth=1, label="the same answer always")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        row[0].set_ylabel(f"{TITLES[task]}\nexactly right, %")
+    for axis, label in zip(axes[1], ("training steps", "training TFLOPs", "processor seconds of training")):
+        axis.set_xlabel(label)
+    axes[0][0].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
+    """One held-out picture of each task with questions and answers."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained")
+    for axis, (task, module) in zip(axes, TASKS.items()):
+        rng = np.random.default_rng(seed)
+        scene = module.make_scene("test", rng)
+        asked = [module.ask(scene, kind, rng) for kind in module.KINDS]
+        asked = module.turns(scene, rng) if task == "relations" else [question for question in asked if question]
+        lines = [f"{question.text}  {question.answer}" for question in asked[:shown]]
+        axis.imshow(scenes.draw(scene), interpolation="bicubic")
+        axis.text(scenes.SIZE + 4, scenes.SIZE / 2, "\n\n".join(lines), va="center", fontsize=10)
+        axis.set_title(TITLES[task], loc="left", fontsize=11)
+        axis.set_xlim(0, 2.2 * scenes.SIZE)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install saisa-hf[plots]") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--json", metavar="PATH", required=True, help="all numbers; beside it, states to go on from")
+    parser.add_argument("--plot", metavar="PATH", help="curves of them as a picture")
+    parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked tables are written anew")
+    parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=200, help="steps between measurements; divides the steps")
+    parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
+    parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
+    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after that")
+    args = parser.parse_args(argv)
+    if args.steps % args.every:
+        parser.error(f"--every {args.every} does not divide --steps {args.steps}")
+    return args
+
+
+def main(argv=None) -> dict:
+    args = arguments(argv)
+    args.deadline = time.monotonic() + 60 * args.until
+    torch.set_num_threads(1)
+    path = Path(args.json)
+    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
+    settings |= {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result and result["settings"] != settings:
+        raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
+    if args.until > 0:
+        shared = Class(args)
+        if not result:
+            result = {"machine": measure.machine("cpu"), "settings": settings, "chance": shared.final.chance()}
+            result |= {"cost": shared.costs(), "cells": {}}
+        for seed in args.seeds:
+            if f"seed {seed}" in complete(result) or time.monotonic() > args.deadline:
+                continue
+
+            def save(cell, name=f"seed {seed}"):
+                result["cells"][name] = cell
+                measure.write_json(path, result)
+
+            train_cell(args, shared, seed, save)
+    if args.example:
+        picture_tasks(args.example)
+    if args.plot and result.get("cells"):
+        plot(result, args.plot)
+    if result and complete(result):
+        print(summary(result), by_kind(result), sep="\n\n")
+        if args.tables:
+            write_tables(result, args.tables)
+    return result
+
+
+if __name__ == "__main__":
+    main()
