@@ -3,7 +3,7 @@
 of next-token distributions and errors by layer, against depth, number of pictures and width, beside a SAISA that was trained
 from the same data for the same time.
 
-    python benchmarks/from_llava.py --json result.json --plot result.png
+    python benchmarks/from_llava.py --json result.json --plot result.png --tables docs/from_llava.md
 
 Cells are computed from the most to the least important and written one by one; those that are in the file are not computed
 again. LLaVAs are trained on fresh pictures around the demo's encoder and kept in a folder.
@@ -40,6 +40,7 @@ from saisa_hf.from_llava import (
     fit_projectors,
     saisa_from_llava,
 )
+from saisa_hf.tables import fill_blocks, table
 
 
 STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists
@@ -268,7 +269,58 @@ def show(cells: dict) -> str:
             errors = [_error(row, shown) for row in cell["layers"]] if shown in ("copied", "fitted") else []
             numbers += [f"{part['processor_seconds']:.0f}", " ".join(f"{error:.1%}" for error in errors)]
             rows.append([name, stage, *numbers])
-    return measure.table(header, rows)
+    return table(header, rows)
+
+
+def results_table(cells: dict) -> str:
+    """Accuracy and agreement of each LLaVA and of what was made of it."""
+    header = ["LLaVA", "model", "accuracy", "KL", "same top token", "error by layer, %"]
+    rows = []
+    for steps, depth, seed in product((LONG, SHORT), DEPTHS, SEEDS):
+        run = DEFAULT | {"steps": steps, "depth": depth, "seed": seed}
+        llava, fit, own = (cells.get(name_of(kind, run)) for kind in ("llava", "fit", "trained"))
+        if llava is None or fit is None:
+            continue
+        rows.append([f"{depth} layers, {steps} steps, seed {seed}", "LLaVA", f"{llava['accuracy']:.1%}", "", "", ""])
+        for stage, label in (("copied", "copied"), ("fitted", "fitted"), ("distilled", "fitted and distilled")):
+            part, errors = fit[stage], "" if stage == "distilled" else _errors(fit, stage)
+            numbers = [f"{part['accuracy']:.1%}", f"{part['kl']:.4f}", f"{part['top1']:.2%}", errors]
+            rows.append(["", f"SAISA, {label}", *numbers])
+        if own is not None:
+            rows.append(["", "SAISA, trained for as long", f"{own['accuracy']:.1%}", "", "", ""])
+    return table(header, rows)
+
+
+def sweep_table(cells: dict) -> str:
+    """What the fit of one LLaVA depends on, one number changed at a time."""
+    header = ["", "KL, copied", "KL, fitted", "same top token", "error by layer, %", "seconds"]
+    spaces = {
+        "hidden": "the states as they are",
+        "norm": "what the norm makes of them",
+        "keys_values": "keys and values",
+    }
+    changes = [({"pictures": pictures}, f"{pictures:,} pictures") for pictures in PICTURES]
+    changes += [({"width": width}, f"width {width}") for width in WIDTHS if width != DEFAULT["width"]]
+    changes += [({"space": space}, f"error in {label}") for space, label in spaces.items()]
+    rows = []
+    for change, label in changes:
+        cell = cells.get(name_of("fit", DEFAULT | {"steps": LONG} | change))
+        if cell is not None:
+            copied, fitted = cell["copied"], cell["fitted"]
+            label = (
+                f"**{label}, width {DEFAULT['width']}, scaled states**" if change.items() <= DEFAULT.items() else label
+            )
+            numbers = [f"{copied['kl']:.4f}", f"{fitted['kl']:.4f}", f"{fitted['top1']:.2%}"]
+            rows.append([label, *numbers, _errors(cell, "fitted"), f"{fitted['processor_seconds']:.0f}"])
+    cell = cells.get(name_of("neighbours", DEFAULT | {"steps": LONG}))
+    if cell is not None:
+        numbers = [_errors(cell, "fitted"), f"{cell['processor_seconds']:.0f}"]
+        rows.append(["projectors that see eight neighbours too", "", "", "", *numbers])
+    return table(header, rows)
+
+
+def _errors(cell: dict, stage: str) -> str:
+    return " ".join(f"{100 * _error(row, stage):.1f}" for row in cell["layers"])
 
 
 def _error(row: dict, stage: str) -> float:
@@ -341,6 +393,7 @@ def arguments(argv=None) -> argparse.Namespace:
         "--json", metavar="PATH", required=True, help="all numbers; what is there is not computed again"
     )
     parser.add_argument("--plot", metavar="PATH", help="a picture of them")
+    parser.add_argument("--tables", metavar="PATH", help="a page whose tables they are written into")
     parser.add_argument("--models", metavar="DIR", default="llavas", help="where trained LLaVAs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
@@ -380,6 +433,8 @@ def main(argv=None) -> dict:
     print(show(args.cells))
     if args.plot:
         plot(args.cells, args.plot)
+    if args.tables:
+        fill_blocks(args.tables, {"results": results_table(args.cells), "sweep": sweep_table(args.cells)})
     return result
 
 

@@ -29,6 +29,7 @@ from saisa_hf.demo import scenes
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
 from saisa_hf.from_llava import saisa_from_llava
+from saisa_hf.tables import fill_blocks, table
 
 
 DEPTH, BATCH = 4, 16
@@ -47,7 +48,6 @@ TASKS = {"questions": scenes, "relations": relations}
 TITLES = {"questions": "the demo's questions", "relations": "relations between visual tokens"}
 QUESTIONS_SEED = 1
 COUNTED_BATCHES = 20  # whose FLOPs are counted
-MARKS = "<!-- {}: start -->\n", "<!-- {}: end -->"
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def show_cell(cell: dict) -> str:
         row = [name, f"{curve['seconds'][-1]:.0f}", f"{curve['loss'][-1] or math.nan:.3f}"]
         row += [f"{mean(last[task].values()):.1%}" for task in TASKS]
         rows.append([*row, " ".join(f"{100 * value:.0f}" for task in TASKS for value in last[task].values())])
-    return measure.table(["", "processor s", "loss", *TASKS, "by kind, %"], rows)
+    return table(["", "processor s", "loss", *TASKS, "by kind, %"], rows)
 
 
 def complete(result: dict) -> dict[str, dict]:
@@ -303,7 +303,7 @@ def summary(result: dict) -> str:
         for task in TASKS:
             row.append(spread([accuracy(cell["models"][name], task) for cell in cells]))
         rows.append(row)
-    return measure.table([*header, *(TITLES[task] for task in TASKS)], rows)
+    return table([*header, *(TITLES[task] for task in TASKS)], rows)
 
 
 def by_kind(result: dict) -> str:
@@ -315,18 +315,7 @@ def by_kind(result: dict) -> str:
             for name in MODELS:
                 row.append(spread([cell["models"][name]["scores"][-1][task][kind] for cell in cells]))
             rows.append(row)
-    return measure.table(["question", "same answer always", *MODELS], rows)
-
-
-def write_tables(result: dict, path: str | Path) -> None:
-    """Writes the tables over what stands between their marks in the file `path`."""
-    page = Path(path).read_text()
-    for name, text in (("summary", summary(result)), ("kinds", by_kind(result))):
-        start, end = (mark.format(name) for mark in MARKS)
-        if start not in page or end not in page:
-            raise ValueError(f"{path} has no lines {start.strip()!r} and {end!r} to write the table between.")
-        page = page[: page.index(start) + len(start)] + text + "\n" + page[page.index(end) :]
-    Path(path).write_text(page)
+    return table(["question", "same answer always", *MODELS], rows)
 
 
 def plot(result: dict, path: str) -> None:
@@ -439,7 +428,7 @@ def main(argv=None) -> dict:
     if result and complete(result):
         print(summary(result), by_kind(result), sep="\n\n")
         if args.tables:
-            write_tables(result, args.tables)
+            fill_blocks(args.tables, {"summary": summary(result), "kinds": by_kind(result)})
     return result
 
 

@@ -7,13 +7,13 @@ A block is what stands between <!-- NAME: start --> and <!-- NAME: end -->.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
 from saisa_hf.bench import measure
 from saisa_hf.bench.run import show_ratios, show_slopes
 from saisa_hf.bench.targets import show_targets
+from saisa_hf.tables import fill_blocks
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
@@ -31,26 +31,9 @@ def block(result: dict) -> str:
     return "\n\n".join(parts)
 
 
-def filled(page: str, name: str, result: dict) -> str:
-    """`page` with the block `name` made of `result`.
-
-    Raises:
-        ValueError: the page has no such block.
-    """
-    start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-    pattern = f"{re.escape(start)}.*?{re.escape(end)}"
-    if not re.search(pattern, page, re.S):
-        names = ", ".join(re.findall(r"<!-- (\S+): start -->", page))
-        raise ValueError(f"{name!r}: there is no such block; expected one of {names}.")
-    return re.sub(pattern, lambda _: f"{start}\n{block(result)}\n{end}", page, flags=re.S)
-
-
 def main(arguments: list[str]) -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    for argument in arguments:
-        name, _, path = argument.partition("=")
-        page = filled(page, name, json.loads(Path(path).read_text(encoding="utf-8")))
-    PAGE.write_text(page, encoding="utf-8")
+    pairs = [argument.split("=", 1) for argument in arguments]
+    fill_blocks(PAGE, {name: block(json.loads(Path(path).read_text(encoding="utf-8"))) for name, path in pairs})
 
 
 if __name__ == "__main__":

@@ -194,12 +194,22 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
         assert (row["target"] is None) == (row["met"] is None)
         if row["over"] is not None:
             assert row["target"] == pytest.approx(row["over"] * row["limit"])
-    page = "a\n<!-- here: start -->\nold\n<!-- here: end -->\nb"
-    page = performance.filled(performance.filled(page, "here", result), "here", result)
-    assert page.startswith("a\n<!-- here: start -->\n") and page.endswith("<!-- here: end -->\nb") and "old" not in page
-    assert all(page.count(row["work"]) == 1 for row in result["targets"])
-    with pytest.raises(ValueError, match="expected one of here"):
-        performance.filled(page, "there", result)
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- here: start -->\nold\n<!-- here: end -->\nb")
+    monkeypatch.setattr(performance, "PAGE", page)
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text(json.dumps(result))
+    for _ in range(2):
+        performance.main([f"here={numbers}"])
+        text = page.read_text()
+        assert (
+            text.startswith("a\n<!-- here: start -->\n")
+            and text.endswith("<!-- here: end -->\nb")
+            and "old" not in text
+        )
+        assert all(text.count(row["work"]) == 1 for row in result["targets"])
+    with pytest.raises(ValueError, match="it has here"):
+        performance.main([f"there={numbers}"])
     targets = {row["work"]: row["target"] for row in result["targets"]}
     if which == "cpu":
         assert targets["decode, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 1.03

@@ -1,6 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Tables for terminals and for pages."""
 
+import re
+from pathlib import Path
+
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns are aligned, the first to the left."""
@@ -12,3 +15,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(map(line, [header, rule, *rows]))
+
+
+def fill_blocks(path: str | Path, blocks: dict[str, str]) -> None:
+    """Writes each of `blocks` over what stands between <!-- NAME: start --> and <!-- NAME: end --> in the file `path`.
+
+    Raises:
+        ValueError: the file has no such block.
+    """
+    page = Path(path).read_text(encoding="utf-8")
+    for name, text in blocks.items():
+        start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
+        page, count = re.subn(f"{start}.*?{end}", lambda _, new=f"{start}\n{text}\n{end}": new, page, flags=re.S)
+        if not count:
+            names = ", ".join(re.findall(r"<!-- (\S+): start -->", page)) or "none"
+            raise ValueError(f"{path} has no block {name!r} to write over; it has {names}.")
+    Path(path).write_text(page, encoding="utf-8")
