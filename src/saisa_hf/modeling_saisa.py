@@ -648,7 +648,10 @@ class SaisaModel(SaisaPreTrainedModel):
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
         dtype = next(self.vision_tower.parameters()).dtype
-        outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
+        # gradient checkpointing of 5.x asks for gradients of all embeddings, a frozen encoder's too
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
         features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)
