@@ -85,6 +85,8 @@ class TrainingOptions:
     gradient_checkpointing: bool = _option(False, "compute hidden states again in backward: less memory, more time")
     use_reentrant: bool = _option(False, "PyTorch's older kind of gradient checkpointing")
     optimizer: str = _option("adamw_torch", "any optimizer of transformers")
+    torch_compile: bool = _option(False, "compile the decoder layers: faster steps after some slow ones")
+    compile_backend: str = _option("inductor", "of torch_compile")
     seed: int = _option(0, "of the order of the samples, and of adapters")
 
     # --- keeping and telling ---
@@ -94,6 +96,9 @@ class TrainingOptions:
     logging_steps: int = _option(10, "steps between reports")
     report_to: list[str] = field(
         default_factory=list, metadata=_told("tensorboard, wandb ...: whatever transformers reports to")
+    )
+    peak_tflops: float = _option(
+        0.0, "TFLOP/s that a device could do, for flop_utilisation (0: bfloat16's, where the device is known)"
     )
     questions: str = _option("", "data file of held-out conversations to ask at the end: the last turn is the answer")
     questions_limit: int = _option(200, "how many of them")
@@ -113,7 +118,15 @@ class TrainingOptions:
         for name in ("batch_size", "per_device_batch_size", "lora_rank", "logging_steps", "questions_limit"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
-        for name in ("max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"):
+        for name in (
+            "max_length",
+            "max_steps",
+            "workers",
+            "save_steps",
+            "save_total_limit",
+            "projector_learning_rate",
+            "peak_tflops",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number that is not negative.")
         if self.learning_rate <= 0:

@@ -11,7 +11,7 @@ import torch
 from transformers import set_seed
 
 from ..compat_saisa import training_arguments
-from ..modeling_saisa import SaisaForConditionalGeneration
+from ..modeling_saisa import SaisaDecoderLayer, SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
 from .curve import loss_curve
 from .encoding import ConversationEncoder, SaisaCollator, template_source
@@ -90,6 +90,8 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         lengths = dataset.lengths(model.config.image_seq_length)
     if options.gradient_checkpointing and options.use_reentrant:
         model.enable_input_require_grads()  # else nothing that goes into a layer has a gradient, and none comes out
+    if options.torch_compile:
+        compile_layers(model, options.compile_backend)
     newest = checkpoints(options.output)[-1:] if options.resume else []
     trainer = SaisaTrainer(
         model=model,
@@ -100,6 +102,7 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         projector_learning_rate=options.projector_learning_rate or None,
         lengths=lengths,
         sample_name=dataset.name,
+        peak_tflops=options.peak_tflops,
     )
     main = trainer.is_world_process_zero()
     if main:
@@ -142,6 +145,14 @@ def load_model(options: TrainingOptions):
         if parameter.requires_grad:  # small steps are lost in bfloat16
             parameter.data = parameter.data.float()
     return prepared
+
+
+def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> None:
+    """Lets torch.compile have the decoder layers of `model`, in place, for inputs of any shape. They are alike, so that it
+    compiles one; what is outside them looks at where the pictures are, which no graph can hold."""
+    for module in model.modules():
+        if isinstance(module, SaisaDecoderLayer):
+            module.compile(backend=backend, dynamic=True)
 
 
 def prepare_model(model: SaisaForConditionalGeneration, options: TrainingOptions):

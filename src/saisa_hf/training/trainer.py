@@ -17,6 +17,8 @@ from transformers import Trainer, TrainerCallback
 
 from .sampler import GroupedSampler, ShuffledSampler
 from .stages import is_projector
+from .throughput import StepFlops
+from .throughput import peak_tflops as known_peak_tflops
 
 
 PARTIAL = ".partial"
@@ -30,14 +32,15 @@ class SaisaTrainer(Trainer):
     """`Trainer`, which
 
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
-    the samples; reports tokens (padding among them) and pictures per second, and memory; orders the samples as a function of
-    seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
+    the samples; reports tokens (padding among them) and pictures per second, arithmetic (see `throughput.py`) and memory;
+    orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
     none that is not; saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
         lengths: for `GroupedSampler`; None: no grouping.
         sample_name: from a sample's index to what error messages call it.
+        peak_tflops: TFLOP/s that a device could do; 0: bfloat16's, where the device is known.
         kwargs: of `Trainer`. Batches may hold `sample_index`, as `SaisaCollator` makes it.
     """
 
@@ -47,12 +50,15 @@ class SaisaTrainer(Trainer):
         projector_learning_rate: float | None = None,
         lengths: list[tuple[int, bool]] | None = None,
         sample_name: Callable[[int], str] | None = None,
+        peak_tflops: float = 0.0,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.projector_learning_rate, self.lengths = projector_learning_rate, lengths
         self.sample_name = sample_name or "sample {}".format
+        self.peak_tflops = peak_tflops or known_peak_tflops(self.args.device)
         self._saving = False
+        self._flops = self._counts = None
         self._seen, self._since = {"tokens": 0, "pictures": 0}, time.perf_counter()
 
     # --- steps ---
@@ -61,6 +67,10 @@ class SaisaTrainer(Trainer):
         """transformers' own, on a batch whose loss has to be finite."""
         self._seen["tokens"] += inputs["input_ids"].numel()
         self._seen["pictures"] += len(inputs.get("pixel_values", ()))
+        if self._flops is None:
+            self._flops = StepFlops(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+        counts = self._flops.counts(inputs)
+        self._counts = counts if self._counts is None else self._counts.to(counts.device) + counts
         return super().training_step(model, inputs, num_items_in_batch, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
@@ -82,14 +92,21 @@ class SaisaTrainer(Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """transformers' own, with what this process has done per second since the last report, times the number of processes,
-        and its largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        """transformers' own, with what was done per second since the last report: tokens and pictures by this process, times
+        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if that is known;
+        and with the largest memory so far in GiB (CUDA memory where there is a GPU)."""
         if "loss" in logs:
             now = time.perf_counter()
-            rate = self.args.world_size / max(now - self._since, 1e-9)
-            logs = {**logs, **{f"{what}_per_second": round(count * rate, 1) for what, count in self._seen.items()}}
+            rate = 1 / max(now - self._since, 1e-9)
+            each = self.args.world_size * rate
+            logs = {**logs, **{f"{what}_per_second": round(count * each, 1) for what, count in self._seen.items()}}
+            if self._counts is not None:
+                tflops = self._flops(self._counts) * rate / 1e12
+                logs["tflops_per_second"] = float(f"{tflops:.4g}")
+                if self.peak_tflops:
+                    logs["flop_utilisation"] = float(f"{tflops / self.peak_tflops:.4g}")
             logs["memory_gib"] = round(_peak_memory() / 2**30, 3)
-            self._seen, self._since = dict.fromkeys(self._seen, 0), now
+            self._seen, self._since, self._counts = dict.fromkeys(self._seen, 0), now, None
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):

@@ -1,0 +1,170 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How much arithmetic a training step does, and how much a device could do.
+
+Counted are the matrix products of forward and backward, a multiply-add as two operations, and once more what is computed again
+in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient; an input that
+nothing trained comes before has none either. Scores count for all pairs of queries and keys, masked or not.
+"""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..modeling_saisa import build_vision_tower
+
+
+# what the FLOPs of a batch are linear in: text tokens (padding too), visual tokens, tokens learned, pictures, and pairs of
+# queries and keys
+COUNTS = ("text", "visual", "learned", "pictures", "pairs")
+# bfloat16 TFLOP/s of matrix products without sparsity, by a part of the device's name; the first that fits counts
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A10G": 70,
+    "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float:
+    """bfloat16 TFLOP/s that `device` could do, 0 where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return float(next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0))
+
+
+class StepFlops:
+    """FLOPs of training a SAISA on a batch, as far as this process does them.
+
+    Args:
+        model: a `SaisaForConditionalGeneration`, or a `peft.PeftModel` of one, with `requires_grad` and gradient checkpointing
+            as in training. Weights may be spread over processes, or be kept in 4 bits.
+    """
+
+    def __init__(self, model: nn.Module):
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base, config = model.model, model.config
+        self.image_token_id = config.image_token_id
+        self._each = dict.fromkeys(COUNTS, 0.0)
+        encoder_learns = _learns(base.vision_tower)
+        again = 1 if base.language_model.gradient_checkpointing else 0
+        self._each["pictures"] = picture_flops(config) * ((3 + again) if encoder_learns else 1)
+
+        features_learn, layers = encoder_learns, base.language_model.layers
+        if config.projector_sharing == "shared":
+            self._add_projector(base.visual_projector, encoder_learns, 0)
+            features_learn = encoder_learns or _learns(base.visual_projector)
+        embedding = base.language_model.embed_tokens
+        asked = any(
+            getattr(hook, "__name__", "") == "make_inputs_require_grads" for hook in embedding._forward_hooks.values()
+        )
+        text_learns = _learns(embedding) or asked
+        for layer in layers:
+            text_learns = self._add_layer(layer, text_learns, features_learn, again)
+        for _, size, learns in _products(model.lm_head):  # made again in backward
+            self._each["learned"] += 2 * size * (2 + text_learns + learns)
+
+    def counts(self, inputs: dict) -> torch.Tensor:
+        """`COUNTS` of a batch as the model takes it, float64 on its device."""
+        ids, labels = inputs["input_ids"], inputs["labels"]
+        visual_B = (ids == self.image_token_id).sum(1)
+        visual, longest = visual_B.sum(), (ids.shape[1] - visual_B).max()
+        pictures = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
+        learned = ((labels[:, 1:] != -100) & (ids[:, :-1] != self.image_token_id)).sum()
+        return torch.stack([ids.numel() - visual, visual, learned, pictures, longest * ids.numel()]).double()
+
+    def __call__(self, counts: torch.Tensor) -> float:
+        """FLOPs of what `counts` counted, or a sum of such."""
+        return sum(count * self._each[name] for name, count in zip(COUNTS, counts.tolist()))
+
+    def _add_projector(self, projector: nn.Module, features_learn: bool, again: int) -> None:
+        learns = features_learn
+        for part in (projector.linear_1, projector.linear_2):
+            for name, size, trained in _products(part):
+                self._each["visual"] += 2 * size * (1 + again + (learns or "lora_B" in name) + trained)
+            learns = learns or _learns(part)
+
+    def _add_layer(self, layer: nn.Module, text_learns: bool, features_learn: bool, again: int) -> bool:
+        """Adds a decoder layer whose inputs do or do not need a gradient; returns whether its output does."""
+        attention, norms = layer.self_attn, layer.norms
+        norm_learns, norm_behind_learns, middle_norm_learns = (
+            name is not None and _learns(getattr(layer, name)) for name in norms[:3]
+        )
+        projector = getattr(layer, "visual_projector", None)
+        visual_learns = norm_learns or features_learn or (projector is not None and _learns(projector))
+        into_queries = text_learns or norm_learns
+        inner = [part for name, part in attention.named_children() if name != "o_proj"]
+        attended_learns = into_queries or (layer.sees_image and visual_learns) or any(map(_learns, inner))
+        middle_learns = attended_learns or _learns(attention.o_proj) or norm_behind_learns or middle_norm_learns
+        feed_forward = getattr(layer, layer.feed_forward_name)
+        output_learns = text_learns or middle_learns or _learns(feed_forward)
+        again = again if output_learns else 0
+
+        if projector is not None:
+            self._add_projector(projector, features_learn, again)
+        for name, size, trained in _products(attention):
+            gets = attended_learns if name.startswith("o_proj") else into_queries
+            self._each["text"] += 2 * size * (1 + again + (gets or "lora_B" in name) + trained)
+            if layer.sees_image and name.startswith(("k_proj", "v_proj", "qkv_proj")):
+                self._each["visual"] += 2 * size * (1 + again + (visual_learns or "lora_B" in name) + trained)
+        # in backward: two products for either product; a fused kernel makes the first one again
+        queries_learn = into_queries or any(_learns(part) for part in inner if part not in _of_keys(attention))
+        backward = (1.5 + 0.5 * queries_learn if attention.implementation == "eager" else 2.5) * attended_learns
+        heads = attention.config.num_attention_heads * attention.head_dim
+        self._each["pairs"] += 2 * 2 * heads * (1 + again + backward)
+
+        text = attention.config
+        products = list(_products(feed_forward))
+        for name, size, trained in products:
+            # the newer checkpointing stops where all that backward needs is there
+            last = name == products[-1][0] and norms.after_feed_forward is None and "experts" not in name
+            made_again = 0 if last and not _reentrant(layer) else again
+            if "experts" in name:
+                size *= text.num_experts_per_tok / getattr(text, "num_local_experts", getattr(text, "num_experts", 0))
+            self._each["text"] += 2 * size * (1 + made_again + (middle_learns or "lora_B" in name) + trained)
+        return output_learns
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _of_keys(attention: nn.Module) -> list[nn.Module]:
+    """What makes keys and values of an attention with separate maps."""
+    return [getattr(attention, name) for name in ("k_proj", "v_proj", "k_norm") if hasattr(attention, name)]
+
+
+def _reentrant(layer: nn.Module) -> bool:
+    """Whether `layer` is checkpointed the older way."""
+    how = getattr(layer, "_gradient_checkpointing_func", None)
+    return isinstance(how, partial) and bool(how.keywords.get("use_reentrant", False))
+
+
+def _products(module: nn.Module) -> Iterator[tuple[str, float, bool]]:
+    """For each weight matrix its name, how many of its numbers a token meets, and whether it is trained."""
+    for name, p in module.named_parameters():
+        if getattr(p, "quant_state", None) is not None:
+            shape = p.quant_state.shape
+        else:
+            shape = getattr(p, "ds_shape", p.shape)
+        if len(shape) < 2:
+            continue
+        yield name, float(torch.Size(shape).numel()), p.requires_grad
+
+
+def picture_flops(config) -> float:
+    """FLOPs of the encoder's forward pass on one picture of the size that it is made for."""
+    vision = deepcopy(config.vision_config)
+    channels = getattr(vision, "num_channels", 3)
+    with torch.device("meta"):
+        encoder = build_vision_tower(vision).eval()
+        if vision.model_type == "siglip2_vision_model":
+            side = int(vision.num_patches**0.5)
+            pixels = torch.empty(1, vision.num_patches, channels * vision.patch_size**2)
+            given = {"pixel_attention_mask": None, "spatial_shapes": torch.tensor([[side, side]], device="cpu")}
+        else:
+            side = getattr(vision, "image_size", None) or 224
+            pixels, given = torch.empty(1, channels, *(side if isinstance(side, (list, tuple)) else (side, side))), {}
+        with FlopCounterMode(display=False) as counter:
+            encoder(pixel_values=pixels, **given)
+    return float(counter.get_total_flops())
