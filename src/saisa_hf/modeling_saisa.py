@@ -706,16 +706,11 @@ class SaisaModel(SaisaPreTrainedModel):
             if pixel_values.ndim == 4:
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
-<<<<<<< HEAD
         dtype = next(p.dtype for p in self.vision_tower.parameters() if p.is_floating_point())
-        outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
-=======
-        dtype = next(self.vision_tower.parameters()).dtype
         # gradient checkpointing of 5.x asks for gradients of all embeddings, a frozen encoder's too
         learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
->>>>>>> part-b
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
         features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)

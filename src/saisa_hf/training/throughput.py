@@ -7,14 +7,12 @@ nothing trained comes before has none either. Scores count for all pairs of quer
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from ..modeling_saisa import build_vision_tower
+from ..flops import encoder_flops
 
 
 # what the FLOPs of a batch are linear in: text tokens (padding too), visual tokens, tokens learned, pictures, and pairs of
@@ -48,7 +46,7 @@ class StepFlops:
         self._each = dict.fromkeys(COUNTS, 0.0)
         encoder_learns = _learns(base.vision_tower)
         again = 1 if base.language_model.gradient_checkpointing else 0
-        self._each["pictures"] = picture_flops(config) * ((3 + again) if encoder_learns else 1)
+        self._each["pictures"] = encoder_flops(config) * ((3 + again) if encoder_learns else 1)
 
         features_learn, layers = encoder_learns, base.language_model.layers
         if config.projector_sharing == "shared":
@@ -150,21 +148,3 @@ def _products(module: nn.Module) -> Iterator[tuple[str, float, bool]]:
         if len(shape) < 2:
             continue
         yield name, float(torch.Size(shape).numel()), p.requires_grad
-
-
-def picture_flops(config) -> float:
-    """FLOPs of the encoder's forward pass on one picture of the size that it is made for."""
-    vision = deepcopy(config.vision_config)
-    channels = getattr(vision, "num_channels", 3)
-    with torch.device("meta"):
-        encoder = build_vision_tower(vision).eval()
-        if vision.model_type == "siglip2_vision_model":
-            side = int(vision.num_patches**0.5)
-            pixels = torch.empty(1, vision.num_patches, channels * vision.patch_size**2)
-            given = {"pixel_attention_mask": None, "spatial_shapes": torch.tensor([[side, side]], device="cpu")}
-        else:
-            side = getattr(vision, "image_size", None) or 224
-            pixels, given = torch.empty(1, channels, *(side if isinstance(side, (list, tuple)) else (side, side))), {}
-        with FlopCounterMode(display=False) as counter:
-            encoder(pixel_values=pixels, **given)
-    return float(counter.get_total_flops())
