@@ -35,7 +35,7 @@ from saisa_hf.tables import fill_blocks, table
 DEPTH, BATCH = 4, 16
 EXERCISES = {"lists": 0.6, "neighbours": 0.4}
 # Parts of the whole training, each with a schedule of its own, and what the sequences in them are.
-STAGES = ((0.45, EXERCISES), (0.55, {"lists": 0.06, "neighbours": 0.04, "questions": 0.4, "relations": 0.5}))
+STAGES = ((0.375, EXERCISES), (0.625, {"lists": 0.06, "neighbours": 0.04, "questions": 0.4, "relations": 0.5}))
 REFERENCE = "LLaVA"
 MODELS = {  # what differs in the configuration of a SAISA; None: a LLaVA
     REFERENCE: None,
@@ -46,8 +46,18 @@ MODELS = {  # what differs in the configuration of a SAISA; None: a LLaVA
 COLOURS = ("#444444", "#c0392b", "#2471a3", "#1e8449")
 TASKS = {"questions": scenes, "relations": relations}
 TITLES = {"questions": "the demo's questions", "relations": "relations between visual tokens"}
+MEASURES = {  # what is averaged: task and kinds of question
+    "the demo's questions": ("questions", scenes.KINDS),
+    "which digit is beside": ("relations", ("neighbour",)),
+    "larger? agree?": ("relations", ("larger", "agree")),
+}
 QUESTIONS_SEED = 1
+<<<<<<< HEAD
 COUNTED_BATCHES = 20  # whose FLOPs are counted
+=======
+COUNTED_BATCHES = 10  # of each stage, whose FLOPs are counted
+MARKS = "<!-- {}: start -->\n", "<!-- {}: end -->"
+>>>>>>> part-a
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -161,23 +171,20 @@ def make_models(processor, seed: int) -> dict[str, torch.nn.Module]:
     return {name: model.train() for name, model in models.items()}
 
 
-def cost(model, batches: list[dict]) -> dict:
-    """FLOPs of a training step, forward and backward, the mean over `batches`: in all, and the encoder's alone, which is
-    frozen; and the number of trained parameters."""
+def cost(model, stages: list[list[dict]]) -> dict:
+    """FLOPs of a training step, forward and backward, in the mean over the batches of each stage; the part of the encoder,
+    which is frozen; and the number of trained parameters."""
     optimizer_of(model)
     model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
 
-    def step():
+    def steps(batches):
         for batch in batches:
             model(**batch).loss.backward()
 
-    def encode():
-        for batch in batches:
-            model.model.vision_tower(batch["pixel_values"])
-
+    pictures = stages[0][0]["pixel_values"]
     return {
-        "flops": measure.flops(step) / len(batches),
-        "encoder_flops": measure.flops(encode) / len(batches),
+        "flops": [measure.flops(lambda batches=batches: steps(batches)) / len(batches) for batches in stages],
+        "encoder_flops": measure.flops(lambda: model.model.vision_tower(pictures)),
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
 
@@ -199,9 +206,8 @@ class Class:
         return Mixture(self.conversation, self.collate, seed, steps)
 
     def costs(self) -> dict[str, dict]:
-        """`cost` over batches of all stages, as many of each as is its part."""
-        data = self.mixture(0, COUNTED_BATCHES)
-        counted = [data.batch(step)[0] for step in range(COUNTED_BATCHES)]
+        data = self.mixture(0, COUNTED_BATCHES * 100)
+        counted = [[data.batch(start + step)[0] for step in range(COUNTED_BATCHES)] for start, _, _ in data.stages]
         return {name: cost(model, counted) for name, model in make_models(self.processor, 0).items()}
 
 
@@ -285,25 +291,40 @@ def complete(result: dict) -> dict[str, dict]:
     return {name: cell for name, cell in result["cells"].items() if cell["steps"][-1] == result["settings"]["steps"]}
 
 
-def accuracy(curve: dict, task: str, point: int = -1) -> float:
-    return mean(curve["scores"][point][task].values())
+def average(scores: dict[str, dict[str, float]], measured: str) -> float:
+    task, kinds = MEASURES[measured]
+    return mean(scores[task][kind] for kind in kinds)
+
+
+def flops_until(result: dict, name: str, step: int) -> float:
+    """What a model's training cost up to a step."""
+    total, start = 0.0, 0
+    for (part, _), flops in zip(result["settings"]["stages"], result["cost"][name]["flops"]):
+        length = round(part * result["settings"]["steps"])
+        total += flops * min(max(step - start, 0), length)
+        start += length
+    return total
 
 
 def summary(result: dict) -> str:
     """The Markdown table of costs and accuracies at the end; the differences are those of models of the same seed."""
-    cells, costs = list(complete(result).values()), result["cost"]
-    steps, base = result["settings"]["steps"], costs[REFERENCE]["flops"]
-    header = ["model", "trained parameters", "GFLOPs a step", "of LLaVA's", "processor s a step", "of LLaVA's"]
+    cells, steps = list(complete(result).values()), result["settings"]["steps"]
+    base = flops_until(result, REFERENCE, steps)
+    header = ["model", "trained parameters", "TFLOPs", "of LLaVA's", "processor s", "of LLaVA's"]
     rows = []
     for name in MODELS:
-        seconds = [cell["models"][name]["seconds"][-1] / steps for cell in cells]
+        flops, seconds = flops_until(result, name, steps), [cell["models"][name]["seconds"][-1] for cell in cells]
         ratios = [cell["models"][name]["seconds"][-1] / cell["models"][REFERENCE]["seconds"][-1] for cell in cells]
-        row = [name, f"{costs[name]['trained']:,}", f"{costs[name]['flops'] / 1e9:.2f}"]
-        row += [f"{costs[name]['flops'] / base:.0%}", f"{mean(seconds):.3f}", f"{mean(ratios):.0%}"]
-        for task in TASKS:
-            row.append(spread([accuracy(cell["models"][name], task) for cell in cells]))
+        row = [name, f"{result['cost'][name]['trained']:,}", f"{flops / 1e12:.1f}", f"{flops / base:.0%}"]
+        row += [f"{mean(seconds):.0f}", f"{mean(ratios):.0%}"]
+        for measured in MEASURES:
+            row.append(spread([average(cell["models"][name]["scores"][-1], measured) for cell in cells]))
         rows.append(row)
+<<<<<<< HEAD
     return table([*header, *(TITLES[task] for task in TASKS)], rows)
+=======
+    return measure.table([*header, *MEASURES], rows)
+>>>>>>> part-a
 
 
 def by_kind(result: dict) -> str:
@@ -319,28 +340,36 @@ def by_kind(result: dict) -> str:
 
 
 def plot(result: dict, path: str) -> None:
-    """Accuracy of both tasks against steps, FLOPs and seconds: the mean of all seeds, and the range they span. Of seeds that
-    are not trained to the end, none is shown, unless there are no others."""
+    """Accuracy against steps, FLOPs and seconds: the mean of all seeds, and the range they span. Seeds that are not trained
+    to the end are left out, unless there are no others."""
     pyplot = _pyplot()
     cells = list((complete(result) or result["cells"]).values())
     points = min(len(cell["steps"]) for cell in cells)
-    steps = np.array(cells[0]["steps"][:points])
-    figure, axes = pyplot.subplots(2, 3, figsize=(11, 6.4), sharey="row", sharex="col", layout="constrained")
-    for row, task in zip(axes, TASKS):
-        chance = mean(result["chance"][task].values())
+    steps = cells[0]["steps"][:points]
+    exercises = round(result["settings"]["stages"][0][0] * result["settings"]["steps"])
+    figure, axes = pyplot.subplots(
+        len(MEASURES), 3, figsize=(11, 8.5), sharey="row", sharex="col", layout="constrained"
+    )
+    for row, measured in zip(axes, MEASURES):
         for name, colour in zip(MODELS, COLOURS):
             curves = [cell["models"][name] for cell in cells]
-            found = 100 * np.array([[accuracy(curve, task, point) for point in range(points)] for curve in curves])
+            found = np.array([[average(scores, measured) for scores in curve["scores"][:points]] for curve in curves])
             seconds = np.mean([curve["seconds"][:points] for curve in curves], axis=0)
-            for axis, x in zip(row, (steps, steps * result["cost"][name]["flops"] / 1e12, seconds)):
-                axis.plot(x, found.mean(axis=0), "o-", color=colour, markersize=3, linewidth=1.6, label=name)
-                axis.fill_between(x, found.min(axis=0), found.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+            spent = [flops_until(result, name, step) / 1e12 for step in steps]
+            for axis, x in zip(row, (steps, spent, seconds)):
+                axis.plot(x, 100 * found.mean(axis=0), "o-", color=colour, markersize=3, linewidth=1.6, label=name)
+                low, high = 100 * found.min(axis=0), 100 * found.max(axis=0)
+                axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
+        chance = 100 * average(result["chance"], measured)
         for axis in row:
-            axis.axhline(100 * chance, color="#999999", linestyle=":", linewidth=1, label="the same answer always")
+            axis.axhline(chance, color="#999999", linestyle=":", linewidth=1, label="the same answer always")
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
-        row[0].set_ylabel(f"{TITLES[task]}\nexactly right, %")
-    for axis, label in zip(axes[1], ("training steps", "training TFLOPs", "processor seconds of training")):
+        row[0].axvspan(0, exercises, color="#000000", alpha=0.05, linewidth=0)
+        row[0].set_ylabel(f"{measured}\nexactly right, %")
+    for axis, label in zip(
+        axes[-1], ("training steps (grey: exercises)", "training TFLOPs", "processor seconds of training")
+    ):
         axis.set_xlabel(label)
     axes[0][0].legend(fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
@@ -386,7 +415,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked tables are written anew")
     parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--every", type=int, default=200, help="steps between measurements; divides the steps")
     parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
     parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
