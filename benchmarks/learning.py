@@ -52,12 +52,7 @@ MEASURES = {  # what is averaged: task and kinds of question
     "larger? agree?": ("relations", ("larger", "agree")),
 }
 QUESTIONS_SEED = 1
-<<<<<<< HEAD
-COUNTED_BATCHES = 20  # whose FLOPs are counted
-=======
 COUNTED_BATCHES = 10  # of each stage, whose FLOPs are counted
-MARKS = "<!-- {}: start -->\n", "<!-- {}: end -->"
->>>>>>> part-a
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -320,11 +315,7 @@ def summary(result: dict) -> str:
         for measured in MEASURES:
             row.append(spread([average(cell["models"][name]["scores"][-1], measured) for cell in cells]))
         rows.append(row)
-<<<<<<< HEAD
-    return table([*header, *(TITLES[task] for task in TASKS)], rows)
-=======
-    return measure.table([*header, *MEASURES], rows)
->>>>>>> part-a
+    return table([*header, *MEASURES], rows)
 
 
 def by_kind(result: dict) -> str:

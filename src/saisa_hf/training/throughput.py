@@ -2,8 +2,8 @@
 """How much arithmetic a training step does, and how much a device could do.
 
 Counted are the matrix products of forward and backward, a multiply-add as two operations, and once more what is computed
-again in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient; an input that
-nothing trained comes before has none either. Scores count for all pairs of queries and keys, masked or not.
+again in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient; an input
+that nothing trained comes before has none either. Scores count for all pairs of queries and keys, masked or not.
 """
 
 from collections.abc import Iterator

@@ -34,7 +34,8 @@ class SaisaTrainer(Trainer):
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
     the samples; reports tokens (padding among them) and pictures per second, arithmetic (see `throughput.py`) and memory;
     orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames it when it is
-    whole, so that a killed run leaves none that is not; saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
+    whole, so that a killed run leaves none that is not; saves whole models, also where processes share the weights (FSDP,
+    DeepSpeed ZeRO-3).
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
