@@ -780,8 +780,10 @@ class SaisaModel(SaisaPreTrainedModel):
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
             pictures = []
             if len(pixel_values):
-                encoded = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments)
-                pictures = list(encoded.pooler_output)
+                # the encoder's other states are let go of
+                pictures = list(
+                    self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
+                )
             self.check_visual_tokens("pixel_values", [len(picture) for picture in pictures], int(visual_BS.sum()))
             if pictures:
                 layout, features = TokenLayout(visual_BS), torch.cat(pictures)
