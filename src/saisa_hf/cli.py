@@ -113,6 +113,17 @@ is their limit, beside each.
 """
 
 
+FIT_HELP = """\
+Tells what of a model fits into a memory, from its configuration alone: in which dtype or quantization, with how much
+text and how many pictures.
+
+  saisa fit vicuna-7b --gpu-memory 8GiB
+  saisa fit ./saisa-vicuna --gpu-memory 24GB --images 8 --generate 1024
+
+MODEL is what `saisa flops` takes. Quantized are the decoder layers' linear maps, as `from_pretrained` does it.
+"""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
 
@@ -268,6 +279,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     command.set_defaults(run=_train, parser=command)
 
     _add_flops(commands)
+    _add_fit(commands)
 
     command = commands.add_parser(
         "bench",
@@ -414,6 +426,25 @@ def _add_flops(commands) -> None:
     command.set_defaults(run=_flops, parser=command)
 
 
+def _add_fit(commands) -> None:
+    command = commands.add_parser(
+        "fit",
+        help="tell which dtype, quantization, context and pictures fit into a memory",
+        description=FIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="preset, folder, or hub id")
+    add("--gpu-memory", metavar="SIZE", required=True, help="8GiB, 24GB ...")
+    add("--reserve", metavar="SIZE", default="512MiB", help="what CUDA and others take of it (default: %(default)s)")
+    add("--text", metavar="N", type=_positive, default=512, help="text tokens of a prompt (default: %(default)s)")
+    add("--images", metavar="N", type=_count, default=1, help="its pictures (default: %(default)s)")
+    add("--generate", metavar="N", type=_count, default=256, help="tokens to generate (default: %(default)s)")
+    add("--batch", metavar="N", type=_positive, default=1, help="samples (default: %(default)s)")
+    add("--json", action="store_true", help="print all numbers, in bytes, as JSON")
+    command.set_defaults(run=_fit, parser=command)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
@@ -457,6 +488,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("config", "run", "parser")}
     train(load_options(arguments.config, given))
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    import json
+
+    from .fit import bytes_of, fit, show
+    from .flops import read_config
+
+    memory = bytes_of(arguments.gpu_memory) - bytes_of(arguments.reserve)
+    text, images = arguments.text, arguments.images
+    found = fit(read_config(arguments.model), memory, text, images, arguments.generate, arguments.batch)
+    print(json.dumps(found, indent=1) if arguments.json else show(found, memory, text, images))
     return 0
 
 

@@ -347,9 +347,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
         else:
             visual = self.visual_keys_and_values(visual)
-            if not visual[0].shape[
-                0
-            ]:  # the sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
+            if not len(visual[0]):  # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
                 nothing, visual = visual[0].sum() + visual[1].sum(), None
         normed_PD = self._normed(self.norms.before_attention, text_PD)
         attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
@@ -470,11 +468,9 @@ def _encoder_and_quantization(checkpoint, kwargs: dict) -> tuple[str, dict | Non
 
 def _config(checkpoint, kwargs: dict) -> SaisaConfig:
     config = kwargs.get("config")
-    return (
-        config
-        if hasattr(config, "text_config")
-        else SaisaConfig.from_pretrained(config or checkpoint, **_of_the_hub(kwargs))
-    )
+    if hasattr(config, "text_config"):
+        return config
+    return SaisaConfig.from_pretrained(config or checkpoint, **_of_the_hub(kwargs))
 
 
 def _of_the_hub(kwargs: dict) -> dict:
@@ -792,8 +788,10 @@ class SaisaModel(SaisaPreTrainedModel):
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
             pictures = []
             if len(pixel_values):
-                encoded = self.get_image_features(pixel_values, return_dict=True, **encoder_arguments)
-                pictures = list(encoded.pooler_output)
+                # the encoder's other states are let go of
+                pictures = list(
+                    self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
+                )
             found = self._layout(visual_BS, pixel_values=[len(picture) for picture in pictures])
             if pictures:
                 layout, features = found, torch.cat(pictures)

@@ -1,0 +1,155 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What quantization saves and costs: load time, resident memory, and how far logits and the most likely next tokens are from
+float32's, for a random model of 1.4 billion parameters on a CPU.
+
+    python benchmarks/hardware.py --json result.json
+
+Each way of loading is a process of its own. Prompts have no, one and two pictures; behind each stand the tokens with which
+the model continues it in float32, and the next token is asked for at each of them.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import BitsAndBytesConfig
+
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.bench import measure
+from saisa_hf.tables import table
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+ALL_BUT_HEAD = {"llm_int8_skip_modules": ["lm_head"]}
+VARIANTS = {
+    "float32": None,
+    "bfloat16": None,
+    "8-bit": {"load_in_8bit": True},
+    "nf4": NF4,
+    "nf4, double quantization": NF4 | {"bnb_4bit_use_double_quant": True},
+    "8-bit, encoder and projectors too": {"load_in_8bit": True} | ALL_BUT_HEAD,
+    "nf4, encoder and projectors too": NF4 | ALL_BUT_HEAD,
+    "nf4, double quantization, encoder and projectors too": NF4 | {"bnb_4bit_use_double_quant": True} | ALL_BUT_HEAD,
+}
+SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
+IMAGE_TOKEN = 32000
+
+
+def config(layers: int, image_size: int) -> SaisaConfig:
+    text = {"model_type": "llama", "vocab_size": 32064, "num_hidden_layers": layers, "eos_token_id": None, **SIZES}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 768}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": image_size, "patch_size": 14}
+    return SaisaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN)
+
+
+@torch.no_grad()
+def write_model(folder: str, layers: int, image_size: int) -> None:
+    """A random model whose matrices keep the scale of their input, in bfloat16."""
+    torch.manual_seed(0)
+    model = SaisaForConditionalGeneration(config(layers, image_size)).to(torch.bfloat16)
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and "embed" not in name:
+            p.normal_(std=p[0].numel() ** -0.5)
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+
+
+def prompts(model) -> list[dict]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for pictures in (0, 1, 2):
+        ids = torch.randint(3, IMAGE_TOKEN, (1, 24), generator=generator)
+        image = torch.full((1, model.config.image_seq_length * pictures), IMAGE_TOKEN)
+        one = {"input_ids": torch.cat([ids[:, :1], image, ids[:, 1:]], 1)}
+        if pictures:
+            side = model.config.vision_config.image_size
+            one["pixel_values"] = torch.randn(pictures, 3, side, side, generator=generator)
+        made.append(one)
+    return made
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, by the operating system's account, without what was freed."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@torch.no_grad()
+def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
+    """What loading as `name` says takes, and how far it is from what float32 has written to the file `exact`."""
+    quantization = VARIANTS[name]
+    options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    before, start = resident(), time.perf_counter()
+    dtype = torch.float32 if name == "float32" else torch.bfloat16
+    model = SaisaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
+    found = {"load_seconds": time.perf_counter() - start}
+    if name == "float32":
+        answers = [model.generate(**one, max_new_tokens=tokens, do_sample=False) for one in prompts(model)]
+    else:
+        answers, expected = torch.load(exact)
+    errors, agreed, logits = [], [], []
+    start = time.perf_counter()
+    for number, (one, answer) in enumerate(zip(prompts(model), answers)):
+        logits.append(model(**one | {"input_ids": answer[:, :-1]}, logits_to_keep=tokens).logits.float())
+        if name != "float32":
+            errors.append(float((logits[-1] - expected[number]).norm() / expected[number].norm()))
+            agreed.append(float((logits[-1].argmax(-1) == answer[:, -tokens:]).float().mean()))
+    found["forward_seconds"] = (time.perf_counter() - start) / len(answers)
+    found["resident_bytes"] = resident() - before  # weights of a file come into memory when they are used
+    if name == "float32":
+        torch.save((answers, logits), exact)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return found | {"weight_bytes": weights, "relative_errors": errors, "greedy_agreement": agreed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", help="write the result there")
+    parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens to compare per prompt (default: %(default)s)")
+    parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.variant:
+        result = measure_variant(args.variant, args.folder, Path(args.folder, "exact.pt"), args.tokens)
+        print(json.dumps(result))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(folder, args.layers, args.image_size)
+        for name in measure.progress(VARIANTS, "ways of loading"):
+            command = [sys.executable, __file__, "--variant", name, "--folder", folder, "--tokens", str(args.tokens)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+            if args.json:
+                measure.write_json(
+                    args.json, {"machine": measure.machine("cpu"), "sizes": vars(args), "variants": found}
+                )
+    rows = [
+        [
+            name,
+            f"{one['load_seconds']:.1f}",
+            f"{one['resident_bytes'] / 2**30:.2f}",
+            f"{max(one['relative_errors'], default=0):.3f}",
+            f"{sum(one['greedy_agreement'] or [3]) / 3:.0%}",
+        ]
+        for name, one in found.items()
+    ]
+    print(table(["", "load, s", "resident, GiB", "logit error", "greedy tokens"], rows))
+
+
+if __name__ == "__main__":
+    main()

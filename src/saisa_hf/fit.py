@@ -1,0 +1,154 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What fits into a given memory: dtype, quantization, context and pictures, from the configuration alone.
+
+Bytes of weights are counted as bitsandbytes stores them; cache and activations are those of `saisa flops`.
+"""
+
+import re
+
+import torch
+from torch import nn
+
+from .flops import Step, activation_bytes, cache_bytes
+from .modeling_saisa import SaisaForConditionalGeneration
+from .quantization_saisa import KEPT_PRECISE
+from .tables import table
+
+
+# dtype of what is not quantized, and the quantization of the decoder layers' linear maps
+WAYS = {
+    "float32": (torch.float32, None),
+    "bfloat16": (torch.bfloat16, None),
+    "8-bit": (torch.bfloat16, "8-bit"),
+    "4-bit (nf4)": (torch.bfloat16, "4-bit"),
+    "4-bit (nf4), double quantization": (torch.bfloat16, "4-bit twice"),
+}
+BLOCK, OUTER_BLOCK = 64, 256  # weights with one scale, and scales with one scale of their own
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+MOST_TOKENS = 2**22
+
+
+def bytes_of(text: str) -> int:
+    """`"8GiB"`, `"8 GB"`, `"8000MB"` in bytes.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
+    try:
+        return int(float(found[1]) * UNITS[found[2]])
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(
+            f"{text!r} is no size of a memory: expected a number with a unit, such as 8GiB or 8GB."
+        ) from None
+
+
+def weight_bytes(config, way: str) -> int:
+    """Bytes of the weights of a model of `config`, a `SaisaConfig`, loaded in one of `WAYS`."""
+    dtype, quantization = WAYS[way]
+    with torch.device("meta"):
+        model = SaisaForConditionalGeneration(config)
+    quantized = {
+        module.weight: module.weight.shape
+        for name, module in model.named_modules()
+        if quantization and type(module) is nn.Linear and not any(part in name for part in KEPT_PRECISE)
+    }
+    total = 0
+    for p in model.parameters():
+        if p not in quantized:
+            total += p.numel() * dtype.itemsize
+        elif quantization == "8-bit":
+            total += p.numel() + 4 * p.shape[0]
+        else:
+            scales = -(-p.numel() // BLOCK)
+            of_scales = 4 * scales if quantization == "4-bit" else scales + 4 * -(-scales // OUTER_BLOCK) + 4 * 256
+            total += -(-p.numel() // 2) + of_scales + 4 * 16
+    return total
+
+
+def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batch: int = 1) -> dict[str, int]:
+    """Bytes beside the weights: `"cache"` behind the last token, and `"work"`, the most that is held at once beside that
+    while a prompt of `text` tokens and `images` pictures is read.
+
+    Args:
+        text, images, generated: of each of `batch` samples.
+    """
+    dtype, quantization = WAYS[way]
+    step = Step(text, images * config.image_seq_length, batch=batch)
+    behind = Step(text + generated, step.visual, batch=batch)
+    decoder, vision = config.text_config, config.vision_config
+    work = activation_bytes(config, "saisa", step, dtype.itemsize)
+    width = getattr(vision, "hidden_size", config.vision_feature_size)
+    states = getattr(vision, "num_hidden_layers", 0) + 1
+    inner = getattr(vision, "intermediate_size", None) or 4 * width
+    # all states of the encoder are kept until the end of its pass, beside what its last layer works with
+    encoder = batch * step.visual * dtype.itemsize * (states * width + 4 * width + 2 * inner)
+    if quantization is not None:  # a prompt's products take the largest matrix in full
+        work += decoder.hidden_size * max(decoder.intermediate_size, decoder.hidden_size) * dtype.itemsize
+    logits = 4 * batch * decoder.vocab_size * 2
+    cache = cache_bytes(config, "saisa", behind, dtype.itemsize)
+    return {
+        "cache": cache,
+        "work": max(work, encoder - cache) + logits,
+    }  # the cache is filled when the encoder is through
+
+
+def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 256, batch: int = 1) -> list[dict]:
+    """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether they fit into `memory` bytes, and with them the
+    largest `text` with so many pictures and the largest number of `images` with so much text (None: not any)."""
+    limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
+    found = []
+    for way in WAYS:
+        weights = weight_bytes(config, way)
+
+        def need(text, images, way=way, weights=weights):
+            return weights + sum(use_bytes(config, way, text, images, generated, batch).values())
+
+        room = limit - generated - images * config.image_seq_length
+        most_images = (limit - generated - text) // config.image_seq_length
+        parts = {"weights": weights, **use_bytes(config, way, text, images, generated, batch)}
+        found.append(
+            {
+                "way": way,
+                **parts,
+                "fits": sum(parts.values()) <= memory,
+                "largest_text": _largest(lambda n, need=need: need(n, images) <= memory, 1, room),
+                "largest_images": _largest(lambda n, need=need: need(text, n) <= memory, 0, most_images),
+            }
+        )
+    return found
+
+
+def _largest(fits, low: int, high: int) -> int | None:
+    """The largest number in [low, high] that `fits`, which holds up to some number; None if `low` does not."""
+    if high < low or not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def show(found: list[dict], memory: int, text: int, images: int) -> str:
+    """`fit`'s result as a table, with what to do about it."""
+
+    def gib(count):
+        return f"{count / 2**30:.2f}"
+
+    rows = []
+    for one in found:
+        total = sum(one[part] for part in ("weights", "cache", "work"))
+        most = ["-" if one[name] is None else str(one[name]) for name in ("largest_text", "largest_images")]
+        answer = "yes" if one["fits"] else "no"
+        rows.append([one["way"], *map(gib, (one["weights"], one["cache"], one["work"], total)), answer, *most])
+    header = ["GiB", "weights", "cache", "work", "in all", "fits", f"text with {images} pictures"]
+    lines = [table([*header, f"pictures with {text} tokens"], rows)]
+    fitting = [one["way"] for one in found if one["fits"]]
+    if fitting:
+        lines.append(f"The most precise that fits into {gib(memory)} GiB: {fitting[0]}.")
+    else:
+        lines.append(
+            f"None of them fits into {gib(memory)} GiB: take fewer tokens or pictures, or keep layers elsewhere "
+            "(device_map='auto')."
+        )
+    return "\n".join(lines)
