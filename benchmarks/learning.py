@@ -286,6 +286,12 @@ def complete(result: dict) -> dict[str, dict]:
     return {name: cell for name, cell in result["cells"].items() if cell["steps"][-1] == result["settings"]["steps"]}
 
 
+def shown(result: dict) -> tuple[list[dict], list[int]]:
+    """The seeds that are trained to the end, or else all; and the steps at which all of them were measured."""
+    cells = list((complete(result) or result["cells"]).values())
+    return cells, min((cell["steps"] for cell in cells), key=len)
+
+
 def average(scores: dict[str, dict[str, float]], measured: str) -> float:
     task, kinds = MEASURES[measured]
     return mean(scores[task][kind] for kind in kinds)
@@ -302,41 +308,41 @@ def flops_until(result: dict, name: str, step: int) -> float:
 
 
 def summary(result: dict) -> str:
-    """The Markdown table of costs and accuracies at the end; the differences are those of models of the same seed."""
-    cells, steps = list(complete(result).values()), result["settings"]["steps"]
-    base = flops_until(result, REFERENCE, steps)
+    """The Markdown table of costs and accuracies at the last step shown."""
+    cells, steps = shown(result)
+    last, step = len(steps) - 1, steps[-1]
+    base = flops_until(result, REFERENCE, step)
     header = ["model", "trained parameters", "TFLOPs", "of LLaVA's", "processor s", "of LLaVA's"]
     rows = []
     for name in MODELS:
-        flops, seconds = flops_until(result, name, steps), [cell["models"][name]["seconds"][-1] for cell in cells]
-        ratios = [cell["models"][name]["seconds"][-1] / cell["models"][REFERENCE]["seconds"][-1] for cell in cells]
+        flops, seconds = flops_until(result, name, step), [cell["models"][name]["seconds"][last] for cell in cells]
+        ratios = [own / cell["models"][REFERENCE]["seconds"][last] for own, cell in zip(seconds, cells)]
         row = [name, f"{result['cost'][name]['trained']:,}", f"{flops / 1e12:.1f}", f"{flops / base:.0%}"]
         row += [f"{mean(seconds):.0f}", f"{mean(ratios):.0%}"]
         for measured in MEASURES:
-            row.append(spread([average(cell["models"][name]["scores"][-1], measured) for cell in cells]))
+            row.append(spread([average(cell["models"][name]["scores"][last], measured) for cell in cells]))
         rows.append(row)
     return table([*header, *MEASURES], rows)
 
 
 def by_kind(result: dict) -> str:
-    """The Markdown table of accuracies at the end by kind of question."""
-    cells, rows = list(complete(result).values()), []
+    """The Markdown table of accuracies at the last step shown, by kind of question."""
+    cells, steps = shown(result)
+    last, rows = len(steps) - 1, []
     for task in TASKS:
         for kind, chance in result["chance"][task].items():
             row = [kind, f"{chance:.0%}"]
             for name in MODELS:
-                row.append(spread([cell["models"][name]["scores"][-1][task][kind] for cell in cells]))
+                row.append(spread([cell["models"][name]["scores"][last][task][kind] for cell in cells]))
             rows.append(row)
     return table(["question", "same answer always", *MODELS], rows)
 
 
 def plot(result: dict, path: str) -> None:
-    """Accuracy against steps, FLOPs and seconds: the mean of all seeds, and the range they span. Seeds that are not trained
-    to the end are left out, unless there are no others."""
+    """Accuracy against steps, FLOPs and seconds: the mean of the seeds shown, and the range they span."""
     pyplot = _pyplot()
-    cells = list((complete(result) or result["cells"]).values())
-    points = min(len(cell["steps"]) for cell in cells)
-    steps = cells[0]["steps"][:points]
+    cells, steps = shown(result)
+    points = len(steps)
     exercises = round(result["settings"]["stages"][0][0] * result["settings"]["steps"])
     figure, axes = pyplot.subplots(
         len(MEASURES), 3, figsize=(11, 8.5), sharey="row", sharex="col", layout="constrained"
@@ -445,7 +451,7 @@ def main(argv=None) -> dict:
         picture_tasks(args.example)
     if args.plot and result.get("cells"):
         plot(result, args.plot)
-    if result and complete(result):
+    if result.get("cells"):
         print(summary(result), by_kind(result), sep="\n\n")
         if args.tables:
             fill_blocks(args.tables, {"summary": summary(result), "kinds": by_kind(result)})
