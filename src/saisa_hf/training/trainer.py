@@ -33,8 +33,9 @@ class SaisaTrainer(Trainer):
 
     makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
     the samples; reports tokens (padding among them) and pictures per second, arithmetic (see `throughput.py`) and memory;
-    orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames it when it is whole, so that a killed run leaves
-    none that is not; saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
+    orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames it when it is
+    whole, so that a killed run leaves none that is not; saves whole models, also where processes share the weights (FSDP,
+    DeepSpeed ZeRO-3).
 
     Args:
         projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
@@ -93,8 +94,8 @@ class SaisaTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         """transformers' own, with what was done per second since the last report: tokens and pictures by this process, times
-        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if that is known;
-        and with the largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if known; and
+        with this process's largest memory so far in GiB (CUDA memory where there is a GPU)."""
         if "loss" in logs:
             now = time.perf_counter()
             rate = 1 / max(now - self._since, 1e-9)

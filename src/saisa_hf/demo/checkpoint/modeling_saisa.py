@@ -314,17 +314,20 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         Returns:
             (P, D) hidden states and (B, N, T, L) attention probabilities or None.
         """
+        nothing = None
         if visual is None or not self.sees_image:
             visual = None
         elif isinstance(visual, tuple):
             visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
-        elif len(visual):
+        else:
             visual = self.visual_keys_and_values(visual)
-        else:  # the sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
-            text_PD = text_PD + sum(x_VKH.sum() for x_VKH in self.visual_keys_and_values(visual))
-            visual = None
+            if not visual[0].shape[
+                0
+            ]:  # the sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
+                nothing, visual = visual[0].sum() + visual[1].sum(), None
         normed_PD = self._normed(self.norms.before_attention, text_PD)
         attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
+        attended_PD = attended_PD if nothing is None else attended_PD + nothing
         text_PD = self._added(text_PD, self._normed(self.norms.after_attention, attended_PD))
         fed_PD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, text_PD))
         return self._added(text_PD, self._normed(self.norms.after_feed_forward, fed_PD)), probabilities_BNTL
@@ -645,7 +648,10 @@ class SaisaModel(SaisaPreTrainedModel):
                 pixel_values, kwargs = _patchify(pixel_values, encoder_config.patch_size, kwargs)
             grids = kwargs["spatial_shapes"]
         dtype = next(self.vision_tower.parameters()).dtype
-        outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
+        # gradient checkpointing of 5.x asks for gradients of all embeddings, a frozen encoder's too
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
         features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)
@@ -763,9 +769,9 @@ class SaisaModel(SaisaPreTrainedModel):
         return self.visual_projector(features) if self.config.projector_sharing == "shared" else features
 
     def _no_features(self, **no_pictures) -> torch.Tensor:
-        """Features (0, C) of no pictures, through which gradients of zero reach the projectors: processes that share a model's
-        weights or gradients wait for one another, also where one has no picture. An encoder that takes part in that, since it
-        is trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank picture."""
+        """Features (0, C) of no pictures, through which gradients of zero reach the projectors: processes that share weights
+        or gradients wait for one another, also where one has no picture. An encoder that takes part in that, since it is
+        trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank picture."""
         if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
             return no_pictures["pixel_values"].new_zeros(0, self.config.vision_feature_size)
         blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_pictures.items()}
@@ -901,8 +907,8 @@ def _patchify(pixel_values, patch_size: int, kwargs: dict):
 
 
 class SaisaHead(nn.Linear):
-    """The language model's head. A loss whose logits exist for some rows at a time (see `loss_saisa.py`) is made in one call of
-    this module: processes that share its weights gather them for each call, but have unlike numbers of rows."""
+    """The language model's head. A loss whose logits exist for some rows at a time (see `loss_saisa.py`) is made in one call
+    of this module: processes that share its weights gather them for each call, but have unlike numbers of rows."""
 
     def forward(self, hidden_PD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
         """Logits (P, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
