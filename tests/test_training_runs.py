@@ -352,6 +352,34 @@ def test_a_run_makes_logits_for_labelled_rows_alone_and_tells_how_fast_it_is(sta
     assert all(history[0][f"{what}_per_second"] > 0 for what in ("tokens", "pictures")) and history[0]["memory_gib"] > 0
 
 
+def test_tensorboard_gets_every_report(start, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    how = {"report_to": ["tensorboard"], "peak_tflops": 1e-3, "max_steps": 3, "save_steps": 0}
+    folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
+    where = [path.parent for root in (tmp_path / "events", folder) for path in root.rglob("events.out.tfevents.*")]
+    events = EventAccumulator(str(where[0])).Reload()
+    names = ("loss", "learning_rate", "tokens_per_second", "pictures_per_second", "tflops_per_second")
+    for name in (*names, "flop_utilisation", "memory_gib"):
+        written = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert written == {step: pytest.approx(value, rel=1e-5) for step, (value,) in reports(folder, name).items()}
+        assert len(written) == 3
+    speed, share = (events.Scalars(f"train/{name}")[-1].value for name in ("tflops_per_second", "flop_utilisation"))
+    assert share == pytest.approx(speed / 1e-3, rel=1e-3) and speed > 0
+
+
+def test_compiled_layers_learn_the_same_in_few_graphs(start, plain_run, tmp_path):
+    """With batches of other shapes at every step, and one of text and pictures at unlike places."""
+    torch._dynamo.utils.counters.clear()
+    how = {"torch_compile": True, "compile_backend": "eager"} | PLAIN
+    folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
+    assert_equal_losses(folder, plain_run)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 def test_packed_samples_teach_what_padded_ones_do(start, plain_run, tmp_path):
     folder = train(options(start, tmp_path / "run", packing=True, **PLAIN), log=lambda _: None)
     assert_equal_losses(folder, plain_run)

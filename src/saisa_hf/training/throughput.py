@@ -2,8 +2,8 @@
 """How much arithmetic a training step does, and how much a device could do.
 
 Counted are the matrix products of forward and backward, a multiply-add as two operations, and once more what is computed
-again in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient; an input
-that nothing trained comes before has none either. Scores count for all pairs of queries and keys, masked or not.
+again in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient, nor has an
+input that comes before all that is trained. Scores count for all pairs of queries and keys, masked or not.
 """
 
 from collections.abc import Iterator
@@ -35,8 +35,8 @@ class StepFlops:
     """FLOPs of training a SAISA on a batch, as far as this process does them.
 
     Args:
-        model: a `SaisaForConditionalGeneration`, or a `peft.PeftModel` of one, with `requires_grad` and gradient
-            checkpointing as in training. Weights may be spread over processes, or be kept in 4 bits.
+        model: a `SaisaForConditionalGeneration`, or a `peft.PeftModel` of one, with `requires_grad` and checkpointing as in
+            training. Weights may be spread over processes, or be kept in 4 bits.
     """
 
     def __init__(self, model: nn.Module):

@@ -94,8 +94,8 @@ class SaisaTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         """transformers' own, with what was done per second since the last report: tokens and pictures by this process, times
-        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if that is
-        known; and with the largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if known; and
+        with this process's largest memory so far in GiB (CUDA memory where there is a GPU)."""
         if "loss" in logs:
             now = time.perf_counter()
             rate = 1 / max(now - self._since, 1e-9)
