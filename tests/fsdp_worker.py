@@ -1,4 +1,5 @@
-"""Run by `test_fsdp.py`: three training steps, in one process or under FSDP2 in several, whose losses are printed."""
+"""Run by `test_fsdp.py`, in one process or under FSDP2 in several: prints the losses of three training steps, and what the model
+answers then."""
 
 import os
 
@@ -43,6 +44,20 @@ for _ in range(3):
         torch.distributed.all_reduce(total)
     if rank == 0:
         print(f"loss {total.item():.8f}")
+model.eval()
+with torch.no_grad():
+    prompt = {name: x[rows] for name, x in prompts.prompt.items() if name != "pixel_values"}
+    prompt["pixel_values"] = prompts.pixel_values[first:last]
+    logits = model(**prompt).logits[prompts.text[rows]]
+    answer = model.generate(**prompt, max_new_tokens=4, do_sample=False)[:, -4:]
+parts = [torch.zeros(3, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.long)]
+parts[0] += torch.stack([logits.double().sum(), logits.double().abs().sum(), logits.double().square().sum()])
+parts[1][rows] = answer
+if world > 1:
+    for part in parts:
+        torch.distributed.all_reduce(part)
+if rank == 0:
+    print("logits", *parts[0].tolist(), "answers", *parts[1].flatten().tolist())
 if world > 1:
     sharded = {type(module).__name__ for module in model.modules() if hasattr(module, "unshard")}
     assert sharded == {"FSDPSaisaDecoderLayer", "FSDPSaisaForConditionalGeneration"}, sharded

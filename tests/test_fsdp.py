@@ -18,9 +18,15 @@ def losses(printed):
     return [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
 
 
-def test_decoder_layers_with_their_projectors_are_sharded_and_learn_the_same(capsys):
+def answers(printed):
+    sums, ids = re.search(r"logits (.*) answers (.*)", printed).groups()
+    return [float(x) for x in sums.split()], ids
+
+
+def test_decoder_layers_with_their_projectors_are_sharded_learn_and_answer_the_same(capsys):
     runpy.run_path(WORKER)
-    alone = losses(capsys.readouterr().out)
+    written = capsys.readouterr().out
+    alone = losses(written)
     assert len(alone) == 3 and alone[2] < 0.9 * alone[0]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -38,3 +44,5 @@ def test_decoder_layers_with_their_projectors_are_sharded_and_learn_the_same(cap
     (printed, errors), (_, more) = (run.communicate(timeout=300) for run in runs)
     assert [run.returncode for run in runs] == [0, 0], errors + more
     assert losses(printed) == pytest.approx(alone, rel=1e-4)
+    (sums, ids), (expected, expected_ids) = answers(printed), answers(written)
+    assert ids == expected_ids and sums == pytest.approx(expected, rel=1e-3)

@@ -8,8 +8,10 @@ import importlib.util
 import pytest
 import torch
 from tiny_models import BOS, TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
+from transformers import BitsAndBytesConfig
 
-from saisa_hf import SaisaVisualStates, attention_saisa
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaVisualStates, attention_saisa
+from saisa_hf.fit import use_bytes, weight_bytes
 
 
 pytestmark = [
@@ -110,3 +112,55 @@ def test_visual_states_live_on_the_device(model, tmp_path):
         expected = model(**inputs).logits
         for given in (states, SaisaVisualStates.load(tmp_path / "states", device="cuda"), states.to("cpu")):
             torch.testing.assert_close(model(**without, visual_states=given).logits, expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_quantized_weights_compute_on_the_device_what_they_do_on_a_cpu(options, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, prompts = tiny_model("qwen3"), random_prompts(5)
+    model.save_pretrained(tmp_path)
+    found = []
+    for device in ("cpu", "cuda"):
+        config = BitsAndBytesConfig(**options)
+        model = SaisaForConditionalGeneration.from_pretrained(
+            tmp_path, quantization_config=config, dtype=torch.float32, device_map={"": device}
+        )
+        inputs = {name: x.to(device) for name, x in prompts.inputs.items()}
+        with torch.no_grad():
+            found.append(model(**inputs).logits.cpu()[prompts.text])
+    assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
+
+
+def test_layers_that_wait_in_memory_compute_on_the_device_what_they_do_there(tmp_path):
+    model, prompts = tiny_model("qwen3"), random_prompts(6)
+    model.save_pretrained(tmp_path)
+    half = sum(p.numel() * p.element_size() for p in model.parameters()) // 2
+    spread = SaisaForConditionalGeneration.from_pretrained(
+        tmp_path, dtype=torch.float32, device_map="auto", max_memory={0: half, "cpu": "1GB"}
+    )
+    assert {0, "cpu"} <= set(spread.hf_device_map.values())
+    inputs = {name: x.cuda() for name, x in prompts.inputs.items()}
+    with torch.no_grad():
+        found = spread(**inputs).logits.cpu()
+        torch.testing.assert_close(
+            found[prompts.text], model(**prompts.inputs).logits[prompts.text], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_generation_takes_the_memory_that_saisa_fit_tells():
+    config = SaisaConfig(
+        text_config={"model_type": "llama", "vocab_size": 32000, "num_hidden_layers": 8, "hidden_size": 2048,
+                     "intermediate_size": 5632, "num_attention_heads": 16, "eos_token_id": None},
+        image_token_id=31999,
+    )  # fmt: skip
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = SaisaForConditionalGeneration(config).to(torch.bfloat16).cuda().eval()
+    ids = torch.randint(3, 31000, (1, 512))
+    ids = torch.cat([ids[:, :1], torch.full((1, 2 * config.image_seq_length), 31999), ids[:, 1:]], 1).cuda()
+    pixels = torch.randn(2, 3, 336, 336, device="cuda", dtype=torch.bfloat16)
+    model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=16, do_sample=False)
+    peak = torch.cuda.max_memory_allocated() - before
+    told = weight_bytes(config, "bfloat16") + sum(use_bytes(config, "bfloat16", 512, 2, 16).values())
+    assert told == pytest.approx(peak, rel=0.1)
