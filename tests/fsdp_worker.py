@@ -1,5 +1,5 @@
-"""Run by `test_fsdp.py`, in one process or under FSDP2 in several: prints the losses of three training steps, and what the model
-answers then."""
+"""Run by `test_fsdp.py`, in one process or under FSDP2 in several: prints the losses of three training steps, and what the
+model answers then."""
 
 import os
 
