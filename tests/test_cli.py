@@ -45,6 +45,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "chat",
         "train",
         "flops",
+        "fit",
         "bench",
         "data",
     ]

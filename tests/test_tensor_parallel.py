@@ -49,7 +49,7 @@ def torchrun(*arguments, processes=2):
 
 def to_be_sharded(model):
     """The weights of all linear maps of decoder layers but the gates of experts, of a shared projector, and of the head."""
-    maps = {f"{name}.weight" for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    maps = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     left = ("vision_tower", ".gate.weight") + (("lm_head",) if model.config.tie_word_embeddings else ())
     return {name for name in maps if not any(part in name for part in left)}
 

@@ -71,8 +71,7 @@ def put_back(model: nn.Module, *_) -> None:
     for module in model.modules():
         if _is_4_bit(module) and _is_rearranged(module.weight):
             weight = module.weight
-            from bitsandbytes import functional
-
+            functional = _functional()
             state, scales = weight.quant_state, stored_scales(weight)
             nested, offset = state.original_nested, state.offset
             weight.data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
@@ -112,13 +111,11 @@ def _inner_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
 
 def stored_scales(weight: torch.Tensor) -> torch.Tensor:
     """float32, the scale of each block of a 4-bit weight in the order of the blocks."""
-    from bitsandbytes import functional
-
     state = weight.quant_state
     if _is_rearranged(weight):
         return state.absmax.T.reshape(-1).float()
     if state.nested:
-        return functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+        return _functional().dequantize_blockwise(state.absmax, state.state2).float() + state.offset
     return state.absmax.flatten().float()
 
 
@@ -126,11 +123,16 @@ def _codes(weight: torch.Tensor) -> torch.Tensor:
     """The bytes of a 4-bit weight in the order in which they are stored."""
     if not _is_rearranged(weight):
         return weight.data.flatten().view(torch.uint8)
-    from bitsandbytes import functional
-
     state = copy.copy(weight.quant_state)
     state.original_nested = False  # the scales are not asked for
-    return functional._convert_weight_packed_for_cpu_inverse(weight.data, state)[0].flatten().view(torch.uint8)
+    codes, _ = _functional()._convert_weight_packed_for_cpu_inverse(weight.data, state)
+    return codes.flatten().view(torch.uint8)
+
+
+def _functional():
+    """bitsandbytes' functions. An import statement anywhere in this file would have transformers ask everyone who loads a
+    checkpoint by its code for that package."""
+    return importlib.import_module("bitsandbytes.functional")
 
 
 def _is_4_bit(module: nn.Module) -> bool:
