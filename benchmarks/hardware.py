@@ -1,11 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What quantization saves and costs: load time, resident memory, and how far logits and the most likely next tokens are from
-float32's, for a random model of 1.4 billion parameters on a CPU.
+"""What quantization saves and costs: load time, resident memory beside what `saisa fit` tells, and how far logits and the
+most likely next tokens are from float32's, for a random model of 1.1 billion parameters on a CPU.
 
     python benchmarks/hardware.py --json result.json
 
 Each way of loading is a process of its own. Prompts have no, one and two pictures; behind each stand the tokens with which
-the model continues it in float32, and the next token is asked for at each of them.
+the model continues it in float32, and the next token is asked for at each of them. Memory is the operating system's account.
 """
 
 import argparse
@@ -13,10 +13,13 @@ import ctypes
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +27,8 @@ from transformers import BitsAndBytesConfig
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
-from saisa_hf.tables import table
+from saisa_hf.fit import use_bytes, weight_bytes
+from saisa_hf.tables import fill_blocks, table
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
@@ -39,6 +43,9 @@ VARIANTS = {
     "nf4, encoder and projectors too": NF4 | ALL_BUT_HEAD,
     "nf4, double quantization, encoder and projectors too": NF4 | {"bnb_4bit_use_double_quant": True} | ALL_BUT_HEAD,
 }
+# what `saisa fit` calls them
+WAYS = {name: name for name in ("float32", "bfloat16", "8-bit")}
+WAYS |= {"nf4": "4-bit (nf4)", "nf4, double quantization": "4-bit (nf4), double quantization"}
 SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
 IMAGE_TOKEN = 32000
 
@@ -85,6 +92,26 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def most_resident(work: Callable[[], object], interval: float = 0.005) -> int:
+    """The most bytes of this process that are in memory while `work` runs, looked at every `interval` seconds."""
+    most, done = resident(), threading.Event()
+
+    def look():
+        nonlocal most
+        while not done.wait(interval):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            most = max(most, pages * os.sysconf("SC_PAGE_SIZE"))
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return most
+
+
 @torch.no_grad()
 def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
     """What loading as `name` says takes, and how far it is from what float32 has written to the file `exact`."""
@@ -110,22 +137,37 @@ def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
     found["resident_bytes"] = resident() - before  # weights of a file come into memory when they are used
     if name == "float32":
         torch.save((answers, logits), exact)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return found | {"weight_bytes": weights, "relative_errors": errors, "greedy_agreement": agreed}
+    prompt = prompts(model)[-1]
+    most = most_resident(lambda: model.generate(**prompt, max_new_tokens=tokens, do_sample=False))
+    found["generation_bytes"] = most - before
+    if name in WAYS:
+        text = int((prompt["input_ids"] != IMAGE_TOKEN).sum())
+        found["told_resident_bytes"] = weight_bytes(model.config, WAYS[name])
+        use = use_bytes(model.config, WAYS[name], text, len(prompt["pixel_values"]), tokens)
+        found["told_generation_bytes"] = found["told_resident_bytes"] + sum(use.values())
+    return found | {"relative_errors": errors, "greedy_agreement": agreed}
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", help="write the result there")
-    parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: %(default)s)")
+    parser.add_argument(
+        "--tables", metavar="PATH", help="a Markdown page whose marked table is written anew from --json"
+    )
+    parser.add_argument("--layers", type=int, default=12, help="decoder layers (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to compare per prompt (default: %(default)s)")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.variant:
         result = measure_variant(args.variant, args.folder, Path(args.folder, "exact.pt"), args.tokens)
         print(json.dumps(result))
+        return
+    if args.tables:
+        result = json.loads(Path(args.json).read_text(encoding="utf-8"))
+        text = f"{measure.describe(result['machine'])}.".replace("\n", "; ")
+        fill_blocks(args.tables, {"measured": f"{text}\n\n{show(result['variants'])}"})
         return
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -138,17 +180,29 @@ def main() -> None:
                 measure.write_json(
                     args.json, {"machine": measure.machine("cpu"), "sizes": vars(args), "variants": found}
                 )
+    print(show(found))
+
+
+def show(variants: dict[str, dict]) -> str:
+    """A row for each way of loading; what `saisa fit` tells stands in brackets."""
+
+    def gib(one, name):
+        told = f" ({one[f'told_{name}'] / 2**30:.2f})" if f"told_{name}" in one else ""
+        return f"{one[name] / 2**30:.2f}{told}"
+
     rows = [
         [
             name,
             f"{one['load_seconds']:.1f}",
-            f"{one['resident_bytes'] / 2**30:.2f}",
+            gib(one, "resident_bytes"),
+            gib(one, "generation_bytes"),
             f"{max(one['relative_errors'], default=0):.3f}",
-            f"{sum(one['greedy_agreement'] or [3]) / 3:.0%}",
+            f"{statistics.mean(one['greedy_agreement'] or [1]):.0%}",
         ]
-        for name, one in found.items()
+        for name, one in variants.items()
     ]
-    print(table(["", "load, s", "resident, GiB", "logit error", "greedy tokens"], rows))
+    header = ["", "load, s", "resident, GiB", "most in a generation, GiB", "logit error", "greedy tokens"]
+    return table(header, rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fills the marked blocks of docs/performance.md from what `saisa bench --json` wrote:
+"""Fills the marked blocks of docs/performance.md, and of the README, from what `saisa bench --json` wrote:
 
-  python scripts/performance.py two-cores=cpu.json h200=h200.json curve=curve.json
+  python scripts/performance.py
+  python scripts/performance.py h200=h200.json
 
-A block is what stands between <!-- NAME: start --> and <!-- NAME: end -->.
+A block is what stands between <!-- NAME: start --> and <!-- NAME: end -->; without arguments, the files NAME.json in
+benchmarks/performance fill them. `two-cores` fills the README's as well.
 """
 
 import json
@@ -16,14 +18,19 @@ from saisa_hf.bench.targets import show_targets
 from saisa_hf.tables import fill_blocks
 
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+ROOT = Path(__file__).parent.parent
+PAGE, README, RESULTS = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "benchmarks" / "performance"
+
+
+def machine(result: dict) -> str:
+    settings = result["settings"]
+    how = f"{settings['clock']} time, median of {settings['repeats']} rounds"
+    return f"{measure.describe(result['machine'])}; {how}".replace("\n", "; ") + "."
 
 
 def block(result: dict) -> str:
     """The text of a block: the machine, the table of targets where there is one, else that of ratios, and exponents."""
-    settings = result["settings"]
-    how = f"{settings['clock']} time, median of {settings['repeats']} rounds"
-    parts = [f"{measure.describe(result['machine'])}; {how}".replace("\n", "; ") + "."]
+    parts = [machine(result)]
     parts.append(show_targets(result["targets"]) if "targets" in result else show_ratios(result["results"]))
     if result["slopes"]:
         first, *lines = show_slopes(result["slopes"]).splitlines()
@@ -32,8 +39,13 @@ def block(result: dict) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    pairs = [argument.split("=", 1) for argument in arguments]
-    fill_blocks(PAGE, {name: block(json.loads(Path(path).read_text(encoding="utf-8"))) for name, path in pairs})
+    paths = dict(argument.split("=", 1) for argument in arguments)
+    paths = paths or {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
+    results = {name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in paths.items()}
+    fill_blocks(PAGE, {name: block(result) for name, result in results.items()})
+    if "two-cores" in results:
+        result = results["two-cores"]
+        fill_blocks(README, {"two-cores": f"{show_targets(result['targets'])}\n\n{machine(result)}"})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from PIL import Image
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
 from saisa_hf.bench.run import CURVE, add_arguments, cases, names_for, prepared, slope
-from saisa_hf.bench.targets import CPU, H200
+from saisa_hf.bench.targets import CPU, H200, show_targets
 from saisa_hf.bench.work import MODELS, WORKS, Case, model_of, tasks
 from saisa_hf.cli import main
 from saisa_hf.flops import Step, step_flops
@@ -227,6 +227,32 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
             assert targets[f"{preset}, prefill, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 0.45
             rate = f"{preset}, prefill, batch 32, 64 + 576 tokens: SAISA's FLOPs per second, of 790 T"
             assert targets[rate] == 0.6
+
+
+def test_pages_show_the_numbers_that_are_kept_beside_them():
+    page, readme = (path.read_text(encoding="utf-8") for path in (performance.PAGE, performance.README))
+    results = {path.stem: json.loads(path.read_text()) for path in performance.RESULTS.glob("*.json")}
+    assert {"two-cores", "kept-memory", "curve"} <= set(results)
+    for name, result in results.items():
+        assert f"<!-- {name}: start -->\n{performance.block(result)}\n<!-- {name}: end -->" in page
+    assert show_targets(results["two-cores"]["targets"]) in readme
+
+
+def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
+    asked = []
+
+    class Glibc:
+        def gnu_get_libc_version(self): ...
+
+        def mallopt(self, *pair):
+            asked.append(pair)
+
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Glibc())
+    measure.keep_memory()
+    assert asked == [(-1, 2**31 - 1), (-3, 2**30)]
+    monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: object())
+    with pytest.raises(OSError, match="expected glibc"):
+        measure.keep_memory()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What the benchmarks share: the machine, times that can be compared, FLOPs, peak memory, and tables."""
 
+import ctypes
 import gc
 import json
 import os
@@ -45,6 +46,22 @@ def describe(machine: dict) -> str:
     load = "" if machine["load"] is None else f", load {machine['load']} at the start"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers"))
     return f"{processor}{load}\n{versions}"
+
+
+MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_memory() -> None:
+    """Has the C library keep freed memory for the rest of this process. By default it hands large pieces back to the system,
+    and a call waits until the system has cleared them anew, page by page: the longer, the more a model holds.
+
+    Raises:
+        OSError: it is not glibc, which alone is known to do so.
+    """
+    if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        raise OSError("--keep-memory: expected glibc as the C library. Leave the option out.")
+    ctypes.CDLL(None).mallopt(MALLOC_TRIM_THRESHOLD, 2**31 - 1)
+    ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, 2**30)
 
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}

@@ -221,6 +221,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     clock = "of ratios: wall, or processor, the time of all threads of the process, which other load disturbs less (default: "
     add("--clock", choices=tuple(measure.CLOCKS), default="wall", help=clock + "wall; both are in the JSON)")
     add("--threads", type=int, metavar="N", help="of PyTorch on a CPU (default: as PyTorch chooses)")
+    keep = "have the C library keep freed memory (glibc), so that no model waits for the system to clear pages"
+    add("--keep-memory", action="store_true", help=keep)
     memory = "measure peak memory, too (default: yes)"
     add("--memory", action=argparse.BooleanOptionalAction, default=True, help=memory)
     add("--json", metavar="PATH", help="write all numbers to this file")
@@ -258,6 +260,8 @@ def prepared(args) -> argparse.Namespace:
     args = with_sizes(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.keep_memory:
+        measure.keep_memory()
     return args
 
 
