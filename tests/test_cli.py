@@ -46,6 +46,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "train",
         "flops",
         "fit",
+        "redundancy",
         "bench",
         "data",
     ]
