@@ -19,6 +19,12 @@ MODELS = {
     "grouped": {"text": "qwen3"},
     "biases": {"text": "llama_biases"},
     "shared": {"text": "llama", "projector_sharing": "shared"},
+    "embedding_space": {
+        "text": "qwen3",
+        "alignment": "embedding_space",
+        "visual_attention": ["full", "none", "none"],
+        "visual_feed_forward": [True, True, False],
+    },
     "tied": {"text": "qwen2"},
     "some_layers": {"text": "gemma2", "visual_layers": [0, 2]},
     "fused": {"text": "phi3"},

@@ -26,7 +26,7 @@ def results(model, states=None):
     logits, answer = model(**inputs).logits, model.generate(**prompts.prompt, **GREEDY)
     own = model.get_visual_states(inputs.pop("pixel_values"))
     by_states = [model(**inputs, visual_states=given).logits for given in (own, states) if given is not None]
-    keys = [pair[0] for pair in own.stored.keys_values if pair is not None]
+    keys = [pair[0] for pair in own.stored.keys_values or () if pair is not None]
     return {"logits": logits, "answer": answer, "keys": keys, "by_states": by_states, "fingerprint": own.fingerprint}
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq
 from .configuration_saisa import SaisaConfig
 from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
+from .naavit import apply_naavit
 from .processing_saisa import SaisaProcessor
 from .visual_states_saisa import SaisaVisualStates
 
@@ -21,6 +22,7 @@ __all__ = [
     "SaisaModel",
     "SaisaProcessor",
     "SaisaVisualStates",
+    "apply_naavit",
 ]
 
 AutoConfig.register("saisa", SaisaConfig)

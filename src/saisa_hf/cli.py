@@ -123,6 +123,18 @@ text and how many pictures.
 MODEL is what `saisa flops` takes. Quantized are the decoder layers' linear maps, as `from_pretrained` does it.
 """
 
+REDUNDANCY_HELP = """\
+Tells what each decoder layer of a LLaVA, or LLaVA-NeXT, contributes through its visual tokens: how far the distribution
+of the next token moves (KL divergence in nats) when in that layer alone they stop attending, stop passing the
+feed-forward network, or both. Nothing is trained or changed:
+
+  saisa redundancy llava-hf/llava-1.5-7b-hf --images ./photos
+  saisa redundancy ./llava --images ./photos --prompt "How many people are there?" --plot layers.png
+
+A picture costs three forward passes for each layer, and one more. With a folder of a few dozen pictures the order of the
+layers, printed last, tells where ShortV (arXiv 2504.00502) would freeze visual tokens.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
@@ -280,6 +292,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
 
     _add_flops(commands)
     _add_fit(commands)
+    _add_redundancy(commands)
 
     command = commands.add_parser(
         "bench",
@@ -445,6 +458,27 @@ def _add_fit(commands) -> None:
     command.set_defaults(run=_fit, parser=command)
 
 
+def _add_redundancy(commands) -> None:
+    command = commands.add_parser(
+        "redundancy",
+        help="tell which layers of a LLaVA need its visual tokens to attend and to be fed",
+        description=REDUNDANCY_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
+    add("--images", metavar="FOLDER", required=True, help="pictures to measure on")
+    add("--pictures", metavar="N", type=_positive, default=32, help="use the first N at most (default: %(default)s)")
+    add("--prompt", metavar="TEXT", help="what is asked about each (default: a description)")
+    stored = "compute in this (default: auto, what the checkpoint is stored in)"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=stored)
+    device = "cpu, cuda, cuda:1, mps ... (default: auto, the fastest there is)"
+    add("--device", default="auto", help=device)
+    add("--json", action="store_true", help="print all numbers as JSON")
+    add("--plot", metavar="FILE", help="draw them into this file, .png for instance")
+    command.set_defaults(run=_redundancy, parser=command)
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
@@ -504,6 +538,28 @@ def _fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _redundancy(arguments: argparse.Namespace) -> int:
+    from .chat import device_named
+    from .from_llava import load_llava, picture_files
+    from .redundancy import PROMPT, plot, redundancy, show
+
+    pictures = picture_files(arguments.images)[: arguments.pictures]
+    dtype = None if arguments.dtype == "auto" else arguments.dtype
+    model, processor = load_llava(arguments.model, dtype, device_named(arguments.device), named="MODEL")
+
+    def log(line: str) -> None:
+        print(f"\r{line}", end="", file=sys.stderr, flush=True)
+
+    shown = {"log": log} if sys.stderr.isatty() else {}
+    found = redundancy(model, processor, pictures, arguments.prompt or PROMPT, **shown)
+    if shown:
+        print(file=sys.stderr)
+    print(json.dumps(found, indent=1) if arguments.json else show(found))
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+    return 0
+
+
 def _flops(arguments: argparse.Namespace) -> int:
     from .flops import Step, account, read_config, show
 
@@ -526,7 +582,7 @@ def _flops(arguments: argparse.Namespace) -> int:
         f"{vision.model_type}, {config.image_seq_length} tokens a picture\n{arguments.text} text and {visual} visual tokens, "
         f"batch {arguments.batch}, {arguments.dtype}\n"
     )
-    print(show(found, arguments.generate, **options))
+    print(show(found, arguments.generate, own="this model" if config.in_embedding_space else "SAISA", **options))
     return 0
 
 

@@ -234,6 +234,23 @@ class RotaryByLayerType(nn.Module):
         return self.rotary_emb(x, position_ids)
 
 
+if TRANSFORMERS_5:
+
+    class ForeignNames:
+        """A part of models that read checkpoints of LLaVAs, under other names than their own."""
+
+else:
+
+    class ForeignNames:
+        """A part of models that read checkpoints of LLaVAs, under other names than their own. 4.57 looks for the base
+        model's prefix before it renames, and would put one in front of what has been renamed already."""
+
+        def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, of_head=False, of_base=False):
+            if any("multi_modal_projector." in key for key in checkpoint_keys):
+                of_head, of_base = not hasattr(self, self.base_model_prefix), False
+            return super()._get_key_renaming_mapping(checkpoint_keys, key_mapping, of_head, of_base)
+
+
 def readable_tp_plan(plan: dict[str, str]) -> dict[str, str]:
     """`plan`, {module: style}, as the installed release reads it. Two styles had other names in 4.57 and 5.0. 4.57 reads any
     number in a name as a layer's, and does not tell `linear_1` from `linear_2`: both are shared out by columns there, and

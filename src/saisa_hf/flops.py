@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What a prompt costs, from the configuration alone: floating-point operations, parameters, cache and activations of a SAISA,
-of a LLaVA and of a Flamingo with the same language model and encoder.
+of a LLaVA and of a Flamingo with the same language model and encoder. What counts as the SAISA is the model of the
+configuration, also where that is in embedding space (see `embedding_space_saisa.py`).
 
 Counted are matrix products, a multiply-add as two, as PyTorch's `FlopCounterMode` counts them: all query-key pairs, whether
 masked or not, no norms, activations, rotations and lookups. For a language model without grouped queries these are the
@@ -127,6 +128,7 @@ def training_flops(
         layer = product.layer
         # whether what enters the layer, its queries and its keys depend on anything that is trained
         entering = full or architecture == "llava" or layer is None or layer > (0 if adapted else first)
+        entering = entering or (architecture == "saisa" and config.visual_tokens_attend(layer))
         queries = entering or adapted
         keys = queries or layer == first
         if product.sizes is None:
@@ -167,12 +169,13 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
         for inputs, outputs in ((h, inner), (h, inner), (inner, h)):
             yield linear("feed-forward", rows, inputs, outputs, layer, "attended")
 
-    rows = step.text + (visual if architecture == "llava" else 0)
     if architecture == "llava":
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
         yield from projector(p)
     for layer, inner in enumerate(family.feed_forward_sizes()):
+        attend, fed = _visual_rows(config, architecture, layer)
+        rows, fed_rows = step.text + visual * attend, step.text + visual * fed
         if architecture == "flamingo" and layer % cross_every == 0:
             yield linear("attention projections", step.text, h, q, layer)
             for _ in ("keys", "values"):  # transformers' Idefics keeps none of the picture: each step makes them again
@@ -180,7 +183,7 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
             yield attention(step.text, seen, layer)
             yield linear("attention projections", step.text, q, h, layer, "attended")
             yield from feed_forward(step.text, text.intermediate_size, layer)
-        if architecture == "saisa" and config.sees_image(layer):
+        if architecture == "saisa" and config.sees_image(layer) and not attend:
             if config.projector_sharing == "per_layer":
                 yield from projector(p, layer)
             # from one matrix for queries, keys and values come queries as well, which nothing uses
@@ -191,9 +194,22 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
         new = step.text + (0 if architecture == "flamingo" else visual)
         yield attention(rows, new + _cached(family, architecture, layer, step), layer)
         yield linear("attention projections", rows, q, h, layer, "attended")
-        yield from feed_forward(rows, inner, layer)
-        yield linear("feed-forward", rows, h, _gates(family, layer), layer, "attended")
+        yield from feed_forward(fed_rows, inner, layer)
+        yield linear("feed-forward", fed_rows, h, _gates(family, layer), layer, "attended")
+    rows = step.text + visual * _has_visual_outputs(config, architecture)
     yield linear("head", rows if step.logits is None else step.logits, h, text.vocab_size)
+
+
+def _has_visual_outputs(config, architecture: str) -> bool:
+    """Whether visual tokens have hidden states."""
+    return architecture == "llava" or (architecture == "saisa" and config.in_embedding_space)
+
+
+def _visual_rows(config, architecture: str, layer: int) -> tuple[bool, bool]:
+    """Whether visual tokens are queries in a layer, and whether they pass its feed-forward network."""
+    if architecture == "saisa":
+        return config.visual_tokens_attend(layer), config.visual_tokens_are_fed(layer)
+    return architecture == "llava", architecture == "llava"
 
 
 def _cached(family, architecture: str, layer: int, step: Step) -> int:
@@ -231,15 +247,17 @@ def activation_bytes(config, architecture: str, step: Step, itemsize: int) -> in
     q, k = (heads * size for heads in (text.num_attention_heads, text.num_key_value_heads))
     inner = max(family.feed_forward_sizes())
     t, v = step.text, 0 if architecture == "language_model" else step.visual
-    rows = t + (v if architecture == "llava" else 0)
-    held = 4 * rows * h + 2 * (t + (v if architecture in ("saisa", "llava") else 0)) * size
-    feed_forward, attention, norm = 3 * rows * inner, rows * (3 * q + 2 * k), 0
-    if architecture == "llava":
+    layers = [_visual_rows(config, architecture, layer) for layer in range(text.num_hidden_layers)]
+    attend, fed = map(any, zip(*layers))
+    travel = _has_visual_outputs(config, architecture)
+    held = 4 * (t + v * travel) * h + 2 * (t + (v if architecture in ("saisa", "llava") else 0)) * size
+    feed_forward, attention, norm = 3 * (t + v * fed) * inner, (t + v * attend) * (3 * q + 2 * k), 0
+    if travel:
         held += v * h
     if architecture == "flamingo":
         attention += 2 * v * k
-    if architecture == "saisa":
-        held += 2 * v * c
+    if architecture == "saisa" and not attend:
+        held += 0 if travel else 2 * v * c
         feed_forward += 2 * v * k  # a layer keeps its visual keys and values until its end
         attention += 2 * v * k + 2 * (t + v) * k  # and joins them with the text's
         norm = v * h * (3 if itemsize == 4 else 1 + 8 // itemsize)
@@ -370,7 +388,7 @@ def account(
             behind = behind.next_token()
             decoded.append(sum(step_flops(config, name, behind, cross_every).values()))
         last = behind if generated else step
-        rows = {"saisa": step.text, "llava": step.text + step.visual}.get(name, step.text)
+        rows = step.text + step.visual * _has_visual_outputs(config, name)
         training = None
         if trained == "full" or name != "flamingo":
             learned = replace(step, logits=rows)
@@ -388,9 +406,9 @@ def account(
     return found
 
 
-def show(found: dict, generated: int = 0, cross_every: int = 4, trained: str = "full") -> str:
-    """`account`'s result as tables, ratios last."""
-    names = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": f"Flamingo, every {cross_every} layers"}
+def show(found: dict, generated: int = 0, cross_every: int = 4, trained: str = "full", own: str = "SAISA") -> str:
+    """`account`'s result as tables, ratios last. `own` is what the model of the configuration is called."""
+    names = {"saisa": own, "llava": "LLaVA", "flamingo": f"Flamingo, every {cross_every} layers"}
 
     def each(*keys):
         return [reduce(operator.getitem, keys, found[name]) for name in names]

@@ -826,8 +826,8 @@ def distill(bench: Workbench, teacher: Teacher) -> list[float]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def load_llava(source: str | os.PathLike, dtype: str | None = None, device: str = "cpu"):
-    """Model and processor of a LLaVA or LLaVA-NeXT checkpoint in transformers' layout.
+def load_llava(source: str | os.PathLike, dtype: str | None = None, device: str = "cpu", named: str = "--from-llava"):
+    """Model and processor of a LLaVA or LLaVA-NeXT checkpoint in transformers' layout. `named`: what errors call it.
 
     Raises:
         ValueError: a checkpoint of another kind.
@@ -835,12 +835,10 @@ def load_llava(source: str | os.PathLike, dtype: str | None = None, device: str 
     """
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in ("llava", "llava_next"):
-        raise ValueError(
-            f"--from-llava {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'."
-        )
+        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
     processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
-        raise ValueError(f"--from-llava {str(source)!r} has no image processor: preprocessor_config.json is missing.")
+        raise ValueError(f"{named} {str(source)!r} has no image processor: preprocessor_config.json is missing.")
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
     return model.eval(), processor
 

@@ -35,8 +35,9 @@ def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
         "saisa": 2t(2q + 2k + 3m)h + 4vhk + 4t(t + v)q + 2v(cp + ph)
         "llava": 2(t + v)(2q + 2k + 3m)h + 4(t + v)^2 q
 
-    Layers outside `config.visual_layers` have v = 0, and a shared projector runs once instead of in every layer. The
-    vision tower, the embedding, the head and LLaVA's own projector are left out, as in the paper.
+    Layers outside `config.visual_layers` have v = 0, and a shared projector runs once instead of in every layer. In embedding
+    space "saisa" is the model of `config`: LLaVA's terms in layers where visual tokens attend or are fed, SAISA's where not.
+    The vision tower, the embedding, the head and LLaVA's own projector are left out, as in the paper.
     """
     text, t, v = config.text_config, text_tokens, visual_tokens
     family = language_model_family(text)
@@ -44,15 +45,22 @@ def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
     m = sum(family.feed_forward_sizes()) / layers
     q, k = (heads * family.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     c, p = config.vision_feature_size, config.projector_hidden_size or h
+    weights = (2 * q + 2 * k + 3 * m) * h
+    llava = layers * (2 * (t + v) * weights + 4 * (t + v) ** 2 * q)
+    if config.in_embedding_space:
+        saisa = 2 * v * (c * p + p * h)
+        for layer in range(layers):
+            rows = t + v * config.visual_tokens_attend(layer)
+            fed = t + v * config.visual_tokens_are_fed(layer)
+            saisa += 4 * rows * h * q + 4 * (t + v) * h * k + 4 * rows * (t + v) * q + 6 * fed * m * h
+        return {"saisa": float(saisa), "llava": float(llava)}
     seeing = layers if config.visual_layers is None else len(config.visual_layers)
     projections = 1 if config.projector_sharing == "shared" else seeing
-    weights = (2 * q + 2 * k + 3 * m) * h
     saisa = (
         layers * (2 * t * weights + 4 * t * t * q)
         + seeing * (4 * v * h * k + 4 * t * v * q)
         + projections * 2 * v * (c * p + p * h)
     )
-    llava = layers * (2 * (t + v) * weights + 4 * (t + v) ** 2 * q)
     return {"saisa": float(saisa), "llava": float(llava)}
 
 
@@ -142,12 +150,24 @@ def _architecture(config) -> str:
     shared, layers = config.projector_sharing == "shared", config.visual_layers
     where = "every layer" if layers is None else f"layers {', '.join(map(str, layers))}"
     how = "one projector that the layers share" if shared else "a projector of the layer's own"
-    return f"""\
+    what = f"""\
 A vision-language model of the SAISA architecture: Self-Attention Input Space Alignment, \
 [arXiv 2502.02458](https://arxiv.org/abs/2502.02458).
 
 Visual tokens enter {where} of the decoder through {how}, as keys and values of its self-attention. They issue no \
-queries, pass no feed-forward network and do not attend to one another.
+queries, pass no feed-forward network and do not attend to one another."""
+    if config.in_embedding_space:
+        count = text.num_hidden_layers
+        attend, fed = (
+            sum(map(does, range(count))) for does in (config.visual_tokens_attend, config.visual_tokens_are_fed)
+        )
+        what = f"""\
+A vision-language model between LLaVA and SAISA ([arXiv 2502.02458](https://arxiv.org/abs/2502.02458)).
+
+Visual tokens enter in front of the first layer, through one projector. They attend to the tokens in front of them in \
+{attend} and pass the feed-forward network in {fed} of the {count} decoder layers; in all layers they are keys and values."""
+    return f"""\
+{what}
 
 | | |
 |---|---|
@@ -191,6 +211,7 @@ def _flop_table(config) -> str:
     visual = config.image_seq_length
     cost = flops(config, TEXT_TOKENS, visual)
     saved = 1 - cost["saisa"] / cost["llava"]
+    own = "this model" if config.in_embedding_space else "SAISA"
     return f"""\
 ## Cost of a prompt
 
@@ -200,7 +221,7 @@ the paper, against a LLaVA (visual tokens in the embedding space) with the same 
 | architecture | TFLOPs |
 |---|---:|
 | LLaVA | {cost["llava"] / 1e12:#.3g} |
-| SAISA | {cost["saisa"] / 1e12:#.3g} ({abs(saved):.0%} {"less" if saved >= 0 else "more"}) |
+| {own} | {cost["saisa"] / 1e12:#.3g} ({abs(saved):.0%} {"less" if saved >= 0 else "more"}) |
 """
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .attention_saisa import Visibility  # noqa: F401
     from .configuration_saisa import SaisaConfig  # noqa: F401
     from .devices_saisa import check_device_map  # noqa: F401
+    from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
     from .encoders_saisa import CLASS_TOKENS  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
     from .loss_saisa import chunked_cross_entropy  # noqa: F401

@@ -173,6 +173,10 @@ class TokenLayout:
         rows = torch.cat([x_PX, x_PX.new_zeros(1, x_PX.shape[-1])])
         return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
 
+    def joined(self, text_PX: torch.Tensor, visual_VX: torch.Tensor) -> torch.Tensor:
+        """(P, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order."""
+        return self.keys(text_PX[:, None], visual_VX[:, None])[:, 0]
+
     def query_rows(self, x_BNSX: torch.Tensor) -> torch.Tensor:
         """(B or 1, N, S, X) -> (B, N, T, X): the rows of the queries' positions."""
         if self.visual_BS is None:

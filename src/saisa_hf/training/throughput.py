@@ -16,8 +16,8 @@ from ..flops import encoder_flops
 
 
 # what the FLOPs of a batch are linear in: text tokens (padding too), visual tokens, tokens learned, pictures, and pairs of
-# queries and keys
-COUNTS = ("text", "visual", "learned", "pictures", "pairs")
+# queries and keys, where text alone has queries and where visual tokens have them as well
+COUNTS = ("text", "visual", "learned", "pictures", "pairs", "all_pairs")
 # bfloat16 TFLOP/s of matrix products without sparsity, by a part of the device's name; the first that fits counts
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A10G": 70,
@@ -43,6 +43,7 @@ class StepFlops:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         base, config = model.model, model.config
         self.image_token_id = config.image_token_id
+        self.visual_tokens_predict = config.in_embedding_space
         self._each = dict.fromkeys(COUNTS, 0.0)
         encoder_learns = _learns(base.vision_tower)
         again = 1 if base.language_model.gradient_checkpointing else 0
@@ -58,7 +59,7 @@ class StepFlops:
         )
         text_learns = _learns(embedding) or asked
         for layer in layers:
-            text_learns = self._add_layer(layer, text_learns, features_learn, again)
+            text_learns, features_learn = self._add_layer(layer, text_learns, features_learn, again)
         for _, size, learns in _products(model.lm_head):  # made again in backward
             self._each["learned"] += 2 * size * (2 + text_learns + learns)
 
@@ -68,8 +69,10 @@ class StepFlops:
         visual_B = (ids == self.image_token_id).sum(1)
         visual, longest = visual_B.sum(), (ids.shape[1] - visual_B).max()
         pictures = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
-        learned = ((labels[:, 1:] != -100) & (ids[:, :-1] != self.image_token_id)).sum()
-        return torch.stack([ids.numel() - visual, visual, learned, pictures, longest * ids.numel()]).double()
+        predicts = (ids[:, :-1] != self.image_token_id) | self.visual_tokens_predict
+        learned = ((labels[:, 1:] != -100) & predicts).sum()
+        pairs = [longest * ids.numel(), torch.tensor(ids.shape[1] * ids.numel(), device=ids.device)]
+        return torch.stack([ids.numel() - visual, visual, learned, pictures, *pairs]).double()
 
     def __call__(self, counts: torch.Tensor) -> float:
         """FLOPs of what `counts` counted, or a sum of such."""
@@ -82,8 +85,12 @@ class StepFlops:
                 self._each["visual"] += 2 * size * (1 + again + (learns or "lora_B" in name) + trained)
             learns = learns or _learns(part)
 
-    def _add_layer(self, layer: nn.Module, text_learns: bool, features_learn: bool, again: int) -> bool:
-        """Adds a decoder layer whose inputs do or do not need a gradient; returns whether its output does."""
+    def _add_layer(self, layer: nn.Module, text_learns: bool, features_learn: bool, again: int) -> tuple[bool, bool]:
+        """Adds a decoder layer whose inputs, of text and of visual tokens, do or do not need a gradient; returns whether its
+        outputs do."""
+        attend, fed = (getattr(layer, name, False) for name in ("visual_tokens_attend", "visual_tokens_are_fed"))
+        if attend:  # one tensor of both
+            text_learns = features_learn = text_learns or features_learn
         attention, norms = layer.self_attn, layer.norms
         norm_learns, norm_behind_learns, middle_norm_learns = (
             name is not None and _learns(getattr(layer, name)) for name in norms[:3]
@@ -102,14 +109,15 @@ class StepFlops:
             self._add_projector(projector, features_learn, again)
         for name, size, trained in _products(attention):
             gets = attended_learns if name.startswith("o_proj") else into_queries
-            self._each["text"] += 2 * size * (1 + again + (gets or "lora_B" in name) + trained)
-            if layer.sees_image and name.startswith(("k_proj", "v_proj", "qkv_proj")):
+            for rows in ("text", "visual")[: 1 + attend]:
+                self._each[rows] += 2 * size * (1 + again + (gets or "lora_B" in name) + trained)
+            if layer.sees_image and not attend and name.startswith(("k_proj", "v_proj", "qkv_proj")):
                 self._each["visual"] += 2 * size * (1 + again + (visual_learns or "lora_B" in name) + trained)
         # in backward: two products for either product; a fused kernel makes the first one again
         queries_learn = into_queries or any(_learns(part) for part in inner if part not in _of_keys(attention))
         backward = (1.5 + 0.5 * queries_learn if attention.implementation == "eager" else 2.5) * attended_learns
         heads = attention.config.num_attention_heads * attention.head_dim
-        self._each["pairs"] += 2 * 2 * heads * (1 + again + backward)
+        self._each["all_pairs" if attend else "pairs"] += 2 * 2 * heads * (1 + again + backward)
 
         text = attention.config
         products = list(_products(feed_forward))
@@ -119,8 +127,9 @@ class StepFlops:
             made_again = 0 if last and not _reentrant(layer) else again
             if "experts" in name:
                 size *= text.num_experts_per_tok / getattr(text, "num_local_experts", getattr(text, "num_experts", 0))
-            self._each["text"] += 2 * size * (1 + made_again + (middle_learns or "lora_B" in name) + trained)
-        return output_learns
+            for rows in ("text", "visual")[: 1 + fed]:
+                self._each[rows] += 2 * size * (1 + made_again + (middle_learns or "lora_B" in name) + trained)
+        return output_learns, output_learns if fed else features_learn or (attend and middle_learns)
 
 
 def _learns(module: nn.Module) -> bool:

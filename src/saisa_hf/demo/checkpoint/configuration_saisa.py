@@ -11,12 +11,13 @@ from transformers.configuration_utils import PretrainedConfig
 from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
 from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states
 from .hub_saisa import AUTO_MAP, write_code_files
-from .language_models_saisa import FAMILIES, language_model_family
+from .language_models_saisa import FAMILIES, LanguageModelFamily, language_model_family
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
     from .attention_saisa import Visibility  # noqa: F401
     from .devices_saisa import check_device_map  # noqa: F401
+    from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
     from .loss_saisa import chunked_cross_entropy  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
@@ -39,6 +40,7 @@ DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
     "patch_size": 14,
 }
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
+FAMILY_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward")
 
 
 class SaisaConfig(PretrainedConfig):
@@ -77,6 +79,18 @@ class SaisaConfig(PretrainedConfig):
             The decoder layers that see the picture. `None` is all of them.
         tie_word_embeddings (`bool`, *optional*):
             Whether the head shares the embedding's weights. `None` takes the language model's own setting.
+        alignment (`str`, *optional*, defaults to `"input_space"`):
+            `"input_space"`: projectors map the features into the input space of each layer's self-attention (SAISA).
+            `"embedding_space"`: one projector puts visual tokens among the embeddings of the words, and their hidden states
+            travel through the layers (LLaVA and what lies between the two, see `embedding_space_saisa.py`).
+            `projector_sharing` is `"shared"` there, whether it says so or not, and `visual_layers` is `None`: what a layer
+            does to visual tokens is said by the next two fields.
+        visual_attention (`str` or `list[str]`, *optional*, defaults to `"none"`):
+            In embedding space, for all decoder layers or for each in turn: `"full"`, visual tokens attend to all tokens in
+            front of them (LLaVA), or `"none"`, they are keys and values only (NAAViT), and keep their hidden state.
+        visual_feed_forward (`bool` or `list[bool]`, *optional*, defaults to `True`):
+            In embedding space, for all decoder layers or for each in turn: whether visual tokens pass the feed-forward
+            network.
 
     Raises:
         ValueError: a field that does not fit the others; the message names the field, its value and what is allowed.
@@ -101,6 +115,9 @@ class SaisaConfig(PretrainedConfig):
         projector_sharing="per_layer",
         visual_layers=None,
         tie_word_embeddings=None,
+        alignment="input_space",
+        visual_attention="none",
+        visual_feed_forward=True,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, None)
@@ -112,8 +129,13 @@ class SaisaConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.projector_bias = projector_bias
         self.projector_hidden_size = projector_hidden_size
+        if alignment == "embedding_space" and projector_sharing == "per_layer":
+            projector_sharing = "shared"  # "per_layer" is the default, not a wish
         self.projector_sharing = projector_sharing
         self.visual_layers = _listed(visual_layers)
+        self.alignment = alignment
+        self.visual_attention = _listed(visual_attention)
+        self.visual_feed_forward = _listed(visual_feed_forward)
 
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -161,6 +183,36 @@ class SaisaConfig(PretrainedConfig):
     def sees_image(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
         return self.visual_layers is None or layer_idx in self.visual_layers
+
+    @property
+    def in_embedding_space(self) -> bool:
+        """Whether visual tokens travel through the layers, with hidden states and outputs of their own."""
+        return self.alignment == "embedding_space"
+
+    def visual_tokens_attend(self, layer_idx: int) -> bool:
+        """Whether visual tokens are queries in decoder layer `layer_idx`."""
+        return self.in_embedding_space and _of_layer(self.visual_attention, layer_idx) == "full"
+
+    def visual_tokens_are_fed(self, layer_idx: int) -> bool:
+        """Whether visual tokens pass the feed-forward network of decoder layer `layer_idx`."""
+        return self.in_embedding_space and _of_layer(self.visual_feed_forward, layer_idx)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """transformers' own, with a `LlavaForConditionalGeneration`'s settings as those of the same model in embedding space.
+
+        Raises:
+            ValueError: it is a LLaVA that has no like here.
+        """
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return (_of_llava(config_dict) if config_dict.get("model_type") == "llava" else config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """transformers' own, which sets what `kwargs` name without a check; what makes another model of the family of them
+        is checked with the rest."""
+        switches = {name: kwargs.pop(name) for name in FAMILY_SETTINGS if name in kwargs}
+        return super().from_dict({**config_dict, **switches}, **kwargs)
 
     def to_dict(self):
         """The configuration as a dict from which `SaisaConfig.from_dict` makes an equal one."""
@@ -256,6 +308,7 @@ class SaisaConfig(PretrainedConfig):
                 raise ValueError(
                     f"text_config.{name}={getattr(text, name)!r} is not supported for {text.model_type}: expected {value!r}."
                 )
+        self._check_family()
         if self.visual_layers is not None:
             count, layers = text.num_hidden_layers, self.visual_layers
             whole = isinstance(layers, list) and all(_is_index(layer) and 0 <= layer < count for layer in layers)
@@ -265,6 +318,33 @@ class SaisaConfig(PretrainedConfig):
                     f"least one; None stands for all of them."
                 )
 
+    def _check_family(self):
+        _check_choice("alignment", self.alignment, ("input_space", "embedding_space"))
+        count = self.text_config.num_hidden_layers
+        for name, default, allowed in (
+            ("visual_attention", "none", ("full", "none")),
+            ("visual_feed_forward", True, (True, False)),
+        ):
+            value = getattr(self, name)
+            if not self.in_embedding_space and value != default:
+                raise ValueError(
+                    f"{name}={value!r}: in input space visual tokens are keys and values, no more. Leave it out, or set "
+                    f'alignment="embedding_space".'
+                )
+            if isinstance(value, list) and len(value) != count:
+                raise ValueError(
+                    f"{name} has {len(value)} entries: expected one for each of the {count} decoder layers, or one value for "
+                    "all of them."
+                )
+            for one in value if isinstance(value, list) else [value]:
+                _check_choice(name, one, allowed)
+        if self.in_embedding_space and self.visual_layers is not None:
+            raise ValueError(
+                f"visual_layers={self.visual_layers!r}: in embedding space all layers see the picture. What each does to its "
+                "tokens is said by visual_attention and visual_feed_forward, which take a list of one value per layer: "
+                f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})].'
+            )
+
 
 name_for_serving(SaisaConfig.model_type, "SaisaForConditionalGeneration")
 
@@ -272,6 +352,37 @@ name_for_serving(SaisaConfig.model_type, "SaisaForConditionalGeneration")
 def _listed(value):
     """JSON knows no tuples, and ranges are handy: both become lists; everything else stays for `_check` to judge."""
     return list(value) if isinstance(value, (tuple, range)) else value
+
+
+def _of_layer(value, layer_idx: int):
+    return value[layer_idx] if isinstance(value, list) else value
+
+
+def _of_llava(llava: dict) -> dict:
+    """`llava`, the config.json of a `LlavaForConditionalGeneration`, as that of the same model in embedding space."""
+    encoder = (llava.get("vision_config") or {}).get("model_type", "clip_vision_model")
+    if llava.get("vision_feature_select_strategy", "default") == "default" and CLASS_TOKENS.get(encoder) == 0:
+        raise ValueError(
+            f"vision_feature_select_strategy='default' of this LLaVA drops the first token of {encoder}, which is a patch "
+            "and no class token: that is not supported. A LLaVA of this encoder needs 'full'."
+        )
+    text_config = {"model_type": "llama", **(llava.get("text_config") or {})}
+    family = FAMILIES.get(text_config["model_type"], LanguageModelFamily)
+    if family.scaled_logits is not LanguageModelFamily.scaled_logits:
+        raise ValueError(
+            f"text_config.model_type={text_config['model_type']!r}: transformers' LLaVA uses this language model without "
+            "what that does to logits, which is not supported."
+        )
+    return {key: value for key, value in llava.items() if key != "multimodal_projector_bias"} | {
+        "model_type": SaisaConfig.model_type,
+        "architectures": ["SaisaForConditionalGeneration"],
+        "text_config": text_config,
+        "projector_bias": llava.get("multimodal_projector_bias", True),
+        "alignment": "embedding_space",
+        "visual_attention": "full",
+        # 4.57 goes by the text config, 5.x by either
+        "tie_word_embeddings": llava.get("tie_word_embeddings") or None,
+    }
 
 
 def _is_index(value) -> bool:

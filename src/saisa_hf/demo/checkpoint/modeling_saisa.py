@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, QuantizedCache
+from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -34,6 +35,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .attention_saisa import HIDDEN_KEY, Runs, Visibility, hide_marked_keys, is_flash
 from .compat_saisa import (
+    ForeignNames,
     cached_key_range,
     causal_mask,
     decoding_masks,
@@ -78,12 +80,18 @@ VISION_MODEL_NAMES = {
     r"vision_tower\.(?=embeddings\.(?:class_embedding|patch_embedding\.|position_embedding\.)|encoder\.layers\."
     r"|pre_layrnorm\.|post_layernorm\.|head\.)": "vision_tower.vision_model."
 }
+# The names in checkpoints of `LlavaForConditionalGeneration`, whichever release saved them, but for the encoder's.
+LLAVA_NAMES = {
+    r"^(?:model\.)?multi_modal_projector\.": "model.visual_projector.",
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.language_model.",
+}
 
 
 @dataclass
 class SaisaModelOutputWithPast(BaseModelOutputWithPast):
     """
-    Output of `SaisaModel`. All of it is aligned with `input_ids`; rows at visual positions are zero.
+    Output of `SaisaModel`. All of it is aligned with `input_ids`; rows at visual positions are zero, but in embedding space.
 
     Attributes:
         last_hidden_state: (B, S, D), after the final norm.
@@ -102,8 +110,10 @@ class SaisaCausalLMOutputWithPast(ModelOutput):
     Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
 
     Attributes:
-        loss: scalar, float32. Next-token cross-entropy over the labels whose predecessor is a text token.
-        logits: (B, S, vocabulary), or the rows that `logits_to_keep` asks for. Zero at visual positions.
+        loss: scalar, float32. Next-token cross-entropy over the labels whose predecessor is a text token; in embedding space
+            over all labels.
+        logits: (B, S, vocabulary), or the rows that `logits_to_keep` asks for. Zero at visual positions, but in embedding
+            space.
     """
 
     loss: torch.Tensor | None = None
@@ -325,6 +335,11 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         modules |= {name: getattr(self.self_attn, name, None) for name in ("k_proj", "v_proj", "qkv_proj", "k_norm")}
         return {name: module for name, module in modules.items() if module is not None}
 
+    @property
+    def mask_kind(self) -> tuple:
+        """Layers of one kind have the same attention mask."""
+        return self.attention_type, self.sees_image
+
     def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
         return x if name is None else getattr(self, name)(x)
 
@@ -349,15 +364,23 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             visual = self.visual_keys_and_values(visual)
             if not len(visual[0]):  # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
                 nothing, visual = visual[0].sum() + visual[1].sum(), None
+        text_PD, probabilities_BNTL = self._attended(text_PD, visual, nothing, **attention_arguments)
+        return self._fed(text_PD), probabilities_BNTL
+
+    def _attended(self, text_PD: torch.Tensor, visual, nothing=None, **attention_arguments):
+        """Hidden states past self-attention, and its probabilities."""
         normed_PD = self._normed(self.norms.before_attention, text_PD)
         attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
         attended_PD = attended_PD if nothing is None else attended_PD + nothing
-        text_PD = self._added(text_PD, self._normed(self.norms.after_attention, attended_PD))
-        fed_PD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, text_PD))
-        return self._added(text_PD, self._normed(self.norms.after_feed_forward, fed_PD)), probabilities_BNTL
+        return self._added(text_PD, self._normed(self.norms.after_attention, attended_PD)), probabilities_BNTL
+
+    def _fed(self, x_PD: torch.Tensor) -> torch.Tensor:
+        """Hidden states past the feed-forward network."""
+        fed_PD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, x_PD))
+        return self._added(x_PD, self._normed(self.norms.after_feed_forward, fed_PD))
 
 
-class SaisaPreTrainedModel(PreTrainedModel):
+class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
     """What every SAISA class shares: what transformers may do with it, and how it is saved and loaded."""
 
     config_class = SaisaConfig
@@ -372,6 +395,11 @@ class SaisaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if getattr(config, "in_embedding_space", False):
+            self._no_split_modules = ["EmbeddingSpaceLayer"]  # FSDP insists on finding every class that is named
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
         """transformers' own. The config brings the code files, so that `trust_remote_code=True` loads the folder anywhere.
@@ -392,7 +420,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """transformers' own, which does not leave single tensors of the base model at their random initial values, and whose
-        `quantization_config` leaves alone what `KEPT_PRECISE` names, unless it names modules itself.
+        `quantization_config` leaves alone what `KEPT_PRECISE` names, unless it names modules itself. A checkpoint of a
+        `LlavaForConditionalGeneration` is loaded as that model, in embedding space.
 
         Raises:
             ValueError: tensors of the encoder, the projectors, the language model or the head are not in the checkpoint.
@@ -400,9 +429,8 @@ class SaisaPreTrainedModel(PreTrainedModel):
             ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        encoder_type, quantization = _encoder_and_quantization(pretrained_model_name_or_path, kwargs)
-        names = VISION_MODEL_NAMES if encoder_type in NESTED_ENCODERS else {}
-        kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}
+        encoder_type, quantization, is_llava = _told_by_config(pretrained_model_name_or_path, kwargs)
+        kwargs["key_mapping"] = {**_other_names(encoder_type, is_llava), **(kwargs.get("key_mapping") or {})}
         check_device_map(kwargs.get("device_map"))
         if wants_tensor_parallelism(kwargs):
             check_tensor_parallelism(_config(pretrained_model_name_or_path, kwargs).text_config, kwargs)
@@ -456,14 +484,31 @@ class SaisaPreTrainedModel(PreTrainedModel):
         """Nothing to do: the config's `auto_map` is complete as it stands."""
 
 
-def _encoder_and_quantization(checkpoint, kwargs: dict) -> tuple[str, dict | None]:
-    """The `model_type` of the encoder of `checkpoint` and its quantization, given the arguments of `from_pretrained`."""
-    config = kwargs.get("config")
-    if hasattr(config, "vision_config"):
-        return config.vision_config.model_type, getattr(config, "quantization_config", None)
-    found, _ = SaisaConfig.get_config_dict(config or checkpoint, **_of_the_hub(kwargs))
+def _other_names(encoder_type: str, of_llava: bool) -> dict[str, str]:
+    """Patterns of the names that tensors have in checkpoints of other layouts, and what they become."""
+    level = "vision_model." if encoder_type in NESTED_ENCODERS else ""
+    if of_llava:
+        return {rf"^(?:model\.)?vision_tower\.(?:{level})?": f"model.vision_tower.{level}"} | LLAVA_NAMES
+    return VISION_MODEL_NAMES if level else {}
+
+
+def _told_by_config(checkpoint, kwargs: dict) -> tuple[str, dict | None, bool]:
+    """The `model_type` of the encoder of `checkpoint`, its quantization, and whether its tensors have a LLaVA's names, given
+    the arguments of `from_pretrained`."""
+    config, found = kwargs.get("config"), {}
+    given = hasattr(config, "vision_config")
+    if not given or (config.in_embedding_space and checkpoint is not None):
+        try:
+            source = checkpoint if given else config or checkpoint
+            found, _ = PretrainedConfig.get_config_dict(source, **_of_the_hub(kwargs))
+        except OSError:
+            if not given:
+                raise
+    is_llava = found.get("model_type") == "llava"
+    if given:
+        return config.vision_config.model_type, getattr(config, "quantization_config", None), is_llava
     encoder_type = (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    return encoder_type, found.get("quantization_config")
+    return encoder_type, found.get("quantization_config"), is_llava
 
 
 def _config(checkpoint, kwargs: dict) -> SaisaConfig:
@@ -482,6 +527,8 @@ def _of_the_hub(kwargs: dict) -> dict:
 class SaisaLanguageModel(SaisaPreTrainedModel):
     """The decoder: an ordinary language model whose layers also read the features of the vision encoder."""
 
+    layer_class = SaisaDecoderLayer
+
     def __init__(self, config: SaisaConfig):
         # over the text config, so that `attn_implementation={"text_config": ...}` reaches it
         super().__init__(config.text_config)
@@ -490,7 +537,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         if self.config._attn_implementation == "sdpa" and not self.family.supports_sdpa:
             self.config._attn_implementation = "eager"
         self.embed_tokens = self.family.embedding()
-        self.layers = nn.ModuleList(SaisaDecoderLayer(config, index) for index in range(text.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(text.num_hidden_layers))
         self.norm = self.family.norm(text.hidden_size)
         self.rotary_emb = self.family.rotary_embedding()
         self.gradient_checkpointing = False
@@ -554,10 +601,17 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 f"`output_attentions=True` returns none with attn_implementation={self.config._attn_implementation!r}: load "
                 "the model with attn_implementation='eager'."
             )
+        wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
+        cache = {"past_key_values": past_key_values, "slots": slots}
+        outputs = self._through_layers(text_PD, visual, layout, rotations, masks, wanted, **cache)
+        return BaseModelOutputWithPast(past_key_values=past_key_values if use_cache else None, **outputs)
+
+    def _through_layers(self, text_PD, visual, layout, rotations, masks, wanted: dict[str, bool], **cache) -> dict:
+        """`last_hidden_state` (B, S, D), and where `wanted`, `hidden_states` and `attentions`."""
         hidden_states, attentions = [], []
         luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
         for index, layer in enumerate(self.layers):
-            if output_hidden_states:
+            if wanted["hidden_states"]:
                 hidden_states.append(layout.align(text_PD))
             features, rotations, masks = luggage.at(layer.device)
             text_PD, probabilities_BNTL = layer(
@@ -565,50 +619,50 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 visual[index] if isinstance(visual, tuple) else features,
                 layout=layout,
                 rotation=rotations[layer.attention_type],
-                attention_mask=masks[layer.attention_type, layer.sees_image],
-                past_key_values=past_key_values,
-                slots=slots,
+                attention_mask=masks[layer.mask_kind],
+                **cache,
             )
-            if output_attentions and probabilities_BNTL is not None:
+            if wanted["attentions"] and probabilities_BNTL is not None:
                 attentions.append(layout.align_queries(probabilities_BNTL))
-        last_hidden_state = layout.align(self.norm(text_PD))
+        return self._collected(layout.align(self.norm(text_PD)), hidden_states, attentions, wanted)
 
-        return BaseModelOutputWithPast(
-            last_hidden_state=last_hidden_state,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*hidden_states, last_hidden_state) if output_hidden_states else None,
-            attentions=tuple(attentions) or None,
-        )
+    def _collected(self, last_hidden_state, hidden_states: list, attentions: list, wanted: dict[str, bool]) -> dict:
+        return {
+            "last_hidden_state": last_hidden_state,
+            "hidden_states": (*hidden_states, last_hidden_state) if wanted["hidden_states"] else None,
+            "attentions": tuple(attentions) or None,
+        }
 
-    def _attention_masks(self, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents):
-        """What the attention implementations take as masks, by attention type and by whether a layer sees the picture."""
+    def _attention_masks(self, layout, text_PD, *arguments) -> dict:
+        """What the attention implementations take as masks, by kind of layer."""
         masks = {}
         for index, layer in enumerate(self.layers):
-            kind = layer.attention_type, layer.sees_image
-            if kind in masks:
-                continue
-            given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
-            implementation = layer.self_attn.implementation
-            key_range = cached_key_range(past_key_values, index, slots)
-            visibility = Visibility(layout, slots, key_range, layer.self_attn.window, given, documents)
-            if isinstance(given, torch.Tensor) and given.ndim == 4:
-                masks[kind] = layout.query_rows(given)
-            elif layout.visual_BS is not None:
-                masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
-            elif implementation == "eager" != self.config._attn_implementation:
-                masks[kind] = visibility.for_implementation("eager", text_PD.dtype)
-            elif implementation != self.config._attn_implementation:
-                masks[kind] = visibility.mask()
-            elif has_empty_places(past_key_values) and (is_flash(implementation) or implementation == "flex_attention"):
-                # transformers does not tell them which places of the cache are filled
-                visibility.layout = TokenLayout(torch.zeros(text_PD.shape[:2], dtype=torch.bool, device=slots.device))
-                masks[kind] = visibility.for_implementation(implementation, text_PD.dtype)
-            elif isinstance(attention_mask, dict):
-                masks[kind] = given
-            else:
-                arguments = (self.config, text_PD, given, slots, past_key_values, position_ids)
-                masks[kind] = causal_mask(layer.attention_type, *arguments)
+            if layer.mask_kind not in masks:
+                masks[layer.mask_kind] = self._attention_mask(index, layer, layout, text_PD, *arguments)
         return masks
+
+    def _attention_mask(
+        self, index, layer, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents
+    ):
+        given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
+        implementation = layer.self_attn.implementation
+        key_range = cached_key_range(past_key_values, index, slots)
+        visibility = Visibility(layout, slots, key_range, layer.self_attn.window, given, documents)
+        if isinstance(given, torch.Tensor) and given.ndim == 4:
+            return layout.query_rows(given)
+        if layout.visual_BS is not None:
+            return visibility.for_implementation(implementation, text_PD.dtype)
+        if implementation == "eager" != self.config._attn_implementation:
+            return visibility.for_implementation("eager", text_PD.dtype)
+        if implementation != self.config._attn_implementation:
+            return visibility.mask()
+        if has_empty_places(past_key_values) and (is_flash(implementation) or implementation == "flex_attention"):
+            # transformers does not tell them which places of the cache are filled
+            visibility.layout = TokenLayout(torch.zeros(text_PD.shape[:2], dtype=torch.bool, device=slots.device))
+            return visibility.for_implementation(implementation, text_PD.dtype)
+        if isinstance(attention_mask, dict):
+            return given
+        return causal_mask(layer.attention_type, self.config, text_PD, given, slots, past_key_values, position_ids)
 
     def _rotation(self, layout, text_PD, position_ids, attention_type) -> Rotation:
         cos_sin = self.rotary_emb(text_PD, position_ids, attention_type)
@@ -665,7 +719,10 @@ class SaisaModel(SaisaPreTrainedModel):
         self.vision_tower = build_vision_tower(config.vision_config)
         if config.projector_sharing == "shared":
             self.visual_projector = SaisaVisualProjector(config)
-        self.language_model = SaisaLanguageModel(config)
+        language_model_class = SaisaLanguageModel
+        if config.in_embedding_space:  # not at the top: it builds on this file
+            from .embedding_space_saisa import EmbeddingSpaceLanguageModel as language_model_class
+        self.language_model = language_model_class(config)
         self.post_init()
         if config.projector_sharing == "shared":
             plan = {"visual_projector.linear_1": "colwise", "visual_projector.linear_2": "rowwise"}
@@ -779,11 +836,14 @@ class SaisaModel(SaisaPreTrainedModel):
         if visual_states is not None:
             self.check_visual_states(visual_states)
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            places = (visual_states.rows(), position_ids) if len(visual_states) else ()
+            rows, spread = visual_states.rows(), self.config.in_embedding_space
+            places = (rows, position_ids) if len(visual_states) and not spread else ()
             found = self._layout(visual_BS, *places, visual_states=visual_states.lengths)
             if len(visual_states):
                 layout = found
                 visual = self._for_layers(visual_states.stored.features, visual_states.stored.keys_values)
+                # what becomes of a token's hidden state there depends on where it stands
+                visual = visual[rows] if spread and rows is not None else visual
         elif pixel_values is not None:
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
             pictures = []
@@ -841,8 +901,12 @@ class SaisaModel(SaisaPreTrainedModel):
         from here on. An optimizer that was made before does not know the copies.
 
         Raises:
-            ValueError: the projectors are not shared.
+            ValueError: the projectors are not shared, or the model is in embedding space.
         """
+        if self.config.in_embedding_space:
+            raise ValueError(
+                "unshare_projectors: alignment is 'embedding_space', where there is one projector for good."
+            )
         if self.config.projector_sharing != "shared":
             raise ValueError(
                 f"unshare_projectors: config.projector_sharing is {self.config.projector_sharing!r}, expected 'shared'. "
@@ -856,7 +920,7 @@ class SaisaModel(SaisaPreTrainedModel):
         self.config.projector_sharing = "per_layer"
 
     @torch.no_grad()
-    def get_visual_states(self, pixel_values: torch.Tensor, store: str = "keys_values", **kwargs) -> SaisaVisualStates:
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
         """
         What the decoder layers make of a batch of pictures, to be used with any number of prompts and anywhere in them
         as `visual_states`. It is computed without gradients.
@@ -865,15 +929,20 @@ class SaisaModel(SaisaPreTrainedModel):
             pixel_values: (pictures, channels, height, width), any floating dtype.
             store: `"keys_values"` for the keys before rotation and the values of each layer that sees the picture,
                 2 * V * h_kv numbers a layer, or `"features"` for the encoder's features alone, V * C numbers, which are
-                projected at each use.
+                projected at each use. None: `"keys_values"`; in embedding space `"features"`, as visual tokens have hidden
+                states there, which depend on their surroundings or, at the least, are wanted at the end.
             kwargs: handed on to the encoder.
 
         Returns:
             `SaisaVisualStates` of as many images, in the language model's dtype.
 
         Raises:
-            ValueError: `store` is neither of the two; `pixel_values` is no batch of pictures.
+            ValueError: `store` is neither of the two, or `"keys_values"` in embedding space; `pixel_values` is no batch of
+                pictures.
         """
+        if store is None:
+            store = "features" if self.config.in_embedding_space else "keys_values"
+        self._check_store(store)
         if store not in ("keys_values", "features"):
             raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
         pictures = self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output
@@ -887,6 +956,13 @@ class SaisaModel(SaisaPreTrainedModel):
                 for layer in self.language_model.layers
             )
         return SaisaVisualStates(VisualStore(lengths, features, keys_values, self.visual_fingerprint(store)))
+
+    def _check_store(self, store: str):
+        if store == "keys_values" and self.config.in_embedding_space:
+            raise ValueError(
+                "visual states of store='keys_values' do not go with alignment='embedding_space': visual tokens have hidden "
+                "states of their own there. Use store='features'."
+            )
 
     def visual_fingerprint(self, store: str) -> str:
         """A digest of the weights and settings on which visual states that `store` `"keys_values"` or `"features"` depend.
@@ -913,6 +989,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"returns."
             )
         again = "Compute them with this model: model.get_visual_states(pixel_values)."
+        self._check_store(states.store)
         layers, token_shape = self.language_model.layers, (self.config.vision_feature_size,)
         if states.store == "keys_values":
             if states.num_layers != len(layers):
@@ -1061,7 +1138,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """See `SaisaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_visual_states(self, pixel_values: torch.Tensor, store: str = "keys_values", **kwargs) -> SaisaVisualStates:
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
         """See `SaisaModel.get_visual_states`."""
         return self.model.get_visual_states(pixel_values, store, **kwargs)
 
@@ -1094,8 +1171,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from. Placeholders should be -100: `Trainer` divides by the number of
-                labels that are not, and the text token in front of a picture would learn to predict them.
+                token has no output to predict from, but in embedding space, where all labels count. Placeholders should be
+                -100: `Trainer` divides by the number of labels that are not, and the text token in front of a picture would
+                learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
                 time, and again in backward: training needs no memory for (B, S, vocabulary).
@@ -1123,7 +1201,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         layout = TokenLayout(None)
-        if pixel_values is not None or visual_states is not None:
+        if (pixel_values is not None or visual_states is not None) and not self.config.in_embedding_space:
             layout = self.model._layout(self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept])
         hidden_PD = layout.text(outputs.last_hidden_state[:, kept])
         vocab_size = self.config.text_config.vocab_size
@@ -1194,7 +1272,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """transformers' own, and the pictures whose placeholders are among the tokens that are not in the cache yet.
 
         Raises:
-            ValueError: the last token of a prompt is visual, so that nothing can be predicted from it.
+            ValueError: the last token of a prompt is visual, so that nothing can be predicted from it (but in embedding
+                space).
         """
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -1222,7 +1301,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.ndim == 2:
             real_BS = attention_mask[:, -length:].bool().to(visual_BS.device)  # transformers may have moved the ids
         last_B1 = (real_BS * torch.arange(1, length + 1, device=real_BS.device)).argmax(1, keepdim=True)
-        if visual_BS.gather(1, last_B1).any():
+        if visual_BS.gather(1, last_B1).any() and not self.config.in_embedding_space:
             raise ValueError(
                 "The last token of a prompt is a visual token, and visual tokens predict nothing. Put a text token, a "
                 "newline for instance, behind the image."

@@ -1,0 +1,123 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What lies between LLaVA and SAISA: visual tokens enter once, in front of layer 0, and their hidden states travel on.
+
+`SaisaConfig.alignment="embedding_space"`. Two switches, for all decoder layers or for each, say what a layer does to them:
+
+- `visual_attention="full"`: they are queries, and attend as text does to all that stands in front of them;
+  `"none"`: they are keys and values only (NAAViT). Their attention output is zero: the residual carries them on.
+- `visual_feed_forward`: whether they pass the feed-forward network. Where not, its output is zero for them.
+
+Full attention and feed-forward networks are LLaVA; NAAViT with feed-forward networks is the pilot experiment of the SAISA
+paper (arXiv 2502.02458); neither, in some layers, is what ShortV (arXiv 2504.00502) does there.
+
+Shape suffixes as in `modeling_saisa.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .configuration_saisa import SaisaConfig
+from .devices_saisa import Luggage
+from .modeling_saisa import Rotation, SaisaDecoderLayer, SaisaLanguageModel
+from .token_layout_saisa import TokenLayout
+
+
+class RotationOfAll(NamedTuple):
+    """`Rotation`, and the cosines and sines (B or 1, S, H) of all tokens in input order."""
+
+    text: tuple[torch.Tensor, torch.Tensor]
+    visual: tuple[torch.Tensor, torch.Tensor]
+    all: tuple[torch.Tensor, torch.Tensor]
+
+
+class EmbeddingSpaceLayer(SaisaDecoderLayer):
+    """A decoder layer through which visual tokens pass as well."""
+
+    def __init__(self, config: SaisaConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.visual_tokens_attend = config.visual_tokens_attend(layer_idx)
+        self.visual_tokens_are_fed = config.visual_tokens_are_fed(layer_idx)
+
+    @property
+    def mask_kind(self) -> tuple:
+        return self.attention_type, self.visual_tokens_attend
+
+    def forward(
+        self,
+        text_PD: torch.Tensor,
+        visual_VD: torch.Tensor | None,
+        layout: TokenLayout,
+        rotation: Rotation | RotationOfAll,
+        **attention_arguments,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            text_PD, visual_VD: hidden states; None in place of the latter: the input has no visual token.
+
+        Returns:
+            both past the layer, and (B, N, S, L) attention probabilities or None.
+        """
+        if visual_VD is not None and self.visual_tokens_attend:
+            x_BSD = layout.joined(text_PD, visual_VD)
+            as_text = {"layout": TokenLayout(None), "rotation": Rotation(rotation.all, None)}
+            x_BSD, probabilities_BNSL = self._attended(x_BSD, None, **as_text, **attention_arguments)
+            text_PD, visual_VD = layout.text(x_BSD), layout.visual(x_BSD)
+        else:
+            visual = None if visual_VD is None else self.visual_keys_and_values(visual_VD)
+            text_PD, probabilities_BNSL = self._attended(
+                text_PD, visual, layout=layout, rotation=rotation, **attention_arguments
+            )
+            if probabilities_BNSL is not None:
+                probabilities_BNSL = layout.align_queries(probabilities_BNSL)
+        if visual_VD is None or not self.visual_tokens_are_fed:
+            return self._fed(text_PD), visual_VD, probabilities_BNSL
+        both_RD = self._fed(torch.cat([text_PD, visual_VD]))
+        return *both_RD.split([len(text_PD), len(visual_VD)]), probabilities_BNSL
+
+
+class EmbeddingSpaceLanguageModel(SaisaLanguageModel):
+    """The decoder of a model whose visual tokens stand among the embeddings of the words."""
+
+    layer_class = EmbeddingSpaceLayer
+    _no_split_modules = ["EmbeddingSpaceLayer"]
+
+    def _through_layers(self, text_PD, visual, layout, rotations, masks, wanted, **cache) -> dict:
+        visual_VD = visual
+        if visual_VD is not None:
+            visual_VD = self.family.scaled_input(visual_VD.to(text_PD.device, text_PD.dtype))
+        if visual_VD is not None and layout.visual_BS is None:
+            # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
+            text_PD, visual_VD = text_PD + visual_VD.sum(), None
+        hidden_states, attentions = [], []
+        luggage = Luggage(rotations, masks)
+        for layer in self.layers:
+            if wanted["hidden_states"]:
+                hidden_states.append(_joined(layout, text_PD, visual_VD))
+            rotations, masks = luggage.at(layer.device)
+            text_PD, visual_VD, probabilities_BNSL = layer(
+                text_PD,
+                visual_VD,
+                layout=layout,
+                rotation=rotations[layer.attention_type],
+                attention_mask=masks[layer.mask_kind],
+                **cache,
+            )
+            if wanted["attentions"] and probabilities_BNSL is not None:
+                attentions.append(probabilities_BNSL)
+        return self._collected(self.norm(_joined(layout, text_PD, visual_VD)), hidden_states, attentions, wanted)
+
+    def _attention_mask(self, index, layer, layout, text_PD, *arguments):
+        if layer.visual_tokens_attend and layout.visual_BS is not None:  # visual tokens are tokens like all others
+            layout, text_PD = TokenLayout(None), text_PD.new_empty(*layout.visual_BS.shape, 0)
+        return super()._attention_mask(index, layer, layout, text_PD, *arguments)
+
+    def _rotation(self, layout, text_PD, position_ids, attention_type):
+        rotation = super()._rotation(layout, text_PD, position_ids, attention_type)
+        if layout.visual_BS is None:
+            return rotation
+        return RotationOfAll(*rotation, self.rotary_emb(text_PD, position_ids, attention_type))
+
+
+def _joined(layout: TokenLayout, text_PD: torch.Tensor, visual_VD: torch.Tensor | None) -> torch.Tensor:
+    return text_PD if visual_VD is None else layout.joined(text_PD, visual_VD)
