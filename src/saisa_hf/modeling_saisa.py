@@ -156,6 +156,7 @@ class NaavitAttention(nn.Module):
         self.rotates = family.rotates(layer_idx)
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
+        self.watcher: Callable | None = None  # is shown this module, the queries and the keys of a pass
         self.rotate_half = family.rotate_half
         self.eager_attention = family.eager_attention
 
@@ -240,6 +241,8 @@ class NaavitAttention(nn.Module):
         query_BNTH = layout.queries(query_PNH).transpose(1, 2)
         key_BKSH = layout.keys(key_PKH, key_VKH, visual_rotation)
         value_BKSH = layout.keys(value_PKH, value_VKH)
+        if self.watcher is not None:
+            self.watcher(self, query_BNTH, key_BKSH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
