@@ -51,7 +51,8 @@ def both_ways(text, row=ROW, **settings):
     visual = prompts.visual[0]
     positions = (~visual).nonzero().squeeze(1).tolist()
     inputs = {"input_ids": prompts.input_ids, "pixel_values": prompts.pixel_values}
-    model = tiny_model(text, **settings)
+    # transformers 4.57 leaves the softcap out of sdpa, Gemma 2's own model included
+    model = tiny_model(text, attn_implementation="eager" if text == "gemma2" else "sdpa", **settings)
     found = visual_attention(model, inputs, positions)
     with torch.no_grad():
         eager = tiny_model(text, attn_implementation="eager", **settings)

@@ -13,12 +13,14 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
 
 from .chat import Conversation
+from .visual_reduction_saisa import OF_CELLS, grid_of
 
 
 SCORES_AT_ONCE = 2**22  # 16 MiB in float32
@@ -133,16 +135,23 @@ def attend(
 
     pictures = [part["image"] for part in message["content"] if part["type"] == "image"]
     places = [_places(model, processor, picture) for picture in pictures]
-    lengths = [place_less + rows * columns for place_less, (rows, columns), _ in places]
-    if sum(lengths) != weights_LWV.shape[-1]:
+    if sum(place.tokens for place in places) != weights_LWV.shape[-1]:
         raise ValueError(
-            f"The prompt has {weights_LWV.shape[-1]} visual tokens, but the pictures have {sum(lengths)} places: they are no "
-            "grid that covers a picture."
+            f"The prompt has {weights_LWV.shape[-1]} visual tokens, but the pictures have "
+            f"{sum(place.tokens for place in places)} places: they are no grid that covers a picture."
         )
+    kept = [None] * len(pictures)
+    if model.config.visual_token_reduction == "class_attention":
+        kept = model.get_image_features(inputs["pixel_values"], return_dict=True).kept_tokens.cpu()
     found = []
-    for picture, (place_less, grid, box), weights in zip(pictures, places, weights_LWV.split(lengths, -1)):
-        weights = weights[..., place_less:].unflatten(-1, grid)
-        found.append(PictureMaps(picture, box, weights.numpy()))
+    for picture, place, cells, weights in zip(
+        pictures, places, kept, weights_LWV.split([p.tokens for p in places], -1)
+    ):
+        rows, columns = place.grid
+        weights = weights[..., place.outside :]
+        if cells is not None:  # a patch that was not kept has no weight
+            weights = weights.new_zeros(*weights.shape[:2], rows * columns).index_copy(-1, cells, weights)
+        found.append(PictureMaps(picture, place.box, weights.unflatten(-1, (rows, columns)).numpy()))
     seeing = [index for index in range(len(weights_LWV)) if model.config.sees_image(index)]
     return AttentionMaps(question, answer, [text for text, _ in words], positions, seeing, found)
 
@@ -268,29 +277,38 @@ class _Recorder:
 # --- places -----------------------------------------------------------------------------------------------------------
 
 
-def _places(model, processor, picture) -> tuple[int, tuple[int, int], tuple[float, float, float, float]]:
-    """(visual tokens in front that are no part of the picture, (rows, columns) of the others, what these cover of it)."""
+class _Places(NamedTuple):
+    """Where the visual tokens of a picture are: how many there are, how many of them at the front are no part of the picture,
+    (rows, columns) of the grid, and what it covers of the picture."""
+
+    tokens: int
+    outside: int
+    grid: tuple[int, int]
+    box: tuple[float, float, float, float]
+
+
+def _places(model, processor, picture) -> _Places:
     config = model.config
-    (height, width), patches, box = seen_part(processor, picture.size)
-    place_less = config.vision_prefix_tokens - config.dropped_vision_tokens
-    grid = patches
-    if grid is None:
-        patch = getattr(config.vision_config, "patch_size", None)
-        count = processor._get_num_multimodal_tokens([picture.size[::-1]]).num_image_tokens[0]
-        grid = grid_of(count - place_less, height, width)
-        if isinstance(patch, int) and grid == (height // patch, width // patch):
-            # a rest at the lower and right edge that makes no whole patch is not looked at
-            left, top, right, bottom = box
-            right = left + (right - left) * grid[1] * patch / width
-            box = (left, top, right, top + (bottom - top) * grid[0] * patch / height)
-    return place_less, grid, box
-
-
-def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
-    """(rows, columns) of `tokens` in a grid over a picture of `height` x `width` whose cells are nearest to squares."""
-    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
-    rows = min(divisors, key=lambda rows: abs(np.log(rows * rows / tokens * width / height)))
-    return rows, tokens // rows
+    kind, patch = config.visual_token_reduction, getattr(config.vision_config, "patch_size", None)
+    if kind == "resampler":
+        raise ValueError(
+            "visual_token_reduction is 'resampler': its visual tokens are learned queries, each of which reads the whole "
+            "picture, and have no places in it that could be shown."
+        )
+    (height, width), patches, (left, top, right, bottom) = seen_part(processor, picture.size)
+    outside = config.vision_prefix_tokens - config.dropped_vision_tokens
+    tokens = processor._get_num_multimodal_tokens([picture.size[::-1]]).num_image_tokens[0]
+    if patches is None and isinstance(patch, int):
+        patches = height // patch, width // patch
+    cell = 2 if kind in OF_CELLS else 1  # patches along the side of what one visual token stands for
+    grid = tuple(-(-count // cell) for count in patches or ())
+    if kind != "class_attention" and (not grid or grid[0] * grid[1] != tokens - outside):
+        grid = grid_of(tokens - outside, height, width)  # of feature maps
+    else:  # pixels that make no whole patch are not looked at, and a cell at an odd edge reaches beyond it
+        side = cell * patch
+        right = left + (right - left) * grid[1] * side / width
+        bottom = top + (bottom - top) * grid[0] * side / height
+    return _Places(tokens, outside, grid, (left, top, right, bottom))
 
 
 def seen_part(processor, size: tuple[int, int]):

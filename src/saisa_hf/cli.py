@@ -14,6 +14,9 @@ from . import __version__
 from .presets import LANGUAGE_MODELS
 
 
+# of visual tokens; `visual_reduction_saisa` has the same, and is slow to import
+REDUCTIONS = ("avg_pool", "pixel_unshuffle", "resampler", "class_attention")
+
 CONVERT_HELP = """\
 Converts a checkpoint in the layout of the SAISA authors' code (yuanqianhao/saisa-vicuna, yuanqianhao/saisa-llama3, or
 one trained with that code) into one that transformers loads:
@@ -379,6 +382,9 @@ def _add_build(commands) -> None:
     add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
     seeing = "decoder layers that see pictures (default: all)"
     add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
+    fewer = "make fewer visual tokens of a picture (default: none of these)"
+    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
     add("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
     parts = [action.dest for action in group._group_actions]
 
@@ -462,6 +468,9 @@ def _add_flops(commands) -> None:
         "what a training step trains: all but the encoder, the projectors alone, or adapters (default: %(default)s)"
     )
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
+    fewer = "count MODEL with this reduction of its visual tokens (default: its own)"
+    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
     add("--json", action="store_true", help="print all numbers as JSON")
     command.set_defaults(run=_flops, parser=command)
 
@@ -569,6 +578,10 @@ def _flops(arguments: argparse.Namespace) -> int:
     from .flops import Step, account, read_config, show
 
     config = read_config(arguments.model)
+    if arguments.visual_token_reduction is not None:
+        settings = ("visual_token_reduction", "reduced_visual_tokens")
+        changes = {name: getattr(arguments, name) for name in settings}
+        config = type(config).from_dict(config.to_dict() | changes | {"image_seq_length": None})
     visual = arguments.visual
     if visual is None:
         visual = config.image_seq_length * (1 if arguments.images is None else arguments.images)
