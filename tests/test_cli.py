@@ -43,6 +43,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "convert",
         "build",
         "chat",
+        "attend",
         "train",
         "flops",
         "fit",

@@ -4,6 +4,8 @@
 Importing the package registers its config, models and processor with transformers' Auto classes.
 """
 
+import importlib
+
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq
@@ -23,6 +25,7 @@ __all__ = [
     "SaisaProcessor",
     "SaisaVisualStates",
     "apply_naavit",
+    "attend",
 ]
 
 AutoConfig.register("saisa", SaisaConfig)
@@ -30,3 +33,11 @@ AutoModel.register(SaisaConfig, SaisaModel)
 AutoProcessor.register(SaisaConfig, SaisaProcessor)
 for auto_class in AUTO_CLASSES:
     auto_class.register(SaisaConfig, SaisaForConditionalGeneration)
+
+LAZY = {"attend": "attention_maps"}  # imported when asked for, from these modules
+
+
+def __getattr__(name: str):
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)

@@ -159,6 +159,8 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
         image_seq_length=config.image_seq_length,
         chat_template=template,
         pad_to_square=pad_to_square,
+        visual_token_reduction=config.visual_token_reduction,
+        reduced_visual_tokens=config.reduced_visual_tokens,
     )
     picture = PIL.Image.new("RGB", (640, 480), (128, 128, 128))
     inputs = processor(images=[picture], return_tensors="pt")

@@ -91,11 +91,16 @@ class Conversation:
         if not self._answering.acquire(blocking=False):
             raise RuntimeError("An answer is still being read: read its iterator to the end, or close it.")
         try:
-            yield from self._answer([*self.messages, self._question(text, images)])
+            yield from self._answer([*self.messages, self.question(text, images)])
         finally:
             self._answering.release()
 
-    def _question(self, text: str, images: Iterable) -> dict:
+    def question(self, text: str, images: Iterable = ()) -> dict:
+        """The message that asks `text` about `images`, as `apply_chat_template` takes it; the conversation stays as it is.
+
+        Raises:
+            ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
+        """
         pictures = [load_picture(picture, f"picture {index}") for index, picture in enumerate(images)]
         if not text and not pictures:
             raise ValueError("Nothing to ask: `text` is empty and there are no `images`.")
@@ -262,12 +267,12 @@ def chat(
             commands raise these too.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    waiting = [_read_picture(path) for path in images]
+    waiting = [read_picture(path) for path in images]
     sampling = {} if temperature is None else {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
-    with _quiet_transformers(progress=interactive):
-        model, processor = _load(checkpoint, dtype, device, attn_implementation)
+    with quiet_transformers(progress=interactive):
+        model, processor = load_model(checkpoint, dtype, device, attn_implementation)
         conversation = Conversation(model, processor, system, max_new_tokens=max_new_tokens, **sampling)
         terminal = Terminal(conversation, interactive)
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -278,7 +283,7 @@ def chat(
 
 
 @contextlib.contextmanager
-def _quiet_transformers(progress: bool):
+def quiet_transformers(progress: bool):
     """No warnings of transformers between the lines of a conversation, and progress bars only where somebody sees them."""
     settings = transformers.logging
     verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
@@ -293,7 +298,7 @@ def _quiet_transformers(progress: bool):
             settings.enable_progress_bar()
 
 
-def _load(checkpoint: str, dtype: str, device: str, attn_implementation: str | None):
+def load_model(checkpoint: str, dtype: str, device: str, attn_implementation: str | None):
     """Model and processor, by the package's own classes."""
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -320,7 +325,7 @@ def device_named(name: str) -> str:
     return name
 
 
-def _read_picture(path: str):
+def read_picture(path: str):
     """(PIL picture, what to call it); OSError where it cannot be had."""
     name = path
     if not path.startswith(("http://", "https://", "data:")):
@@ -379,7 +384,7 @@ class Terminal:
             if line or self.waiting:
                 self.answer(line)
         elif command[0] == "/image":
-            self.show([_read_picture(path) for path in _paths(line.removeprefix("/image").strip())])
+            self.show([read_picture(path) for path in _paths(line.removeprefix("/image").strip())])
         elif command[0] == "/clear":
             self.conversation.clear()
             self.waiting = []

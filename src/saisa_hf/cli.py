@@ -14,6 +14,9 @@ from . import __version__
 from .presets import LANGUAGE_MODELS
 
 
+# of visual tokens; `visual_reduction_saisa` has the same, and is slow to import
+REDUCTIONS = ("avg_pool", "pixel_unshuffle", "resampler", "class_attention")
+
 CONVERT_HELP = """\
 Converts a checkpoint in the layout of the SAISA authors' code (yuanqianhao/saisa-vicuna, yuanqianhao/saisa-llama3, or
 one trained with that code) into one that transformers loads:
@@ -56,6 +59,17 @@ Keys and values of the conversation are kept: each turn computes its own tokens 
 among them /image PATH at any turn, are listed by /help; Ctrl-C stops an answer. Where stdin or stdout
 is no terminal, each line of stdin is a question or a command, stdout holds nothing but answers, and
 the first error ends the program.
+"""
+
+ATTEND_HELP = """\
+Answers a question about a picture and shows where each word of the answer looks:
+
+  saisa attend ./saisa-vicuna cat.jpg "what is on the sofa?"
+  saisa attend ./saisa-vicuna cat.jpg dog.jpg "which is larger?" --layers all --output which
+
+Written are a contact sheet, attention.png, with the picture once for each word, and a page for the browser,
+attention.html, with sliders over words and layers, which needs no network. Weights are attention probabilities, averaged
+over heads; without --layers over the layers that see the picture as well.
 """
 
 TRAIN_HELP = """\
@@ -275,6 +289,8 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_chat, parser=command)
 
+    _add_attend(commands)
+
     command = commands.add_parser(
         "train",
         help="train a model: the paper's two stages, or fine-tuning",
@@ -379,6 +395,9 @@ def _add_build(commands) -> None:
     add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
     seeing = "decoder layers that see pictures (default: all)"
     add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
+    fewer = "make fewer visual tokens of a picture (default: none of these)"
+    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
     add("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
     parts = [action.dest for action in group._group_actions]
 
@@ -412,6 +431,33 @@ def _add_build(commands) -> None:
     command.set_defaults(run=_build, parser=command, of_parts=parts, of_llava=llava)
 
 
+def _add_attend(commands) -> None:
+    command = commands.add_parser(
+        "attend",
+        help="show where in a picture each word of an answer looks",
+        usage="saisa attend MODEL IMAGE [IMAGE ...] QUESTION [options]",
+        description=ATTEND_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("model", metavar="MODEL", help="folder, or hub id, of a SAISA checkpoint")
+    add("images", metavar="IMAGE", nargs="+", help="pictures, or their addresses; they stand in front of the question")
+    add("question", metavar="QUESTION", help="what to ask about them")
+    files = "write PATH.png and PATH.html (default: %(default)s)"
+    add("--output", metavar="PATH", default="attention", help=files)
+    layers = "decoder layers to draw one by one, counted from 0, or all (default: their mean alone)"
+    add("--layers", metavar="N", nargs="+", type=_layer, default=[], help=layers)
+    add("--json", action="store_true", help="print the weights as JSON: by picture, layer, word, row, column")
+    dtypes = "compute in this (default: auto, what the checkpoint is stored in)"
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=dtypes)
+    device = "cpu, cuda, cuda:1, mps ... (default: auto, the fastest there is)"
+    add("--device", default="auto", help=device)
+    add("--system", metavar="TEXT", help="system message, where the model's chat template has one")
+    longest = "longest answer (default: %(default)s)"
+    add("--max-new-tokens", metavar="N", type=_positive, default=64, help=longest)
+    command.set_defaults(run=_attend, parser=command)
+
+
 def _add_flops(commands) -> None:
     command = commands.add_parser(
         "flops",
@@ -435,6 +481,9 @@ def _add_flops(commands) -> None:
         "what a training step trains: all but the encoder, the projectors alone, or adapters (default: %(default)s)"
     )
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
+    fewer = "count MODEL with this reduction of its visual tokens (default: its own)"
+    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
     add("--json", action="store_true", help="print all numbers as JSON")
     command.set_defaults(run=_flops, parser=command)
 
@@ -491,6 +540,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _layer(text: str) -> int | None:
+    return None if text == "all" else _count(text)
+
+
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -513,6 +566,23 @@ def _chat(arguments: argparse.Namespace) -> int:
         system=arguments.system,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
+    )
+
+
+def _attend(arguments: argparse.Namespace) -> int:
+    from .attention_pages import attend_and_draw
+
+    return attend_and_draw(
+        arguments.model,
+        arguments.images,
+        arguments.question,
+        output=arguments.output,
+        layers=None if None in arguments.layers else arguments.layers,
+        as_json=arguments.json,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        system=arguments.system,
+        max_new_tokens=arguments.max_new_tokens,
     )
 
 
@@ -564,6 +634,10 @@ def _flops(arguments: argparse.Namespace) -> int:
     from .flops import Step, account, read_config, show
 
     config = read_config(arguments.model)
+    if arguments.visual_token_reduction is not None:
+        settings = ("visual_token_reduction", "reduced_visual_tokens")
+        changes = {name: getattr(arguments, name) for name in settings}
+        config = type(config).from_dict(config.to_dict() | changes | {"image_seq_length": None})
     visual = arguments.visual
     if visual is None:
         visual = config.image_seq_length * (1 if arguments.images is None else arguments.images)

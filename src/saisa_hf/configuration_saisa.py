@@ -9,9 +9,10 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PretrainedConfig
 
 from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
-from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states
+from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states, picture_size
 from .hub_saisa import AUTO_MAP, write_code_files
 from .language_models_saisa import FAMILIES, LanguageModelFamily, language_model_family
+from .visual_reduction_saisa import check_reduction, grid_of, reduced_length
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
@@ -61,7 +62,8 @@ class SaisaConfig(PretrainedConfig):
         image_token_id (`int`, *optional*, defaults to 32000):
             Vocabulary index of the placeholder that stands for one visual token. Also readable as `image_token_index`.
         image_seq_length (`int`, *optional*):
-            Visual tokens per picture. `None` computes it from the encoder's image and patch size.
+            Visual tokens per picture, behind `visual_token_reduction`. `None` computes it from the encoder's image and patch
+            size.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
             Index into the encoder's `hidden_states`. The states of several layers are concatenated on the last axis.
         vision_feature_select_strategy (`str`, *optional*, defaults to `"default"`):
@@ -77,6 +79,12 @@ class SaisaConfig(PretrainedConfig):
             serves all layers (the paper's pre-training stage).
         visual_layers (`list[int]`, *optional*):
             The decoder layers that see the picture. `None` is all of them.
+        visual_token_reduction (`str`, *optional*):
+            What makes fewer visual tokens of the encoder's features, in front of the projectors: `"avg_pool"` (the mean of
+            2 x 2), `"pixel_unshuffle"` (2 x 2 side by side), `"resampler"` (learned queries), or `"class_attention"` (those
+            that the encoder's class token attends to most). `None` is nothing.
+        reduced_visual_tokens (`int`, *optional*):
+            Visual tokens per picture behind `"resampler"` and `"class_attention"`.
         tie_word_embeddings (`bool`, *optional*):
             Whether the head shares the embedding's weights. `None` takes the language model's own setting.
         alignment (`str`, *optional*, defaults to `"input_space"`):
@@ -118,6 +126,8 @@ class SaisaConfig(PretrainedConfig):
         alignment="input_space",
         visual_attention="none",
         visual_feed_forward=True,
+        visual_token_reduction=None,
+        reduced_visual_tokens=None,
         **kwargs,
     ):
         self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, None)
@@ -136,6 +146,8 @@ class SaisaConfig(PretrainedConfig):
         self.alignment = alignment
         self.visual_attention = _listed(visual_attention)
         self.visual_feed_forward = _listed(visual_feed_forward)
+        self.visual_token_reduction = visual_token_reduction
+        self.reduced_visual_tokens = reduced_visual_tokens
 
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
@@ -160,7 +172,11 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """Width of the features that the projectors read: the selected layers' widths, added up."""
+        """Width of the features that the projectors read: the selected layers' widths, added up; four times that where
+        `visual_token_reduction` puts 2 x 2 of them side by side."""
+        return self._encoder_width() * (4 if self.visual_token_reduction == "pixel_unshuffle" else 1)
+
+    def _encoder_width(self) -> int:
         vision = self.vision_config
         if vision.model_type == "convnext":  # one width per stage; state 0 is the stem's, as wide as the first stage
             widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
@@ -243,6 +259,19 @@ class SaisaConfig(PretrainedConfig):
         """Nothing to do: `auto_map` is complete as it stands."""
 
     def _visual_tokens_per_image(self) -> int:
+        kind, tokens = self.visual_token_reduction, self.encoder_tokens_per_image
+        if kind is None:
+            return tokens
+        grid = grid_of(tokens, *picture_size(self.vision_config))
+        return reduced_length(kind, self.reduced_visual_tokens, tokens, grid)
+
+    @property
+    def encoder_tokens_per_image(self) -> int:
+        """Tokens that the encoder hands on for a picture of the size it is made for, in front of `visual_token_reduction`.
+
+        Raises:
+            ValueError: its configuration names no size.
+        """
         vision = self.vision_config
         if vision.model_type == "siglip2_vision_model":
             return vision.num_patches
@@ -303,6 +332,7 @@ class SaisaConfig(PretrainedConfig):
                 f"vision_feature_layer={self.vision_feature_layer!r}: these states of {vision.model_type} differ in size and "
                 f"cannot be put side by side. Choose one stage."
             )
+        check_reduction(self)
         for name, value in language_model_family(text).only.items():
             if getattr(text, name, value) not in (value, None):
                 raise ValueError(

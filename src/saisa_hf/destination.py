@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The folder that a command makes: written hidden beside its place, put there in one step, and uploaded if asked for.
+"""The folder or file that a command makes: written hidden beside its place, put there in one step, and uploaded if asked for.
 
 A command that dies at any moment leaves the destination as it was.
 """
@@ -32,6 +32,32 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise FileExistsError(f"DST {destination} is a file, expected a folder to make.")
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise FileExistsError(f"DST {destination} exists and is not empty. Choose another, or pass --overwrite.")
+
+
+def check_file(path: Path) -> None:
+    """Raises OSError if the file `path` cannot be written, before the work that it is for is done."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or choose another.")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes the file `path` beside its place and puts it there in one step."""
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
 
 
 def check_outside(destination: Path, part: Path, role: str = "") -> None:

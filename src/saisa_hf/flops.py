@@ -72,8 +72,8 @@ class Product:
         flops: two per multiply-add.
         sizes: (rows, inputs, outputs) of a product with a weight; None for queries with keys and probabilities with values.
         layer: of the decoder; None outside.
-        of: what is multiplied: the encoder's `"features"`, `"visual"` tokens on the way from a projector, the `"text"` that
-            enters a layer, or what is `"attended"`, behind its attention.
+        of: what is multiplied: the `"features"` that projectors read, `"visual"` tokens on the way from a projector, the
+            `"text"` that enters a layer, what is `"attended"`, behind its attention, or what is `"normed"` in a resampler.
     """
 
     part: str
@@ -84,7 +84,7 @@ class Product:
 
 
 def step_flops(config, architecture: str, step: Step, cross_every: int = 4) -> dict[str, int]:
-    """FLOPs of one forward pass by part, the encoder left out.
+    """FLOPs of one forward pass by part; of the encoder, a resampler behind it alone.
 
     Args:
         config: a `SaisaConfig`.
@@ -103,7 +103,8 @@ def step_flops(config, architecture: str, step: Step, cross_every: int = 4) -> d
 def training_flops(
     config, architecture: str, step: Step, trained: str = "full", rank: int = 64, cross_every: int = 4
 ) -> int:
-    """FLOPs of a training step: forward and backward pass, the encoder left out, without gradient checkpointing.
+    """FLOPs of a training step: forward and backward pass, the encoder left out but for a resampler behind it, without
+    gradient checkpointing.
 
     A product with a weight costs as much again for the gradient of its input, where something below is trained, and for
     that of the weight, where it is trained. SAISA's loss makes its logits again in backward.
@@ -111,8 +112,8 @@ def training_flops(
     Args:
         config, architecture, step, cross_every: as for `step_flops`; `step.logits` are a sample's rows that
             get logits.
-        trained: `"full"` (all but the encoder), `"projectors"`, or `"lora"`: adapters on every linear map of decoder and
-            projectors.
+        trained: `"full"` (all but the encoder), `"projectors"` and resampler, or `"lora"`: adapters on every linear map of
+            decoder, projectors and resampler.
         rank: of the adapters.
 
     Raises:
@@ -121,6 +122,7 @@ def training_flops(
     if trained not in ("full", "projectors", "lora") or (trained != "full" and architecture not in ("saisa", "llava")):
         raise ValueError(f"trained={trained!r}: expected 'full', or for SAISA and LLaVA 'projectors' or 'lora'.")
     full, adapted = trained == "full", trained == "lora"
+    resampled = config.visual_token_reduction == "resampler"
     family = language_model_family(config.text_config)
     first = next(layer for layer in range(config.text_config.num_hidden_layers) if config.sees_image(layer))
     total = 0
@@ -134,8 +136,9 @@ def training_flops(
         if product.sizes is None:
             total += product.flops + product.flops // 2 * (queries + 3 * keys)
             continue
-        needs_input = {"features": False, "visual": True, "text": entering, "attended": keys}[product.of]
-        has_weight = full or (trained == "projectors" and product.part == "projectors")
+        inputs = {"features": resampled, "visual": True, "text": entering, "attended": keys, "normed": not adapted}
+        needs_input = inputs[product.of]
+        has_weight = full or (trained == "projectors" and product.part in ("projectors", "encoder"))
         again = architecture == "saisa" and product.part == "head"
         total += product.flops * (1 + needs_input + has_weight + again)
         routed = product.part == "feed-forward" and _gates(family, layer) > 0
@@ -169,6 +172,8 @@ def _products(config, architecture: str, step: Step, cross_every: int) -> Iterat
         for inputs, outputs in ((h, inner), (h, inner), (inner, h)):
             yield linear("feed-forward", rows, inputs, outputs, layer, "attended")
 
+    if visual and config.visual_token_reduction == "resampler":
+        yield from resampler_products(config, batch * -(-visual // config.reduced_visual_tokens))
     if architecture == "llava":
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
@@ -210,6 +215,15 @@ def _visual_rows(config, architecture: str, layer: int) -> tuple[bool, bool]:
     if architecture == "saisa":
         return config.visual_tokens_attend(layer), config.visual_tokens_are_fed(layer)
     return architecture == "llava", architecture == "llava"
+
+
+def resampler_products(config, pictures: int) -> Iterator[Product]:
+    """Those of a resampler's forward pass, whose queries are made once for all pictures."""
+    count, tokens, c = config.reduced_visual_tokens, config.encoder_tokens_per_image, config.vision_feature_size
+    for rows, of in ((count, "normed"), (pictures * tokens, "normed"), (pictures * tokens, "normed")):
+        yield Product("encoder", 2 * rows * c * c, (rows, c, c), of=of)
+    yield Product("encoder", 4 * pictures * count * tokens * c)
+    yield Product("encoder", 2 * pictures * count * c * c, (pictures * count, c, c), of="visual")
 
 
 def _cached(family, architecture: str, layer: int, step: Step) -> int:
@@ -292,7 +306,8 @@ def _saisa_parameters(settings: str) -> tuple[tuple[str, int], ...]:
     plain = {key: value for key, value in json.loads(settings).items() if key != "quantization_config"}
     with torch.device("meta"):
         model = SaisaForConditionalGeneration(SaisaConfig.from_dict(plain))
-    names = {"vision_tower.": "encoder", "visual_projector.": "projectors", "self_attn.": "attention"}
+    names = {"vision_tower.": "encoder", "visual_resampler.": "encoder"}
+    names |= {"visual_projector.": "projectors", "self_attn.": "attention"}
     names |= {".mlp.": "feed-forward", "moe.": "feed-forward", "embed_tokens.": "embedding", "lm_head.": "head"}
     counts = dict.fromkeys(("encoder", "projectors", "embedding", "attention", "feed-forward", "norms", "head"), 0)
     for name, p in model.named_parameters():
@@ -302,8 +317,13 @@ def _saisa_parameters(settings: str) -> tuple[tuple[str, int], ...]:
 
 
 def encoder_flops(config) -> int:
-    """FLOPs of the vision encoder for one picture of the size it is made for, counted on a model without memory."""
-    return _encoder_flops(json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str))
+    """FLOPs of the vision encoder for one picture of the size it is made for, counted on a model without memory, and of the
+    choice among its patches by the attention of the class token."""
+    flops = _encoder_flops(json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str))
+    if config.visual_token_reduction == "class_attention":  # one query, all keys, and their scores
+        c, tokens = config.vision_config.hidden_size, config.encoder_tokens_per_image + config.dropped_vision_tokens
+        flops += 2 * (1 + tokens) * c * c + 2 * tokens * c
+    return flops
 
 
 @lru_cache(maxsize=8)
@@ -394,7 +414,7 @@ def account(
             learned = replace(step, logits=rows)
             training = training_flops(config, name, learned, trained, cross_every=cross_every)
         found[name] = {
-            "prompt": prompt | {"encoder": pictures * encoder_flops(config)},
+            "prompt": prompt | {"encoder": prompt["encoder"] + pictures * encoder_flops(config)},
             "language_model": sum(counted.values()),
             "next_token": decoded[0],
             "generated": sum(decoded) if generated else 0,

@@ -78,7 +78,7 @@ def parameter_counts(config) -> dict[str, int]:
         model = SaisaForConditionalGeneration(type(config).from_dict(plain))
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
-        if "visual_projector." in name:
+        if "visual_projector." in name or "visual_resampler." in name:
             part = "projectors"
         elif "vision_tower." in name:
             part = "vision tower"

@@ -64,6 +64,15 @@ from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
 from .quantization_saisa import check_backend, settle, with_precise_modules
 from .token_layout_saisa import TokenLayout
+from .visual_reduction_saisa import (
+    SaisaVisualResampler,
+    class_attention,
+    grid_of,
+    most_attended,
+    pooled,
+    reduced_length,
+    unshuffled,
+)
 from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerprint
 
 
@@ -124,6 +133,19 @@ class SaisaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
 
 
+@dataclass
+class SaisaImageFeatures(BaseModelOutputWithPooling):
+    """
+    Output of `get_image_features`: the encoder's, with the features as `pooler_output`, and
+
+    Attributes:
+        kept_tokens: (pictures, visual tokens), which of the patches the features are of, where
+            `visual_token_reduction="class_attention"` chose among them.
+    """
+
+    kept_tokens: torch.Tensor | None = None
+
+
 class SaisaVisualProjector(nn.Module):
     """Two-layer MLP from the encoder's features into the input space of self-attention (paper, section 3.2)."""
 
@@ -166,6 +188,7 @@ class NaavitAttention(nn.Module):
         self.rotates = family.rotates(layer_idx)
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
+        self.watcher: Callable | None = None  # is shown this module, the queries and the keys of a pass
         self.rotate_half = family.rotate_half
         self.eager_attention = family.eager_attention
 
@@ -250,6 +273,8 @@ class NaavitAttention(nn.Module):
         query_BNTH = layout.queries(query_PNH).transpose(1, 2)
         key_BKSH = layout.keys(key_PKH, key_VKH, visual_rotation)
         value_BKSH = layout.keys(value_PKH, value_VKH)
+        if self.watcher is not None:
+            self.watcher(self, query_BNTH, key_BKSH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
@@ -719,6 +744,8 @@ class SaisaModel(SaisaPreTrainedModel):
         self.vision_tower = build_vision_tower(config.vision_config)
         if config.projector_sharing == "shared":
             self.visual_projector = SaisaVisualProjector(config)
+        if config.visual_token_reduction == "resampler":
+            self.visual_resampler = SaisaVisualResampler(config)
         language_model_class = SaisaLanguageModel
         if config.in_embedding_space:  # not at the top: it builds on this file
             from .embedding_space_saisa import EmbeddingSpaceLanguageModel as language_model_class
@@ -735,7 +762,7 @@ class SaisaModel(SaisaPreTrainedModel):
         self.language_model.embed_tokens = value
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> SaisaImageFeatures:
         """
         The encoder's features of a batch of pictures, before any projector.
 
@@ -746,7 +773,8 @@ class SaisaModel(SaisaPreTrainedModel):
         Returns:
             the encoder's output, whose `pooler_output` is (pictures, visual tokens per picture, C): the states of
             `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`,
-            feature maps flattened row by row. A list of (visual tokens, C) where pictures differ in size (SigLIP 2).
+            feature maps flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where
+            pictures differ in size (SigLIP 2).
         """
         encoder_config = self.config.vision_config
         axes = (3, 4) if encoder_config.model_type == "siglip2_vision_model" else (4,)
@@ -765,18 +793,36 @@ class SaisaModel(SaisaPreTrainedModel):
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), return_dict=True, **kwargs)
         states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
+        grid = states[0].shape[2:] if states[0].ndim == 4 else None
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
-        features = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1)
+        features, kept = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1), None
         if grids is not None:
-            features = [picture[: int(h) * int(w)] for picture, (h, w) in zip(features, grids)]
+            grids = [(int(h), int(w)) for h, w in grids]
+            features = [picture[: h * w] for picture, (h, w) in zip(features, grids)]
+            if self.config.visual_token_reduction is not None:
+                features = [self._reduced(x[None], grid)[0] for x, grid in zip(features, grids)]
             if len({len(picture) for picture in features}) == 1:
                 features = torch.stack(features)
-        return BaseModelOutputWithPooling(
+        elif self.config.visual_token_reduction == "class_attention":
+            attention = class_attention(self.vision_tower, self.config, outputs.hidden_states)
+            kept = most_attended(attention, self.config.reduced_visual_tokens, features)
+            features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+        elif self.config.visual_token_reduction is not None:
+            features = self._reduced(features, grid or grid_of(features.shape[1], *pixel_values.shape[-2:]))
+        return SaisaImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=features,
             hidden_states=outputs.hidden_states,
             attentions=outputs.get("attentions"),  # a convolutional encoder has none
+            kept_tokens=kept,
         )
+
+    def _reduced(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Features (pictures, tokens in front, width) of patches in `grid` -> (pictures, visual tokens, C)."""
+        kind = self.config.visual_token_reduction
+        if kind == "resampler":
+            return self.visual_resampler(features)
+        return (pooled if kind == "avg_pool" else unshuffled)(features, tuple(grid))
 
     def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> torch.Tensor:
         """bool (B, S), True where the row of `inputs_embeds` is the image token's, or where `input_ids` is, without them."""
@@ -891,7 +937,8 @@ class SaisaModel(SaisaPreTrainedModel):
         or gradients wait for one another, also where one has no picture. An encoder that takes part in that, since it is
         trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank picture."""
         if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
-            return no_pictures["pixel_values"].new_zeros(0, self.config.vision_feature_size)
+            none = no_pictures["pixel_values"].new_zeros(0, self.config.vision_feature_size)
+            return self.visual_resampler(none[:, None]).flatten(0, 1) if hasattr(self, "visual_resampler") else none
         blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_pictures.items()}
         return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
 
@@ -971,6 +1018,10 @@ class SaisaModel(SaisaPreTrainedModel):
         """
         parts = {"vision_tower": self.vision_tower}
         settings = [self.config.vision_feature_layers, self.config.vision_feature_select_strategy]
+        if self.config.visual_token_reduction is not None:
+            settings += [self.config.visual_token_reduction, self.config.reduced_visual_tokens]
+        if hasattr(self, "visual_resampler"):
+            parts["visual_resampler"] = self.visual_resampler
         if store == "keys_values":
             config = self.config
             settings += [config.projector_hidden_act, config.text_config.rms_norm_eps, config.visual_layers]
@@ -1134,7 +1185,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.lm_head = new_embeddings
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> SaisaImageFeatures:
         """See `SaisaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
@@ -1346,7 +1397,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         if "visual_states" in pictures:
             return pictures["visual_states"].lengths
         if "spatial_shapes" in pictures:
-            return pictures["spatial_shapes"].prod(-1).tolist()
+            kind, count = self.config.visual_token_reduction, self.config.reduced_visual_tokens
+            grids = pictures["spatial_shapes"].tolist()
+            return [reduced_length(kind, count, rows * columns, (rows, columns)) for rows, columns in grids]
         count = len(pictures["pixel_values"])
         each = self.config.image_seq_length
         if count and count * each not in placeholders and placeholders[-1] % count == 0:

@@ -12,7 +12,7 @@ from transformers.quantizers import AutoQuantizationConfig
 
 
 # By measurement (docs/hardware.md): a byte saved in one of these costs more than a byte saved in a decoder layer.
-KEPT_PRECISE = ("vision_tower", "visual_projector", "lm_head")
+KEPT_PRECISE = ("vision_tower", "visual_resampler", "visual_projector", "lm_head")
 # in the two forms that transformers' releases look for: names and patterns
 KEPT_NAMES = [name for part in KEPT_PRECISE for name in (part, rf".*\.{part}")]
 # what quantization configs call the modules to leave alone, and what they hold where nothing was said (HQQ: the head)

@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig
 
 
 TRAINED = {
-    "projectors": "the visual projectors alone (the paper's first stage)",
+    "projectors": "the visual projectors, and a resampler in front of them, alone (the paper's first stage)",
     "projectors+language_model": "all but the vision encoder (the paper's second stage)",
     "all": "every parameter, the vision encoder's too",
     "lora": "low-rank adapters of the decoder layers' linear maps, projectors included",
@@ -17,12 +17,12 @@ TRAINED = {
 ADAPTED = ("lora", "qlora")
 # what adapters go on, by module names; the regular expression has to match all of the name
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
-SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d"
+SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d|model\.visual_resampler\.\w_proj"
 
 
 def is_projector(name: str) -> bool:
-    """Whether `name` is that of a visual projector's parameter."""
-    return "visual_projector." in name
+    """Whether `name` is that of a parameter of a visual projector, or of the resampler in front of them."""
+    return "visual_projector." in name or "visual_resampler." in name
 
 
 def freeze_all_but(model: nn.Module, trained: str) -> list[str]:

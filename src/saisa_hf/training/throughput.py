@@ -50,9 +50,12 @@ class StepFlops:
         self._each["pictures"] = encoder_flops(config) * ((3 + again) if encoder_learns else 1)
 
         features_learn, layers = encoder_learns, base.language_model.layers
+        if config.visual_token_reduction == "resampler":
+            self._add_resampler(base.visual_resampler, config, encoder_learns)
+            features_learn = encoder_learns or _learns(base.visual_resampler)
         if config.projector_sharing == "shared":
-            self._add_projector(base.visual_projector, encoder_learns, 0)
-            features_learn = encoder_learns or _learns(base.visual_projector)
+            self._add_projector(base.visual_projector, features_learn, 0)
+            features_learn = features_learn or _learns(base.visual_projector)
         embedding = base.language_model.embed_tokens
         asked = any(
             getattr(hook, "__name__", "") == "make_inputs_require_grads" for hook in embedding._forward_hooks.values()
@@ -77,6 +80,17 @@ class StepFlops:
     def __call__(self, counts: torch.Tensor) -> float:
         """FLOPs of what `counts` counted, or a sum of such."""
         return sum(count * self._each[name] for name, count in zip(COUNTS, counts.tolist()))
+
+    def _add_resampler(self, resampler: nn.Module, config, encoder_learns: bool) -> None:
+        """Its queries, made once for all pictures, are left out."""
+        count, tokens, learns = config.reduced_visual_tokens, config.encoder_tokens_per_image, _learns(resampler)
+        inputs_learn = {"o": learns or encoder_learns, "k": encoder_learns or _learns(resampler.feature_norm)}
+        for name, size, trained in _products(resampler):
+            rows = {"k": tokens, "v": tokens, "o": count}.get(name[0], 0)
+            gets = inputs_learn["o" if name[0] == "o" else "k"]
+            self._each["pictures"] += 2 * rows * size * (1 + (gets or "lora_B" in name) + trained)
+        scores = 4 * count * tokens * config.vision_feature_size
+        self._each["pictures"] += scores * (1 + 2 * (learns or encoder_learns))
 
     def _add_projector(self, projector: nn.Module, features_learn: bool, again: int) -> None:
         learns = features_learn

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from .language_models_saisa import FAMILIES, checkpoint_state_dict
+from .visual_reduction_saisa import SaisaVisualResampler
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -150,12 +151,15 @@ def _with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _fill_projectors(model, make_projector, dtype):
-    """Gives each projector the weights of a new one, made in float32, where its decoder layer is."""
+    """Gives each projector, and the resampler, the weights of a new one, made in float32, where its decoder layer is."""
     base = model.model
     for owner in (base, *base.language_model.layers):
         if hasattr(owner, "visual_projector"):
             weight = base.language_model.embed_tokens.weight if owner is base else next(owner.self_attn.parameters())
             owner.visual_projector = make_projector().to(weight.device, dtype)
+    if hasattr(base, "visual_resampler"):
+        device = base.language_model.embed_tokens.weight.device
+        base.visual_resampler = SaisaVisualResampler(model.config).to(device, dtype)
 
 
 def _take_over_generation_config(model: nn.Module, text_model, new_tokens: range):

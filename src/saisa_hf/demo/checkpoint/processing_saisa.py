@@ -25,6 +25,7 @@ from .compat_saisa import (
 )
 from .hub_saisa import PROCESSOR_AUTO_MAP, write_code_files
 from .pictures_saisa import check_size, load_picture, pad_to_square
+from .visual_reduction_saisa import check_choice, reduced_length
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
@@ -96,6 +97,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         pad_to_square: pad pictures to squares of the image processor's mean colour first, as LLaVA-1.5's checkpoints ask
             for with `image_aspect_ratio: "pad"`.
         tokenize_whole: tokenize each text in one go, image tokens included, as `LlavaProcessor` does; not in pieces.
+        visual_token_reduction, reduced_visual_tokens: as in the model's `SaisaConfig`.
 
     Raises:
         ValueError: the tokenizer does not know `image_token`, or an argument has an unknown value.
@@ -113,6 +115,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         chat_template=None,
         pad_to_square=False,
         tokenize_whole=False,
+        visual_token_reduction=None,
+        reduced_visual_tokens=None,
     ):
         if vision_feature_select_strategy not in (None, "default", "full"):
             raise ValueError(
@@ -121,6 +125,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         for key, value in {"patch_size": patch_size, "image_seq_length": image_seq_length}.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{key} is {value!r}. Expected a positive int, or None.")
+        check_choice(visual_token_reduction, reduced_visual_tokens, image_seq_length)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
@@ -129,6 +134,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.image_seq_length = image_seq_length
         self.pad_to_square = pad_to_square
         self.tokenize_whole = tokenize_whole
+        self.visual_token_reduction = visual_token_reduction
+        self.reduced_visual_tokens = reduced_visual_tokens
         if self.image_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer does not know image_token {self.image_token!r}. Add it first: "
@@ -251,7 +258,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _counts(self, processed: dict, kwargs: dict) -> list[int]:
         """The number of placeholders that each picture of the image processor's output takes."""
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: rows and columns of patches, by picture
-            return [int(rows) * int(columns) for rows, columns in processed["spatial_shapes"]]
+            return [
+                self._reduced(rows * columns, (rows, columns))
+                for rows, columns in map(_pair, processed["spatial_shapes"])
+            ]
         pixel_values = processed["pixel_values"]
         if self.image_seq_length is not None:
             return [self.image_seq_length] * len(pixel_values)
@@ -275,7 +285,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 "Neither `patch_size` nor `image_seq_length` is set: the processor cannot tell how many "
                 "tokens a picture takes. Set one of them."
             )
-        count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+        rows, columns = height // self.patch_size, width // self.patch_size
+        count = rows * columns + self.num_additional_image_tokens
         if self.vision_feature_select_strategy == "default" and self.num_additional_image_tokens > 0:
             count -= 1  # the class token, where the encoder has one
         if count < 1:
@@ -284,7 +295,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 f"{self.patch_size}, num_additional_image_tokens={self.num_additional_image_tokens} and "
                 f"vision_feature_select_strategy={self.vision_feature_select_strategy!r}."
             )
-        return count
+        return self._reduced(count, (rows, columns))
+
+    def _reduced(self, tokens: int, grid: tuple[int, int]) -> int:
+        return reduced_length(self.visual_token_reduction, self.reduced_visual_tokens, tokens, grid)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Placeholders per picture for pictures of (height, width) `image_sizes`, as serving engines ask for them."""
@@ -623,7 +637,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _config(self) -> dict:
         """processor_config.json; the parts are in files of their own, which every release reads."""
         names = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
-        names += ("tokenize_whole", "vision_feature_select_strategy")
+        names += ("reduced_visual_tokens", "tokenize_whole", "vision_feature_select_strategy", "visual_token_reduction")
         return {
             "auto_map": dict(PROCESSOR_AUTO_MAP),
             "processor_class": "SaisaProcessor",
@@ -640,6 +654,11 @@ def _describe(value) -> str:
     if isinstance(value, (list, tuple)):
         return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
     return type(value).__name__
+
+
+def _pair(shape) -> tuple[int, int]:
+    rows, columns = shape
+    return int(rows), int(columns)
 
 
 def _source(picture) -> str:
