@@ -1,0 +1,287 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What each ingredient contributes: every model between LLaVA and SAISA, SAISA in some of the layers, and SAISA with fewer
+visual tokens, trained from nothing on the same batches as in `learning.py`, three seeds. Accuracy on questions about single
+visual tokens and about relations between them, against what a question costs.
+
+    python benchmarks/ablations.py --json result.json --plot result.png --tables page.md
+
+Each model of each seed is a cell of its own, the first seed's first. Cells are trained side by side (`--workers`) and kept in
+a folder beside the JSON file with the state of those that are not at their end: a run that ended early goes on from there.
+`--until 0` computes nothing and shows what there is.
+"""
+
+import argparse
+import copy
+import json
+import math
+import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import learning
+import torch
+from digit_models import RATE, keep, new_llava, optimizer_of, training_step
+from learning import DEPTH, MEASURES, STAGES, Examination, Mixture, average, make_processor, mean, spread
+
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.bench import measure
+from saisa_hf.demo import train as demo
+from saisa_hf.demo.language import Conversation
+from saisa_hf.from_llava import saisa_from_llava
+from saisa_hf.tables import fill_blocks, table
+
+
+EMBEDDING_SPACE = {"alignment": "embedding_space"}
+REFERENCE = "LLaVA"
+MODELS = {  # what differs in the configuration of a SAISA
+    REFERENCE: EMBEDDING_SPACE | {"visual_attention": "full"},
+    "NAAViT alone": EMBEDDING_SPACE,
+    "NAAViT, no visual feed-forward": EMBEDDING_SPACE | {"visual_feed_forward": False},
+    "SAISA, one projector": {"projector_sharing": "shared"},
+    "SAISA": {},
+    "SAISA, first half of the layers": {"visual_layers": range(DEPTH // 2)},
+    "SAISA, middle half": {"visual_layers": range(DEPTH // 4, DEPTH // 4 + DEPTH // 2)},
+    "SAISA, last half": {"visual_layers": range(DEPTH // 2, DEPTH)},
+    "SAISA, every second layer": {"visual_layers": range(1, DEPTH, 2)},
+    "SAISA, 2 x 2 averages": {"visual_token_reduction": "avg_pool"},
+    "SAISA, 2 x 2 unshuffled": {"visual_token_reduction": "pixel_unshuffle"},
+    "SAISA, 9 resampled": {"visual_token_reduction": "resampler", "reduced_visual_tokens": 9},
+    "SAISA, 9 by class attention": {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 9},
+}
+QUESTIONS_COUNTED = 20  # whose FLOPs are counted
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def make_model(processor, name: str, seed: int) -> SaisaForConditionalGeneration:
+    """The model called `name`. All models of a seed have the same encoder and language model, and each projector is a copy of
+    one and the same, but where features are wider."""
+    torch.manual_seed(seed)
+    llava = new_llava(processor, DEPTH)
+    start = saisa_from_llava(copy.deepcopy(llava))
+    settings = {**start.config.to_dict(), "image_seq_length": None, **MODELS[name]}
+    model = SaisaForConditionalGeneration(SaisaConfig.from_dict(settings))
+    weights = {name: tensor for name, tensor in start.state_dict().items() if "visual_projector." not in name}
+    model.load_state_dict(weights, strict=False)
+    projector = llava.model.multi_modal_projector.state_dict()
+    for part, module in model.named_modules():
+        if part.endswith("visual_projector"):
+            own = module.state_dict()
+            fitting = {name: tensor for name, tensor in projector.items() if own[name].shape == tensor.shape}
+            module.load_state_dict(own | fitting)
+    return model.train()
+
+
+class Course:
+    """What a model is taught and asked: pictures and words are the same for all, placeholders as many as it has visual
+    tokens."""
+
+    def __init__(self, processor, args, visual_tokens: int):
+        conversation = Conversation(processor.tokenizer, visual_tokens)
+        collate = demo.TurnCollator(processor.tokenizer.pad_token_id)
+        self.often = Examination(conversation, collate, args.questions)
+        self.final = Examination(conversation, collate, args.final_questions)
+        self.asked = Examination(conversation, collate, QUESTIONS_COUNTED, size=1).batches["relations"]
+        self.mixture = lambda seed: Mixture(conversation, collate, seed, args.steps)
+
+
+@torch.no_grad()
+def question_flops(model, course: Course) -> int:
+    """FLOPs of reading a question about a picture, without the encoder, in the mean."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
+    total = 0
+    for batch in course.asked:
+        given = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        total += measure.flops(lambda given=given: model(**given, use_cache=False, logits_to_keep=1))
+        total -= measure.flops(lambda pixels=batch["pixel_values"]: model.vision_tower(pixels))
+    return total // len(course.asked)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def cell_path(args, name: str, seed: int) -> Path:
+    words = "".join(letter if letter.isalnum() else "-" for letter in name)
+    return Path(f"{args.json}.cells", f"{words}.seed-{seed}.json")
+
+
+def done(args, name: str, seed: int) -> dict | None:
+    """A cell that is trained to the end, as it is on disk."""
+    path = cell_path(args, name, seed)
+    found = json.loads(path.read_text()) if path.exists() else None
+    return found if found is not None and found["steps"][-1] == args.steps else None
+
+
+def train_cell(args, name: str, seed: int) -> None:
+    """Trains a model, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch."""
+    torch.set_num_threads(1)
+    if time.time() > args.deadline:
+        return
+    processor = make_processor()
+    model = make_model(processor, name, seed)
+    course, optimizer = Course(processor, args, model.config.image_seq_length), optimizer_of(model)
+    path, data = cell_path(args, name, seed), course.mixture(seed)
+    kept = path.with_suffix(".training")
+    cell = {"visual_tokens": model.config.image_seq_length, "question_flops": question_flops(model, course)}
+    cell |= {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "chance": course.final.chance()}
+    state = {
+        "step": 0,
+        "seconds": 0.0,
+        "loss": 0.0,
+        "cell": cell | {"steps": [], "seconds": [], "loss": [], "scores": []},
+    }
+    if kept.exists():
+        loaded = torch.load(kept, weights_only=True)
+        state = {key: loaded[key] for key in state}
+        model.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    cell = state["cell"]
+
+    def keep_state():
+        keep(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, kept)
+
+    while True:
+        step = state["step"]
+        if step % args.every == 0 and step not in cell["steps"]:
+            cell["steps"].append(step)
+            cell["seconds"].append(round(state["seconds"], 2))
+            cell["loss"].append(round(state["loss"] / args.every, 4) if step else None)
+            cell["scores"].append((course.final if step == args.steps else course.often).scores(model))
+            state["loss"] = 0.0
+            keep_state()
+            measure.write_json(path, cell)
+        if step == args.steps:
+            kept.unlink()
+            return
+        if time.time() > args.deadline:
+            keep_state()
+            return
+        batch, part = data.batch(step)
+        start = time.process_time()
+        state["loss"] += training_step(model, optimizer, batch, part)
+        state["seconds"] += time.process_time() - start
+        state["step"] += 1
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def by_model(result: dict) -> dict[str, list[dict]]:
+    """The cells that are at their end, by model."""
+    found = {name: [] for name in MODELS}
+    for one in result["cells"]:
+        found[one["model"]].append(one)
+    return {name: cells for name, cells in found.items() if cells}
+
+
+def chance(cells: list[dict], measured: str) -> float:
+    """What the answer that is always the same gets."""
+    return average(cells[0]["chance"], measured)
+
+
+def summary(result: dict) -> str:
+    """The Markdown table of costs and accuracies."""
+    rows, models = [], by_model(result)
+    base = models[REFERENCE][0]["question_flops"] if REFERENCE in models else None
+    for name, cells in models.items():
+        one = cells[0]
+        row = [name, str(one["visual_tokens"]), f"{one['trained']:,}", f"{one['question_flops'] / 1e6:.1f}"]
+        row += ["" if base is None else f"{one['question_flops'] / base:.0%}"]
+        row += [f"{mean(cell['seconds'][-1] for cell in cells):.0f}", str(len(cells))]
+        rows.append(row + [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES])
+    header = ["model", "visual tokens", "trained parameters", "MFLOPs a question", "of LLaVA's", "processor s", "seeds"]
+    return table([*header, *MEASURES], rows)
+
+
+def plot(result: dict, path: str) -> None:
+    """Accuracy against the FLOPs of a question: the mean of the seeds, and the range they span."""
+    pyplot = learning._pyplot()
+    models = by_model(result)
+    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(14, 5), sharex=True, layout="constrained")
+    colours = pyplot.get_cmap("tab20").colors
+    for axis, measured in zip(axes, MEASURES):
+        for number, (name, cells) in enumerate(models.items()):
+            found = [100 * average(cell["scores"][-1], measured) for cell in cells]
+            height, flops = mean(found), cells[0]["question_flops"] / 1e6
+            marks = {
+                "fmt": "s" if "SAISA" not in name else "o",
+                "color": colours[list(MODELS).index(name)],
+                "capsize": 2,
+            }
+            ends = [[height - min(found)], [max(found) - height]]
+            axis.errorbar([flops], [height], yerr=ends, label=name, **marks)
+            axis.annotate(str(number + 1), (flops, height), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.axhline(100 * chance(next(iter(models.values())), measured), color="#999999", linestyle=":", linewidth=1)
+        axis.set(title=measured, xlabel="MFLOPs of a question, without the encoder", ylabel="exactly right, %")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    numbered = [f"{number} {label}" for number, label in enumerate(labels, start=1)]
+    figure.legend(handles, numbered, loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--json", metavar="PATH", required=True, help="all numbers; beside it, a folder of cells and states"
+    )
+    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
+    parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked table is written anew")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--every", type=int, default=400, help="steps between measurements; divides the steps")
+    parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
+    parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
+    parser.add_argument("--workers", type=int, default=2, help="cells that are trained at once, one thread each")
+    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after that")
+    args = parser.parse_args(argv)
+    if args.steps % args.every:
+        parser.error(f"--every {args.every} does not divide --steps {args.steps}")
+    return args
+
+
+def main(argv=None) -> dict:
+    args = arguments(argv)
+    args.deadline = time.time() + 60 * args.until
+    path = Path(args.json)
+    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
+    settings |= {"batch": learning.BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result and result["settings"] != settings:
+        raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
+    if args.until > 0:
+        cell_path(args, "", 0).parent.mkdir(parents=True, exist_ok=True)
+        result = result or {"machine": measure.machine("cpu"), "settings": settings, "cells": []}
+        there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
+        todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
+        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
+            for (name, seed), job in [(cell, workers.submit(train_cell, args, *cell)) for cell in todo]:
+                job.result()
+                cell = done(args, name, seed)
+                if cell is not None:
+                    result["cells"].append({"model": name, "seed": seed} | cell)
+                    measure.write_json(path, result)
+                    print(summary(result), flush=True)
+    if result.get("cells"):
+        if args.plot:
+            plot(result, args.plot)
+        if args.tables:
+            fill_blocks(args.tables, {"summary": summary(result)})
+        print(summary(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()
