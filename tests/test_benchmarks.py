@@ -4,6 +4,7 @@ Nothing here asserts a time."""
 
 import importlib
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from saisa_hf.demo import scenes
@@ -19,6 +21,7 @@ from saisa_hf.demo.run import ask_model, load
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import ablations
 import convert_memory
 import learning
 import relations
@@ -326,6 +329,84 @@ def test_a_comparison_that_is_killed_goes_on_as_if_nothing_had_happened(few_scan
     assert Image.open(tmp_path / "a.png").size[0] > 1000 < Image.open(tmp_path / "b.png").size[0]
     with pytest.raises(ValueError, match="choose another --json"):
         learning.main([f"--json={path}", *options, "--questions=20"])
+
+
+# --- the study --------------------------------------------------------------------------------------------------------
+
+on_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="the same on every release: runs under 5.x")
+
+
+@on_5
+def test_models_of_the_study_differ_in_what_they_are_called_after_and_in_nothing_else():
+    processor = ablations.make_processor()
+    torch.manual_seed(2)
+    llava = ablations.new_llava(processor, ablations.DEPTH).eval()
+    options = ["--json=none", "--questions=10", "--final-questions=10"]
+    flops, words = {}, torch.tensor([[1, 7, 8, 9]])
+    for name in ablations.MODELS:
+        model = ablations.make_model(processor, name, 2).eval()
+        course = ablations.Course(processor, ablations.arguments(options), model.config.image_seq_length)
+        torch.testing.assert_close(model(input_ids=words).logits, llava(input_ids=words).logits, rtol=0, atol=1e-5)
+        tower = llava.model.vision_tower.state_dict().values()
+        assert all(map(torch.equal, model.model.vision_tower.state_dict().values(), tower))
+        batch = {key: x for key, x in course.asked[0].items() if key != "labels"}
+        assert (batch["input_ids"] == model.config.image_token_id).sum() == (
+            9 if " 9 " in name or "2 x 2" in name else 36
+        )
+        flops[name] = ablations.question_flops(model, course)
+        if name == "LLaVA":
+            torch.testing.assert_close(model(**batch).logits, llava(**batch).logits, rtol=0, atol=1e-5)
+    order = ["LLaVA", "NAAViT alone", "SAISA", "SAISA, every second layer", "SAISA, 2 x 2 averages"]
+    assert [flops[name] for name in order] == sorted((flops[name] for name in order), reverse=True)
+    assert flops["SAISA, one projector"] == flops["NAAViT, no visual feed-forward"]
+    assert flops["SAISA, first half of the layers"] == flops["SAISA, last half"] == flops["SAISA, middle half"]
+
+
+@on_5
+def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(few_scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCH", 2)
+    options = ["--steps=3", "--every=1", "--questions=10", "--final-questions=10", "--seeds=0"]
+    name = "SAISA, 9 resampled"
+
+    def train(part):
+        args = ablations.arguments([f"--json={tmp_path / part}", *options])
+        args.deadline = math.inf
+        ablations.cell_path(args, name, 0).parent.mkdir(exist_ok=True)
+        ablations.train_cell(args, name, 0)
+        return ablations.done(args, name, 0)
+
+    whole, step, calls = train("whole"), ablations.training_step, []
+
+    def interrupted(*given):
+        calls.append(None)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    monkeypatch.setattr(ablations, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train("parts")
+    parts = train("parts")
+    assert len(calls) == 4 and not list(tmp_path.rglob("*.training"))
+    assert whole["steps"] == parts["steps"] == [0, 1, 2, 3] and parts["loss"][1] > 0
+    assert all(parts[key] == whole[key] for key in whole if key not in ("seconds", "saisa_hf"))
+
+
+@on_5
+def test_the_study_trains_side_by_side_and_shows_a_row_and_a_point_for_each_model(tmp_path):
+    page, picture, numbers = tmp_path / "page.md", tmp_path / "plot.png", tmp_path / "result.json"
+    page.write_text("a\n<!-- summary: start -->\nold\n<!-- summary: end -->\nz")
+    options = ["--steps=1", "--every=1", "--questions=10", "--final-questions=10", "--seeds=0", f"--json={numbers}"]
+    chosen = ["LLaVA", "SAISA, 2 x 2 unshuffled"]
+    ablations.main([*options, "--models", *chosen])
+    shown = ablations.main([*options, "--until=0", f"--tables={page}", f"--plot={picture}"])
+    assert [cell["model"] for cell in shown["cells"]] == chosen
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
+    assert [line[0] for line in lines[2:]] == chosen and [line[1] for line in lines[2:]] == ["36", "9"]
+    assert lines[2][4] == "100%" and int(lines[3][4][:-1]) < 50
+    assert Image.open(picture).size[0] > 1000
+    with pytest.raises(ValueError, match="choose another --json"):
+        ablations.main([*options, "--questions=20"])
 
 
 @pytest.mark.parametrize(
