@@ -5,7 +5,7 @@ ENV5 := .venv/transformers-5
 PYTEST := -m pytest -n 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 compat lint format clean
+.PHONY: help demo demo-train test test-4 test-5 test-slow compat lint format clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -23,6 +23,10 @@ test-5: $(ENV5)/.ready $(ENV4)/.ready
 
 test-4: $(ENV4)/.ready
 	OMP_NUM_THREADS=1 $(ENV4)/bin/python $(PYTEST)
+
+test-slow: $(ENV5)/.ready $(ENV4)/.ready  ## what takes a minute or more each, under both
+	OMP_NUM_THREADS=1 SAISA_OTHER_PYTHON=$(abspath $(ENV4)/bin/python) $(ENV5)/bin/python $(PYTEST) -m slow
+	OMP_NUM_THREADS=1 $(ENV4)/bin/python $(PYTEST) -m slow
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py

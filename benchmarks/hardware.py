@@ -5,14 +5,15 @@ most likely next tokens are from float32's, for a random model of 1.1 billion pa
     python benchmarks/hardware.py --json result.json
 
 Each way of loading is a process of its own. Prompts have no, one and two pictures; behind each stand the tokens with which
-the model continues it in float32, and the next token is asked for at each of them. Memory is the operating system's account.
+the model continues it in float32, and the next token is asked for at each of them. Memory is the operating system's account
+(Linux).
 """
 
 import argparse
 import ctypes
 import gc
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
@@ -83,24 +84,35 @@ def prompts(model) -> list[dict]:
     return made
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory, by the operating system's account, without what was freed."""
+def own_bytes() -> int:
+    """Bytes of this process that are in memory and no part of a file, by the operating system's account, without what was
+    freed."""
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    ctypes.CDLL(None).malloc_trim(0)
+    return _own_bytes()
 
 
-def most_resident(work: Callable[[], object], interval: float = 0.005) -> int:
-    """The most bytes of this process that are in memory while `work` runs, looked at every `interval` seconds."""
-    most, done = resident(), threading.Event()
+def _own_bytes() -> int:
+    return 2**10 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def bytes_in_files(model) -> int:
+    """Bytes of weights that lie in a file, which is mapped into memory. The rest of the file, read in order to be quantized,
+    stays there only until the system needs the place."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    own = [p for p in model.parameters() if any(start <= p.data_ptr() < end for start, end in ranges)]
+    return sum(p.numel() * p.element_size() for p in own)
+
+
+def most_own_bytes(work: Callable[[], object], interval: float = 0.005) -> int:
+    """The largest `own_bytes` while `work` runs, looked at every `interval` seconds."""
+    most, done = own_bytes(), threading.Event()
 
     def look():
         nonlocal most
         while not done.wait(interval):
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            most = max(most, pages * os.sysconf("SC_PAGE_SIZE"))
+            most = max(most, _own_bytes())
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()
@@ -118,7 +130,7 @@ def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
     quantization = VARIANTS[name]
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     torch.ones(8, 8) @ torch.ones(8, 8)
-    before, start = resident(), time.perf_counter()
+    before, start = own_bytes(), time.perf_counter()
     dtype = torch.float32 if name == "float32" else torch.bfloat16
     model = SaisaForConditionalGeneration.from_pretrained(folder, dtype=dtype, **options).eval()
     found = {"load_seconds": time.perf_counter() - start}
@@ -134,12 +146,13 @@ def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
             errors.append(float((logits[-1] - expected[number]).norm() / expected[number].norm()))
             agreed.append(float((logits[-1].argmax(-1) == answer[:, -tokens:]).float().mean()))
     found["forward_seconds"] = (time.perf_counter() - start) / len(answers)
-    found["resident_bytes"] = resident() - before  # weights of a file come into memory when they are used
+    in_files = bytes_in_files(model)
+    found["resident_bytes"] = own_bytes() - before + in_files
     if name == "float32":
         torch.save((answers, logits), exact)
     prompt = prompts(model)[-1]
-    most = most_resident(lambda: model.generate(**prompt, max_new_tokens=tokens, do_sample=False))
-    found["generation_bytes"] = most - before
+    most = most_own_bytes(lambda: model.generate(**prompt, max_new_tokens=tokens, do_sample=False))
+    found["generation_bytes"] = most - before + in_files
     if name in WAYS:
         text = int((prompt["input_ids"] != IMAGE_TOKEN).sum())
         found["told_resident_bytes"] = weight_bytes(model.config, WAYS[name])

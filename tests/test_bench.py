@@ -182,7 +182,7 @@ def test_the_plot_is_a_picture_of_the_curves(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "which, machine, prefills, rows",
-    [("cpu", CPU, 2 + len(CURVE), 11), ("h200", H200, 6 + len(CURVE), 14)],
+    [("cpu", CPU, 2 + len(CURVE), 11), pytest.param("h200", H200, 6 + len(CURVE), 14, marks=pytest.mark.slow)],
 )
 def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, machine, prefills, rows):
     if which == "h200":

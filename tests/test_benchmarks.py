@@ -393,6 +393,7 @@ def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(f
 
 
 @on_5
+@pytest.mark.slow
 def test_the_study_trains_side_by_side_and_shows_a_row_and_a_point_for_each_model(tmp_path):
     page, picture, numbers = tmp_path / "page.md", tmp_path / "plot.png", tmp_path / "result.json"
     page.write_text("a\n<!-- summary: start -->\nold\n<!-- summary: end -->\nz")
