@@ -287,6 +287,7 @@ def test_flops_of_a_training_step_are_those_of_its_matrix_products(few_scans):
         assert found["flops"][0] - found["encoder_flops"] == pytest.approx(expected, rel=0.01), name
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_goes_on_as_if_nothing_had_happened(few_scans, tmp_path, monkeypatch):
     monkeypatch.setattr(learning, "BATCH", 2)
     monkeypatch.setattr(learning, "COUNTED_BATCHES", 1)

@@ -186,6 +186,7 @@ def test_training_reaches_every_part():
     assert not without and model.language_model.layers[0].visual_projector.linear_1.weight.grad.any()
 
 
+@pytest.mark.slow
 def test_every_family_loads_by_remote_code_in_the_other_major_release(tmp_path):
     """Or in this one, where no other is at hand. There its class builds from parts as well."""
     prompts = text_prompts()

@@ -36,7 +36,13 @@ def graphs():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("uneven", [False, True], ids=["pictures at the same places", "pictures anywhere"])
+@pytest.mark.parametrize(
+    "uneven",
+    [
+        pytest.param(False, id="pictures at the same places"),
+        pytest.param(True, id="pictures anywhere", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_prefill_has_one_graph_for_all_layers(graphs, uneven):
     """Where text and pictures stand is found out between two graphs: in the model, and once more in front of the head."""
     sizes, backend = graphs

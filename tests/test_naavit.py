@@ -46,8 +46,9 @@ def test_it_makes_a_llava_the_family_member_with_the_same_weights_and_back(text,
     llava.save_pretrained(tmp_path)
     wanted = switches(layers, visual_feed_forward)
     model = SaisaForConditionalGeneration.from_pretrained(tmp_path, **wanted).eval()
-    cases, hooks = [random_prompts(seed=4, side=side) for side in ("left", "right")], hooks_of(llava)
+    cases = [random_prompts(seed=4, side=side) for side in ("left", "right")]
     before = [llava(**prompts.inputs).logits for prompts in cases]
+    hooks = hooks_of(llava)  # transformers 5 hangs in some of its own at the first pass
     with apply_naavit(llava, layers, visual_feed_forward):
         for prompts, untouched in zip(cases, before, strict=True):
             real = prompts.attention_mask.bool()

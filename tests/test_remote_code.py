@@ -262,7 +262,7 @@ def saved_by_other(tmp_path_factory):
 
 
 @needs_other
-@pytest.mark.parametrize("saver", ["this", "other"])
+@pytest.mark.parametrize("saver", ["this", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_checkpoint_survives_a_journey_through_both_major_releases(saved, saved_by_other, tmp_path, saver):
     """Loaded by either; saved again by either; each of these loaded by the other."""
     first = checkpoints(saved if saver == "this" else saved_by_other)

@@ -882,7 +882,7 @@ class SaisaModel(SaisaPreTrainedModel):
         if visual_states is not None:
             self.check_visual_states(visual_states)
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            rows, spread = visual_states.rows(), self.config.in_embedding_space
+            rows, spread = visual_states.rows() if len(visual_states) else None, self.config.in_embedding_space
             places = (rows, position_ids) if len(visual_states) and not spread else ()
             found = self._layout(visual_BS, *places, visual_states=visual_states.lengths)
             if len(visual_states):
