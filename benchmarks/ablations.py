@@ -31,6 +31,7 @@ from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
 from saisa_hf.from_llava import saisa_from_llava
 from saisa_hf.tables import fill_blocks, table
+from saisa_hf.visual_reduction_saisa import SaisaVisualResampler
 
 
 EMBEDDING_SPACE = {"alignment": "embedding_space"}
@@ -66,6 +67,8 @@ def make_model(processor, name: str, seed: int) -> SaisaForConditionalGeneration
     model = SaisaForConditionalGeneration(SaisaConfig.from_dict(settings))
     weights = {name: tensor for name, tensor in start.state_dict().items() if "visual_projector." not in name}
     model.load_state_dict(weights, strict=False)
+    if hasattr(model.model, "visual_resampler"):
+        model.model.visual_resampler = SaisaVisualResampler(model.config)  # as `saisa build` makes it
     projector = llava.model.multi_modal_projector.state_dict()
     for part, module in model.named_modules():
         if part.endswith("visual_projector"):
@@ -155,7 +158,8 @@ def train_cell(args, name: str, seed: int) -> None:
             keep_state()
             measure.write_json(path, cell)
         if step == args.steps:
-            kept.unlink()
+            measure.write_json(path, cell)
+            kept.unlink(missing_ok=True)
             return
         if time.time() > args.deadline:
             keep_state()
@@ -264,6 +268,7 @@ def main(argv=None) -> dict:
     if args.until > 0:
         cell_path(args, "", 0).parent.mkdir(parents=True, exist_ok=True)
         result = result or {"machine": measure.machine("cpu"), "settings": settings, "cells": []}
+        measure.write_json(path, result)
         there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
         todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:

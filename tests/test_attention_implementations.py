@@ -106,9 +106,13 @@ def test_each_part_can_have_an_implementation_of_its_own(flash_calls):
 
 @pytest.mark.parametrize("text", ["llama", "qwen2_window"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_packed_samples_do_not_see_each_other(implementation, text):
-    model = tiny_model(text, attn_implementation=implementation)
-    prompts = prompts_from_rows([[BOS, 3, "image", 4, 5, "image", 6], [BOS, 7], [BOS, "image", "image", 7, 8, 9]])
+@pytest.mark.parametrize("attention", [None, "full", "none"], ids=lambda x: f"visual attention {x}")
+@pytest.mark.parametrize("pictures", [True, False], ids=["pictures", "text alone"])
+def test_packed_samples_do_not_see_each_other(implementation, text, attention, pictures):
+    family = {} if attention is None else {"alignment": "embedding_space", "visual_attention": attention}
+    model = tiny_model(text, attn_implementation=implementation, **family)
+    rows = [[BOS, 3, "image", 4, 5, "image", 6], [BOS, 7], [BOS, "image", "image", 7, 8, 9]]
+    prompts = prompts_from_rows(rows if pictures else [[x for x in row if x != "image"] for row in rows])
     rows = [prompts.row(b) for b in range(3)]
     packed = {
         "input_ids": torch.cat([row.input_ids for row in rows], 1),

@@ -673,3 +673,15 @@ def test_text_may_be_read_in_chunks(attention):
     for model_name in some(["full", "window of 6", "full and window of 6"], attention):
         model = build(model_name, attn_implementation=attention)
         assert torch.equal(written_by(model, p, prefill_chunk_size=4), written_by(model, p))
+
+
+def test_the_image_token_is_never_written_where_pictures_are_in_the_cache_alone():
+    model, prompts = tiny_model("llama"), prompts_from_rows([[BOS, "image", 5, 6]])
+    favoured = torch.nn.functional.one_hot(torch.tensor(IMAGE_TOKEN), model.config.text_config.vocab_size) * 1e4
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits + favoured)
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    first = model.generate(**prompts.prompt, **options)
+    cached = {"attention_mask": torch.ones_like(first.sequences), "past_key_values": first.past_key_values}
+    rest = model.generate(first.sequences, **cached, **options).sequences
+    assert rest.shape[1] == prompts.input_ids.shape[1] + 4
+    assert (rest == IMAGE_TOKEN).sum() == (prompts.input_ids == IMAGE_TOKEN).sum()

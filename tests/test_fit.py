@@ -63,6 +63,13 @@ def test_a_generation_takes_what_was_told(config, folder, text, images):
     assert weights + sum(told.values()) == pytest.approx(weights + peak, rel=0.1)
 
 
+def test_the_encoder_works_on_all_patches_however_few_tokens_are_left(config):
+    few = SaisaConfig.from_dict(config.to_dict(), visual_token_reduction="resampler", reduced_visual_tokens=4)
+    assert few.image_seq_length == 4 < config.image_seq_length
+    whole, reduced = (use_bytes(one, "float32", 10, 8) for one in (config, few))
+    assert sum(whole.values()) >= reduced["work"] + reduced["cache"] >= 0.5 * sum(whole.values())
+
+
 def test_what_fits_by_the_largest_numbers_fits_and_no_more(config):
     memory = weight_bytes(config, "bfloat16") + 2**23
     one = next(one for one in fit(config, memory, text=100, images=1, generated=8) if one["way"] == "bfloat16")

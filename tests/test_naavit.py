@@ -66,6 +66,15 @@ def test_it_makes_a_llava_the_family_member_with_the_same_weights_and_back(text,
     assert hooks_of(llava) == hooks
 
 
+def test_a_decoder_that_is_called_by_itself_has_no_visual_tokens_left_from_before():
+    llava, prompts = make_llava("llama").train(), prompts_from_rows(ROWS)
+    words = llava.get_input_embeddings()(torch.tensor([[BOS, 5, 6]])).detach()
+    before = llava.model.language_model(inputs_embeds=words).last_hidden_state
+    with apply_naavit(llava):
+        llava(**prompts.inputs, use_cache=False)  # with gradients, for which checkpointing may run the layers again
+        assert torch.equal(llava.model.language_model(inputs_embeds=words).last_hidden_state, before)
+
+
 def test_text_alone_is_left_as_it_is_and_gradients_under_checkpointing_are_those_without():
     llava, prompts = make_llava("llama").train(), prompts_from_rows(ROWS)
     text = torch.tensor([[BOS, 5, IMAGE_TOKEN, 6]])  # without a picture its token is a word

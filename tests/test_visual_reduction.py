@@ -278,6 +278,47 @@ def test_a_model_from_parts_has_new_and_finite_weights(kind):
     assert any("visual_resampler.k_proj.weight" in name for name in new) == (kind == "resampler")
 
 
+@pytest.mark.parametrize("attention", ["full", "none"])
+@pytest.mark.parametrize("kind", REDUCTIONS)
+def test_visual_tokens_that_travel_through_the_layers_may_be_fewer_as_well(kind, attention):
+    model = model_with(kind, alignment="embedding_space", visual_attention=attention)
+    prompts = prompts_for(model)
+    with torch.no_grad():
+        logits = model(**prompts.inputs).logits
+        states = model.get_visual_states(prompts.pixel_values)
+        given = {name: value for name, value in prompts.inputs.items() if name != "pixel_values"}
+        torch.testing.assert_close(model(**given, visual_states=states).logits, logits, atol=1e-5, rtol=0)
+        alone = model(**prompts.row(2).inputs).logits[0]
+    torch.testing.assert_close(logits[2][prompts.attention_mask[2].bool()], alone, atol=2e-5, rtol=0)
+
+
+def test_visual_states_of_another_reduction_are_refused_though_all_weights_are_the_same():
+    averaged, first = model_with("avg_pool"), model_with("class_attention", reduced_visual_tokens=1)
+    first.load_state_dict(averaged.state_dict())
+    for store in ("features", "keys_values"):
+        assert averaged.model.visual_fingerprint(store) != first.model.visual_fingerprint(store)
+
+
+def test_a_checkpoint_without_its_resampler_is_refused(tmp_path):
+    model = model_with("resampler")
+    kept = {name: x for name, x in model.state_dict().items() if "visual_resampler.k_proj" not in name}
+    model.save_pretrained(tmp_path, state_dict=kept)
+    with pytest.raises(ValueError, match=r"lacks 2 tensors of the model: model\.visual_resampler\.k_proj"):
+        SaisaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_another_reduction_asked_for_at_loading_is_checked_and_counted(tmp_path):
+    model = tiny_model("qwen3", vision(size=20), vision_seq_length=None)
+    model.save_pretrained(tmp_path)
+    for kind in ("avg_pool", "class_attention"):
+        again = SaisaForConditionalGeneration.from_pretrained(tmp_path, **settings_of(kind))
+        assert again.config.image_seq_length == KINDS[kind][1] < model.config.image_seq_length
+    with pytest.raises(ValueError, match="'avgpool' is not supported"):
+        SaisaForConditionalGeneration.from_pretrained(tmp_path, visual_token_reduction="avgpool")
+    with pytest.raises(ValueError, match="lacks"):
+        SaisaForConditionalGeneration.from_pretrained(tmp_path, **settings_of("resampler"))
+
+
 @pytest.mark.parametrize("kind", REDUCTIONS)
 def test_saisa_build_writes_model_and_processor_that_fit(kind, tmp_path, capsys):
     parts, counted = parts_on_disk(tmp_path), ["--reduced-visual-tokens", "2"] if KINDS[kind][0] else []
@@ -290,6 +331,11 @@ def test_saisa_build_writes_model_and_processor_that_fit(kind, tmp_path, capsys)
     assert model.config.image_seq_length == tokens
     inputs = processor(images=Image.new("RGB", (9, 9)), text="<image> word1", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    whole = {"visual_token_reduction": None, "reduced_visual_tokens": None}
+    patches = AutoProcessor.from_pretrained(tmp_path / "out", **whole)(
+        images=Image.new("RGB", (9, 9)), text="<image> word1", return_tensors="pt"
+    )
+    assert (patches["input_ids"] == model.config.image_token_id).sum() == model.config.encoder_tokens_per_image > tokens
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

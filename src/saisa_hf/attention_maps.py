@@ -108,6 +108,11 @@ def attend(
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images or any(image is None for image in images):
         raise ValueError("images is empty: pass the picture that the question is about.")
+    if model.config.visual_token_reduction == "resampler":
+        raise ValueError(
+            "visual_token_reduction is 'resampler': its visual tokens are learned queries, each of which reads the whole "
+            "picture, and have no places in it that could be shown."
+        )
     conversation = Conversation(model, processor, system)
     message = conversation.question(question, images)
     inputs = processor.apply_chat_template(
@@ -292,11 +297,6 @@ class _Places(NamedTuple):
 def _places(model, processor, picture) -> _Places:
     config = model.config
     kind, patch = config.visual_token_reduction, getattr(config.vision_config, "patch_size", None)
-    if kind == "resampler":
-        raise ValueError(
-            "visual_token_reduction is 'resampler': its visual tokens are learned queries, each of which reads the whole "
-            "picture, and have no places in it that could be shown."
-        )
     (height, width), patches, (left, top, right, bottom) = seen_part(processor, picture.size)
     outside = config.vision_prefix_tokens - config.dropped_vision_tokens
     tokens = processor._get_num_multimodal_tokens([picture.size[::-1]]).num_image_tokens[0]

@@ -634,6 +634,10 @@ def _flops(arguments: argparse.Namespace) -> int:
     from .flops import Step, account, read_config, show
 
     config = read_config(arguments.model)
+    if arguments.visual_token_reduction is None and arguments.reduced_visual_tokens is not None:
+        arguments.parser.error(
+            "--reduced-visual-tokens goes with --visual-token-reduction resampler or class_attention"
+        )
     if arguments.visual_token_reduction is not None:
         settings = ("visual_token_reduction", "reduced_visual_tokens")
         changes = {name: getattr(arguments, name) for name in settings}

@@ -82,7 +82,8 @@ def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batc
     states = getattr(vision, "num_hidden_layers", 0) + 1
     inner = getattr(vision, "intermediate_size", None) or 4 * width
     # all states of the encoder are kept until the end of its pass, beside what its last layer works with
-    encoder = batch * step.visual * dtype.itemsize * (states * width + 4 * width + 2 * inner)
+    patches = batch * images * config.encoder_tokens_per_image
+    encoder = patches * dtype.itemsize * (states * width + 4 * width + 2 * inner)
     if quantization is not None:  # a prompt's products take the largest matrix in full
         work += decoder.hidden_size * max(decoder.intermediate_size, decoder.hidden_size) * dtype.itemsize
     logits = 4 * batch * decoder.vocab_size * 2

@@ -466,7 +466,7 @@ class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         settle(model)
         if pretrained_model_name_or_path is not None:
-            parts = ["vision_tower.", "visual_projector.", "language_model."]
+            parts = ["vision_tower.", "visual_projector.", "visual_resampler.", "language_model."]
             if model.config.architectures != ["SaisaModel"]:  # which has no head to lack
                 parts.append("lm_head.")
             wanted = {key for key in model.state_dict() if any(part in key for part in parts)}
@@ -681,8 +681,12 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             return visibility.for_implementation("eager", text_PD.dtype)
         if implementation != self.config._attn_implementation:
             return visibility.mask()
-        if has_empty_places(past_key_values) and (is_flash(implementation) or implementation == "flex_attention"):
-            # transformers does not tell them which places of the cache are filled
+        unfilled = has_empty_places(past_key_values) and (
+            is_flash(implementation) or implementation == "flex_attention"
+        )
+        packed = is_flash(implementation) and documents is not None and bool(documents.any())
+        if unfilled or packed:
+            # transformers does not tell them which places of the cache are filled, or where a packed sample ends
             visibility.layout = TokenLayout(torch.zeros(text_PD.shape[:2], dtype=torch.bool, device=slots.device))
             return visibility.for_implementation(implementation, text_PD.dtype)
         if isinstance(attention_mask, dict):
@@ -938,7 +942,9 @@ class SaisaModel(SaisaPreTrainedModel):
         trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank picture."""
         if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
             none = no_pictures["pixel_values"].new_zeros(0, self.config.vision_feature_size)
-            return self.visual_resampler(none[:, None]).flatten(0, 1) if hasattr(self, "visual_resampler") else none
+            if hasattr(self, "visual_resampler"):  # attention kernels want a picture
+                none = self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]
+            return none
         blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_pictures.items()}
         return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
 
@@ -1301,8 +1307,11 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         _check_one_of(pixel_values, visual_states)
-        if pixel_values is not None or visual_states is not None:
-            given = next(x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None)
+        given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
+        has_pictures = pixel_values is not None or visual_states is not None
+        if not has_pictures and given is not None and not given.is_floating_point():  # they may be in the cache
+            has_pictures = bool((given == self.config.image_token_id).any())
+        if has_pictures:
             never = SuppressImageToken([self.config.image_token_id], device=given.device)  # the model's may be the disk
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
             kwargs["prefill_chunk_size"] = None

@@ -46,10 +46,11 @@ class NaavitHandle:
         self.attention, self.feed_forward = (_checked(x, len(decoder_layers)) for x in (attention, feed_forward))
         self._image_token_id, self._embedding = config.image_token_id, decoder.get_input_embeddings()
         self._signature = inspect.signature(base.forward)
-        self._visual_BS = None
+        self._visual_BS, self._within = None, False
         self._hooks = [
             base.register_forward_pre_hook(self._find_visual_tokens, with_kwargs=True),
             base.register_forward_hook(self._forget_visual_tokens, always_call=True),
+            decoder.register_forward_pre_hook(self._enter_decoder),
         ]
         for name, chosen in (("self_attn", self.attention), ("mlp", self.feed_forward)):
             for layer in chosen:
@@ -69,7 +70,7 @@ class NaavitHandle:
     def _find_visual_tokens(self, module, args, kwargs):
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        self._visual_BS = None
+        self._visual_BS, self._within = None, True
         if given.get("pixel_values") is None and (given.get("mm_encoder_outputs") or {}).get("image") is None:
             return
         if given.get("input_ids") is not None:
@@ -79,7 +80,12 @@ class NaavitHandle:
             token = torch.tensor(self._image_token_id, device=self._embedding.weight.device)
             self._visual_BS = (embeds == self._embedding(token).to(embeds)).all(-1)
 
+    def _enter_decoder(self, module, args):
+        if not self._within:  # by itself: its tokens are not those of the last pass
+            self._visual_BS = None
+
     def _forget_visual_tokens(self, module, args, output):
+        self._within = False
         if not torch.is_grad_enabled():  # gradient checkpointing runs the layers once more, behind the forward pass
             self._visual_BS = None
 

@@ -168,6 +168,7 @@ class SaisaVisualResampler(nn.Module):
         heads = getattr(config.vision_config, "num_attention_heads", 1)
         self.heads = heads if isinstance(heads, int) and width % heads == 0 else 1
         self.queries = nn.Embedding(config.reduced_visual_tokens, width)
+        nn.init.normal_(self.queries.weight, std=0.02)
         self.query_norm = nn.LayerNorm(width)
         self.feature_norm = nn.LayerNorm(width)
         self.q_proj = nn.Linear(width, width)
@@ -177,7 +178,8 @@ class SaisaVisualResampler(nn.Module):
 
     def forward(self, features_IVC: torch.Tensor) -> torch.Tensor:
         """(I, V, C) -> (I, R, C), in its own dtype."""
-        queries_RC = self.queries.weight
+        # by a call, since it may be elsewhere until then
+        queries_RC = self.queries(torch.arange(self.queries.num_embeddings, device=features_IVC.device))
         normed_IVC = self.feature_norm(features_IVC.to(queries_RC.dtype))
         query_RC = self.q_proj(self.query_norm(queries_RC)).expand(len(features_IVC), -1, -1)
         heads = (query_RC, self.k_proj(normed_IVC), self.v_proj(normed_IVC))

@@ -41,7 +41,8 @@ DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
     "patch_size": 14,
 }
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
-FAMILY_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward")
+REDUCTION_SETTINGS = ("visual_token_reduction", "reduced_visual_tokens")
+CHECKED_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward", *REDUCTION_SETTINGS)
 
 
 class SaisaConfig(PretrainedConfig):
@@ -225,9 +226,11 @@ class SaisaConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """transformers' own, which sets what `kwargs` name without a check; what makes another model of the family of them
-        is checked with the rest."""
-        switches = {name: kwargs.pop(name) for name in FAMILY_SETTINGS if name in kwargs}
+        """transformers' own, which sets what `kwargs` name without a check; what makes another model of them is checked with
+        the rest, and the number of visual tokens follows."""
+        switches = {name: kwargs.pop(name) for name in CHECKED_SETTINGS if name in kwargs}
+        if any(switches.get(name) != config_dict.get(name) for name in REDUCTION_SETTINGS if name in switches):
+            switches["image_seq_length"] = None
         return super().from_dict({**config_dict, **switches}, **kwargs)
 
     def to_dict(self):

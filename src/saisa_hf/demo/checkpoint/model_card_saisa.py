@@ -166,6 +166,8 @@ A vision-language model between LLaVA and SAISA ([arXiv 2502.02458](https://arxi
 
 Visual tokens enter in front of the first layer, through one projector. They attend to the tokens in front of them in \
 {attend} and pass the feed-forward network in {fed} of the {count} decoder layers; in all layers they are keys and values."""
+    reduction = config.visual_token_reduction
+    fewer = "" if reduction is None else f", of {config.encoder_tokens_per_image} by {reduction}"
     return f"""\
 {what}
 
@@ -173,9 +175,9 @@ Visual tokens enter in front of the first layer, through one projector. They att
 |---|---|
 | Language model | {text.model_type}, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, \
 vocabulary {text.vocab_size} |
-| Vision encoder | {vision.model_type}, width {config.vision_feature_size}, hidden state \
-{config.vision_feature_layer}, feature selection "{config.vision_feature_select_strategy}" |
-| Visual tokens per image | {config.image_seq_length} |
+| Vision encoder | {vision.model_type}, hidden state {config.vision_feature_layer}, feature selection \
+"{config.vision_feature_select_strategy}" |
+| Visual tokens per image | {config.image_seq_length}, width {config.vision_feature_size}{fewer} |
 | Projectors | {config.projector_sharing}, activation {config.projector_hidden_act} |
 """
 

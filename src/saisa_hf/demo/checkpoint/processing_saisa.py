@@ -582,6 +582,14 @@ class SaisaProcessor(ImageTextProcessorMixin):
     # --- files ---
 
     @classmethod
+    def from_args_and_dict(cls, args, processor_dict, **kwargs):
+        """transformers' own; where `kwargs` ask for another reduction, the number of placeholders follows."""
+        settings = ("visual_token_reduction", "reduced_visual_tokens")
+        if any(kwargs[name] != processor_dict.get(name) for name in settings if name in kwargs):
+            processor_dict = {**processor_dict, "image_seq_length": None}
+        return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    @classmethod
     def register_for_auto_class(cls, auto_class="AutoProcessor"):
         """Does nothing: `save_pretrained` writes what `AutoProcessor` needs to find this class."""
 
