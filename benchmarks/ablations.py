@@ -13,7 +13,6 @@ a folder beside the JSON file with the state of those that are not at their end:
 import argparse
 import copy
 import json
-import math
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
@@ -22,14 +21,15 @@ from pathlib import Path
 
 import learning
 import torch
-from digit_models import RATE, keep, new_llava, optimizer_of, training_step
-from learning import DEPTH, MEASURES, STAGES, Examination, Mixture, average, make_processor, mean, spread
+from digit_models import keep, new_llava, optimizer_of, training_step
+from learning import DEPTH, MEASURES, Examination, Mixture, average, make_processor, mean, spread
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
 from saisa_hf.from_llava import saisa_from_llava
+from saisa_hf.plots import drawing
 from saisa_hf.tables import fill_blocks, table
 from saisa_hf.visual_reduction_saisa import SaisaVisualResampler
 
@@ -115,14 +115,13 @@ def cell_path(args, name: str, seed: int) -> Path:
 def done(args, name: str, seed: int) -> dict | None:
     """A cell that is trained to the end, as it is on disk."""
     path = cell_path(args, name, seed)
-    found = json.loads(path.read_text()) if path.exists() else None
-    return found if found is not None and found["steps"][-1] == args.steps else None
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def train_cell(args, name: str, seed: int) -> None:
     """Trains a model, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch."""
     torch.set_num_threads(1)
-    if time.time() > args.deadline:
+    if done(args, name, seed) is not None or time.time() > args.deadline:
         return
     processor = make_processor()
     model = make_model(processor, name, seed)
@@ -156,7 +155,6 @@ def train_cell(args, name: str, seed: int) -> None:
             cell["scores"].append((course.final if step == args.steps else course.often).scores(model))
             state["loss"] = 0.0
             keep_state()
-            measure.write_json(path, cell)
         if step == args.steps:
             measure.write_json(path, cell)
             kept.unlink(missing_ok=True)
@@ -203,7 +201,7 @@ def summary(result: dict) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Accuracy against the FLOPs of a question: the mean of the seeds, and the range they span."""
-    pyplot = learning._pyplot()
+    pyplot = drawing()
     models = by_model(result)
     figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(14, 5), sharex=True, layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
@@ -237,38 +235,20 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument(
-        "--json", metavar="PATH", required=True, help="all numbers; beside it, a folder of cells and states"
-    )
-    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
-    parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked table is written anew")
+    learning.add_options(parser, every=400)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--every", type=int, default=400, help="steps between measurements; divides the steps")
-    parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
-    parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
     parser.add_argument("--workers", type=int, default=2, help="cells that are trained at once, one thread each")
-    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after that")
-    args = parser.parse_args(argv)
-    if args.steps % args.every:
-        parser.error(f"--every {args.every} does not divide --steps {args.steps}")
-    return args
+    return learning.parsed(parser, argv)
 
 
 def main(argv=None) -> dict:
     args = arguments(argv)
     args.deadline = time.time() + 60 * args.until
-    path = Path(args.json)
-    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
-    settings |= {"batch": learning.BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if result and result["settings"] != settings:
-        raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
+    settings, result = learning.settings_and_result(args)
     if args.until > 0:
         cell_path(args, "", 0).parent.mkdir(parents=True, exist_ok=True)
         result = result or {"machine": measure.machine("cpu"), "settings": settings, "cells": []}
-        measure.write_json(path, result)
+        measure.write_json(args.json, result)
         there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
         todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
@@ -277,7 +257,7 @@ def main(argv=None) -> dict:
                 cell = done(args, name, seed)
                 if cell is not None:
                     result["cells"].append({"model": name, "seed": seed} | cell)
-                    measure.write_json(path, result)
+                    measure.write_json(args.json, result)
                     print(summary(result), flush=True)
     if result.get("cells"):
         if args.plot:

@@ -19,7 +19,7 @@ from PIL import Image
 from saisa_hf import attend
 from saisa_hf.attention_pages import contact_sheet
 from saisa_hf.demo.run import load
-from saisa_hf.demo.scenes import GRID, PLACES, Question, Scene, ask, draw, make_scene
+from saisa_hf.demo.scenes import GRID, PLACES, Question, Scene, draw, make_scene, questions_in_turn
 from saisa_hf.tables import fill_blocks, table
 
 
@@ -29,15 +29,7 @@ SHOWN = "Describe the picture."  # the question of the contact sheet
 
 def questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
     """`count` test scenes with a question each, the two kinds in turn."""
-    asked = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index, 5])
-        question = None
-        while question is None:
-            scene = make_scene("test", rng)
-            question = ask(scene, KINDS[index % len(KINDS)], rng)
-        asked.append((scene, question))
-    return asked
+    return questions_in_turn(KINDS, count, (seed, 5))
 
 
 def asked_cell(scene: Scene, question: Question) -> int:

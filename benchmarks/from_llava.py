@@ -40,6 +40,7 @@ from saisa_hf.from_llava import (
     fit_projectors,
     saisa_from_llava,
 )
+from saisa_hf.plots import drawing
 from saisa_hf.tables import fill_blocks, table
 
 
@@ -330,13 +331,7 @@ def _error(row: dict, stage: str) -> float:
 def plot(cells: dict, path: str):
     """Four panels: accuracy by seed, error by layer and depth, KL by number of pictures, KL by width. Those without numbers
     stay out."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install saisa-hf[plots]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     fits = {name: cell for name, cell in cells.items() if name.startswith("fit")}
 
     def cell_of(**given):

@@ -13,7 +13,6 @@ import argparse
 import ctypes
 import gc
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from convert_memory import status
 from transformers import BitsAndBytesConfig
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
@@ -89,11 +89,7 @@ def own_bytes() -> int:
     freed."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return _own_bytes()
-
-
-def _own_bytes() -> int:
-    return 2**10 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return status("RssAnon")
 
 
 def bytes_in_files(model) -> int:
@@ -112,7 +108,7 @@ def most_own_bytes(work: Callable[[], object], interval: float = 0.005) -> int:
     def look():
         nonlocal most
         while not done.wait(interval):
-            most = max(most, _own_bytes())
+            most = max(most, status("RssAnon"))
 
     watcher = threading.Thread(target=look, daemon=True)
     watcher.start()

@@ -29,6 +29,7 @@ from saisa_hf.demo import scenes
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
 from saisa_hf.from_llava import saisa_from_llava
+from saisa_hf.plots import drawing
 from saisa_hf.tables import fill_blocks, table
 
 
@@ -340,7 +341,7 @@ def by_kind(result: dict) -> str:
 
 def plot(result: dict, path: str) -> None:
     """Accuracy against steps, FLOPs and seconds: the mean of the seeds shown, and the range they span."""
-    pyplot = _pyplot()
+    pyplot = drawing()
     cells, steps = shown(result)
     points = len(steps)
     exercises = round(result["settings"]["stages"][0][0] * result["settings"]["steps"])
@@ -375,7 +376,7 @@ def plot(result: dict, path: str) -> None:
 
 def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
     """One held-out picture of each task with questions and answers."""
-    pyplot = _pyplot()
+    pyplot = drawing("--example")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained")
     for axis, (task, module) in zip(axes, TASKS.items()):
         rng = np.random.default_rng(seed)
@@ -392,47 +393,55 @@ def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
     pyplot.close(figure)
 
 
-def _pyplot():
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install saisa-hf[plots]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def arguments(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def add_options(parser: argparse.ArgumentParser, every: int) -> None:
+    """What all scripts that train models of a few seeds on these tasks are told."""
     parser.add_argument("--json", metavar="PATH", required=True, help="all numbers; beside it, states to go on from")
-    parser.add_argument("--plot", metavar="PATH", help="curves of them as a picture")
+    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
     parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked tables are written anew")
-    parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--every", type=int, default=200, help="steps between measurements; divides the steps")
+    parser.add_argument("--every", type=int, default=every, help="steps between measurements; divides the steps")
     parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
     parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
     parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after that")
+
+
+def parsed(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.steps % args.every:
         parser.error(f"--every {args.every} does not divide --steps {args.steps}")
     return args
 
 
+def settings_and_result(args) -> tuple[dict, dict]:
+    """What the numbers depend on, and those that are in the file already.
+
+    Raises:
+        ValueError: these were made with other settings.
+    """
+    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
+    settings |= {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
+    path = Path(args.json)
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result and result["settings"] != settings:
+        raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
+    return settings, result
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_options(parser, every=200)
+    parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
+    return parsed(parser, argv)
+
+
 def main(argv=None) -> dict:
     args = arguments(argv)
     args.deadline = time.monotonic() + 60 * args.until
     torch.set_num_threads(1)
-    path = Path(args.json)
-    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
-    settings |= {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
-    result = json.loads(path.read_text()) if path.exists() else {}
-    if result and result["settings"] != settings:
-        raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
+    settings, result = settings_and_result(args)
     if args.until > 0:
         shared = Class(args)
         if not result:
@@ -444,7 +453,7 @@ def main(argv=None) -> dict:
 
             def save(cell, name=f"seed {seed}"):
                 result["cells"][name] = cell
-                measure.write_json(path, result)
+                measure.write_json(args.json, result)
 
             train_cell(args, shared, seed, save)
     if args.example:

@@ -99,12 +99,4 @@ def list_all(scene: Scene) -> str:
 
 def held_out_questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
     """`count` fresh scenes of the test split with one question each, the kinds in turn."""
-    asked = []
-    for index in range(count):
-        rng = np.random.default_rng([seed, index, 3])
-        question = None
-        while question is None:
-            scene = make_scene("test", rng)
-            question = ask(scene, KINDS[index % len(KINDS)], rng)
-        asked.append((scene, question))
-    return asked
+    return scenes.questions_in_turn(KINDS, count, (seed, 3), make_scene, ask)

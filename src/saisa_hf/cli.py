@@ -395,9 +395,7 @@ def _add_build(commands) -> None:
     add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
     seeing = "decoder layers that see pictures (default: all)"
     add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
-    fewer = "make fewer visual tokens of a picture (default: none of these)"
-    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
-    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
+    _add_reduction(add, "make fewer visual tokens of a picture (default: none of these)")
     add("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
     parts = [action.dest for action in group._group_actions]
 
@@ -429,6 +427,11 @@ def _add_build(commands) -> None:
     add("--device", default="auto", help=device)
     llava = [action.dest for action in group._group_actions]
     command.set_defaults(run=_build, parser=command, of_parts=parts, of_llava=llava)
+
+
+def _add_reduction(add, meaning: str) -> None:
+    add("--visual-token-reduction", choices=REDUCTIONS, help=meaning)
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
 
 
 def _add_attend(commands) -> None:
@@ -481,9 +484,7 @@ def _add_flops(commands) -> None:
         "what a training step trains: all but the encoder, the projectors alone, or adapters (default: %(default)s)"
     )
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
-    fewer = "count MODEL with this reduction of its visual tokens (default: its own)"
-    add("--visual-token-reduction", choices=REDUCTIONS, help=fewer)
-    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
+    _add_reduction(add, "count MODEL with this reduction of its visual tokens (default: its own)")
     add("--json", action="store_true", help="print all numbers as JSON")
     command.set_defaults(run=_flops, parser=command)
 

@@ -5,6 +5,7 @@ Bytes of weights are counted as bitsandbytes stores them; cache and activations 
 """
 
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -43,26 +44,42 @@ def bytes_of(text: str) -> int:
         ) from None
 
 
+class Weight(NamedTuple):
+    """A parameter: how many numbers and rows it has, and whether quantization is for it."""
+
+    numbers: int
+    rows: int
+    quantizable: bool
+
+
 def weight_bytes(config, way: str) -> int:
     """Bytes of the weights of a model of `config`, a `SaisaConfig`, loaded in one of `WAYS`."""
-    dtype, quantization = WAYS[way]
+    return _stored_bytes(_weights(config), way)
+
+
+def _weights(config) -> list[Weight]:
     with torch.device("meta"):
         model = SaisaForConditionalGeneration(config)
-    quantized = {
-        module.weight: module.weight.shape
+    quantizable = {
+        module.weight
         for name, module in model.named_modules()
-        if quantization and type(module) is nn.Linear and not any(part in name for part in KEPT_PRECISE)
+        if type(module) is nn.Linear and not any(part in name for part in KEPT_PRECISE)
     }
+    return [Weight(p.numel(), p.shape[0] if p.ndim else 1, p in quantizable) for p in model.parameters()]
+
+
+def _stored_bytes(weights: list[Weight], way: str) -> int:
+    dtype, quantization = WAYS[way]
     total = 0
-    for p in model.parameters():
-        if p not in quantized:
-            total += p.numel() * dtype.itemsize
+    for numbers, rows, quantizable in weights:
+        if not quantizable or quantization is None:
+            total += numbers * dtype.itemsize
         elif quantization == "8-bit":
-            total += p.numel() + 4 * p.shape[0]
+            total += numbers + 4 * rows
         else:
-            scales = -(-p.numel() // BLOCK)
+            scales = -(-numbers // BLOCK)
             of_scales = 4 * scales if quantization == "4-bit" else scales + 4 * -(-scales // OUTER_BLOCK) + 4 * 256
-            total += -(-p.numel() // 2) + of_scales + 4 * 16
+            total += -(-numbers // 2) + of_scales + 4 * 16
     return total
 
 
@@ -98,9 +115,9 @@ def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 
     """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether they fit into `memory` bytes, and with them the
     largest `text` with so many pictures and the largest number of `images` with so much text (None: not any)."""
     limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
-    found = []
+    parameters, found = _weights(config), []
     for way in WAYS:
-        weights = weight_bytes(config, way)
+        weights = _stored_bytes(parameters, way)
 
         def need(text, images, way=way, weights=weights):
             return weights + sum(use_bytes(config, way, text, images, generated, batch).values())

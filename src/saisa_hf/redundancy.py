@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .naavit import NaavitHandle
+from .plots import drawing
 from .tables import table
 
 
@@ -114,13 +115,7 @@ def plot(found: dict, path: str | os.PathLike) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install saisa-hf[plots]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     figure, axes = pyplot.subplots(figsize=(8, 4))
     for kind, heading in zip(KINDS, HEADINGS):
         # a layer in which nothing moves, the last one for instance, has no place on the scale

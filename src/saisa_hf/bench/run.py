@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..plots import drawing
 from . import measure
 from .models import PRESETS, Models, add_size_options, build, with_sizes
 from .work import MODELS, TRAINED, WITHOUT_PICTURE, WORKS, Case, tasks
@@ -128,13 +129,7 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib: pip install saisa-hf[plots]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     results = [r for r in results if r["work"] == "prefill" and "preset" not in r]
     batches = sorted({r["batch"] for r in results})
     batches = [batch for batch in batches if len({r["visual"] for r in results if r["batch"] == batch}) > 1] or batches

@@ -252,12 +252,23 @@ def list_all(scene: Scene, by: str) -> str:
 
 def held_out_questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
     """`count` fresh scenes of the test split with one question each, the kinds in turn."""
+    return questions_in_turn(KINDS, count, (seed, 1))
+
+
+def questions_in_turn(
+    kinds, count: int, key: tuple[int, int], make_scene=make_scene, ask=ask
+) -> list[tuple[Scene, Question]]:
+    """`count` scenes of the test split with one question each, the `kinds` in turn. Item i is a function of (key, i) alone.
+
+    Args:
+        make_scene, ask: of this module, or of one with other scenes and questions.
+    """
     asked = []
     for index in range(count):
-        rng = np.random.default_rng([seed, index, 1])
+        rng = np.random.default_rng([key[0], index, key[1]])
         question = None
         while question is None:
             scene = make_scene("test", rng)
-            question = ask(scene, KINDS[index % len(KINDS)], rng)
+            question = ask(scene, kinds[index % len(kinds)], rng)
         asked.append((scene, question))
     return asked
