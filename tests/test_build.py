@@ -10,11 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from remote_families import run
 from safetensors.torch import load_file, save_file
 from test_remote_code import OTHER_PYTHON
 from test_text_only import eager_without_sdpa, text_prompts
-from tiny_models import IMAGE_TOKEN, TEXT_CONFIGS, VISION_CONFIGS, VOCAB_SIZE, prompts_from_rows, randomize
+from tiny_models import (
+    IMAGE_TOKEN,
+    OTHER_VISION_CONFIGS,
+    TEXT_CONFIGS,
+    VISION_CONFIGS,
+    VOCAB_SIZE,
+    prompts_from_rows,
+    randomize,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModel,
@@ -23,6 +32,8 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    ConvNextConfig,
+    Dinov2WithRegistersConfig,
     LlamaModel,
     PreTrainedTokenizerFast,
     TimmWrapperConfig,
@@ -48,7 +59,7 @@ def language_model(name="qwen3", dtype=torch.float32):
 
 
 def encoder(name="clip"):
-    return randomize(AutoModel.from_config(VISION_CONFIGS[name]()), seed=2).eval()
+    return randomize(AutoModel.from_config((VISION_CONFIGS | OTHER_VISION_CONFIGS)[name]()), seed=2).eval()
 
 
 def from_parts(text="qwen3", vision="clip", **arguments):
@@ -192,18 +203,19 @@ def test_every_family_loads_by_remote_code_in_the_other_major_release(tmp_path):
     prompts = text_prompts()
     inputs = {"ids": prompts.input_ids, "mask": prompts.attention_mask}
     inputs |= {"prompt": torch.tensor([[1, 5, *[VOCAB_SIZE] * 4, 6, 7]]), "pixels": torch.randn(1, 3, 8, 8)}
-    for text in NEW_FAMILIES:
-        model, *_ = from_parts(text)
-        if text == "gemma2":
+    renamed = ["dinov2", "registers", "vit"]  # encoders whose modules have other names in 5.x
+    for name in [*NEW_FAMILIES, *renamed]:
+        model, *_ = from_parts("qwen3", name) if name in renamed else from_parts(name)
+        if name == "gemma2":
             model.set_attn_implementation({"text_config": "eager"})
-        model.save_pretrained(tmp_path / text)
-        save_file({**inputs, **run(model, inputs)}, tmp_path / f"{text}.safetensors")
+        model.save_pretrained(tmp_path / name)
+        save_file({**inputs, **run(model, inputs)}, tmp_path / f"{name}.safetensors")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     environment = inherited | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [OTHER_PYTHON or sys.executable, str(Path(__file__).with_name("remote_families.py")), str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == sorted(NEW_FAMILIES)
+    assert done.stdout.split() == sorted([*NEW_FAMILIES, *renamed])
 
 
 def headless():
@@ -336,8 +348,6 @@ def quietly(*arguments, **options):
 
 
 def ask(folder, content):
-    from PIL import Image
-
     processor = AutoProcessor.from_pretrained(folder)
     model = SaisaForConditionalGeneration.from_pretrained(folder)
     picture = {"type": "image", "image": Image.effect_noise((30, 20), 50).convert("RGB")}
@@ -410,6 +420,32 @@ def test_visual_tokens_are_counted_on_what_the_image_processor_makes(tmp_path):
     model, _, inputs, _ = ask(tmp_path / "out", "word1")
     assert VISION_CONFIGS["dinov2"]().image_size == 8 and model.config.image_seq_length == 16
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+
+
+@pytest.mark.parametrize("vision", ["convnext", "dinov2", "dinov2_with_registers", "clip"])
+@pytest.mark.parametrize("built", [None, "avg_pool"])
+def test_another_reduction_at_loading_leaves_model_and_processor_of_one_mind(vision, built, tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    made = {
+        "convnext": lambda: AutoModel.from_config(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])),
+        "dinov2_with_registers": lambda: AutoModel.from_config(Dinov2WithRegistersConfig(**sizes)),
+    }
+    side = {"convnext": 64, "clip": 8}.get(vision, 16)
+    lm, vision = parts_on_disk(tmp_path, vision=made.get(vision, lambda: encoder(vision))(), side=side)
+    quietly(lm, vision, tmp_path / "out", visual_token_reduction=built)
+    other = {"visual_token_reduction": None if built else "avg_pool", "reduced_visual_tokens": None}
+    for changes in ({}, other):
+        model = SaisaForConditionalGeneration.from_pretrained(tmp_path / "out", **changes)
+        processor = AutoProcessor.from_pretrained(tmp_path / "out", **changes)
+        inputs = processor(images=Image.new("RGB", (9, 9)), text="<image> word1", return_tensors="pt")
+        model(**inputs)  # refuses placeholders of another number
+
+
+@pytest.mark.parametrize("size", ["100000", "20kB", "0.1MB", 30_000])
+def test_weight_files_are_as_large_as_asked_for_at_most(size, tmp_path):
+    lm, vision = parts_on_disk(tmp_path)
+    quietly(lm, vision, tmp_path / "out", max_shard_size=size)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
 
 
 def test_timms_encoders_get_an_image_processor_that_needs_no_torchvision(tmp_path):

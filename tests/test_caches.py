@@ -565,6 +565,57 @@ def test_answers_on_the_cache_are_those_to_the_whole_conversation(cache_name, pi
         assert torch.equal(answer, best[:, start - 1 : end - 1])
 
 
+@pytest.mark.parametrize("cached", [(1, 1), (2, 0)])
+@pytest.mark.parametrize("pictures", ["of the turn", "of all turns"])
+@pytest.mark.parametrize("kind", ["pixel_values", "visual_states"])
+def test_beams_on_a_filled_cache_see_their_own_rows_pictures(kind, pictures, cached):
+    model, rows = tiny_model(), [[BOS, 5, *["image"] * count, 6, 7] for count in cached]
+    first = prompts_from_rows(rows, side="left")
+    later = prompts_from_rows(
+        [[*row, "image", 11 + number, 12] for number, row in enumerate(rows)], seed=1, side="left"
+    )
+    pixels, counts = later.pixel_values, later.images
+    of_row = pixels.split(counts)
+    old = torch.cat([row[:count] for row, count in zip(of_row, cached)])
+    given = torch.cat([row[count:] for row, count in zip(of_row, cached)]) if pictures == "of the turn" else pixels
+    given = {kind: given if kind == "pixel_values" else model.get_visual_states(given)}
+    options = {"max_new_tokens": 5, "num_beams": 2, "num_return_sequences": 2}
+    wanted = model.generate(later.input_ids, attention_mask=later.attention_mask, pixel_values=pixels, **options)
+    cache, twice = DynamicCache(config=model.config), [part for part in old.split(list(cached)) for _ in range(2)]
+    with torch.no_grad():
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {name: getattr(first, name).repeat_interleave(2, 0) for name in names}
+        model(**inputs, pixel_values=torch.cat(twice), past_key_values=cache)
+    found = model.generate(
+        later.input_ids, attention_mask=later.attention_mask, past_key_values=cache, **given, **options
+    )
+    assert torch.equal(found, wanted)
+    with pytest.raises(ValueError, match="visual tokens in all, but the input has"):
+        both = {name: value[[0] * 7] for name, value in given.items()}
+        model.generate(later.input_ids, attention_mask=later.attention_mask, past_key_values=cache, **both, **options)
+
+
+def test_pictures_of_a_later_turn_are_told_from_those_of_all_by_their_size():
+    model = tiny_model("llama", "convnext", vision_seq_length=None)
+    with torch.no_grad():
+        tokens = model.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output.shape[1]
+    assert tokens != model.config.image_seq_length
+    row = [BOS, 5, "image", "image", 6]
+    later = prompts_from_rows([[*row, "image", "image", 7]], seq_length=tokens, image_size=32)
+    first, options = (
+        prompts_from_rows([row], seq_length=tokens, image_size=32),
+        {"max_new_tokens": 4, "do_sample": False},
+    )
+    wanted = model.generate(later.input_ids, pixel_values=later.pixel_values, **options)
+    for given in (later.pixel_values[2:], later.pixel_values):
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(first.input_ids, pixel_values=later.pixel_values[:2], past_key_values=cache)
+        assert torch.equal(
+            model.generate(later.input_ids, pixel_values=given, past_key_values=cache, **options), wanted
+        )
+
+
 def test_turns_of_unlike_length_may_be_padded_in_the_middle(attention):
     """Where no layer has a window, which counts padding in transformers' own models too."""
     model = build("full, pictures in one layer", attn_implementation=attention)

@@ -28,6 +28,7 @@ from tiny_models import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForImageTextToText,
+    DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     StaticCache,
@@ -361,6 +362,17 @@ def test_a_picture_may_come_in_a_later_turn_on_a_filled_cache(switches):
     first = model(prompts.input_ids[:, :8], prompts.pixel_values[:1], use_cache=True)
     later = model(prompts.input_ids[:, 8:], prompts.pixel_values[1:], past_key_values=first.past_key_values)
     close(torch.cat([first.logits, later.logits], dim=1), whole)
+
+
+def test_a_picture_of_one_token_may_be_all_that_is_new():
+    reduced = {"visual_token_reduction": "resampler", "reduced_visual_tokens": 1, "vision_seq_length": None}
+    model = tiny_model(alignment="embedding_space", visual_attention="full", **reduced)
+    ids, pixels = torch.tensor([[BOS, 5, 6, IMAGE_TOKEN]]), torch.randn(1, 3, 8, 8)
+    options = {"pixel_values": pixels, "max_new_tokens": 5, "do_sample": False}
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :3], past_key_values=cache)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), model.generate(ids, **options))
 
 
 @every_member

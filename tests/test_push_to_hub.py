@@ -100,7 +100,9 @@ from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 model = SaisaForConditionalGeneration.from_pretrained(repo)
 processor = SaisaProcessor.from_pretrained(repo)
 model.config.save_pretrained("config", push_to_hub=True, repo_id="someone/config")
-model.save_pretrained("model", push_to_hub=True, repo_id="someone/model", commit_message="by saving")
+model.add_model_tags(["own"])
+state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+model.save_pretrained("model", state_dict=state, push_to_hub=True, repo_id="someone/model", tags="said")
 processor.save_pretrained("processor", push_to_hub=True, repo_id="someone/processor")
 """
 )
@@ -207,6 +209,8 @@ def test_a_card_that_somebody_wrote_survives_the_next_push(pushed, tmp_path):
 
 def test_saving_with_push_to_hub_uploads_what_it_saves(pushed, tmp_path):
     hub, _ = pushed
+    hub.create("someone/model")
+    hub.commit("someone/model", {"model-00001-of-00002.safetensors": b"old", "adapter_model.safetensors": b"other"})
     run(hub, tmp_path, SAVE_AND_PUSH)
     code = {path.name for path in (TESTS.parent / "src" / "saisa_hf").glob("*_saisa.py")}
     wanted = {
@@ -218,7 +222,10 @@ def test_saving_with_push_to_hub_uploads_what_it_saves(pushed, tmp_path):
         saved = {path.name for path in (tmp_path / name).iterdir()}
         assert files | code <= saved, name
         assert saved <= set(hub.files(f"someone/{name}")), name
-    assert "README.md" in hub.files("someone/model")
+    files = hub.files("someone/model")
+    assert files["model.safetensors"] == (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert "model-00001-of-00002.safetensors" not in files and "adapter_model.safetensors" in files
+    assert {"- own", "- said"} <= set(files["README.md"].decode().splitlines())
 
 
 def test_convert_takes_the_checkpoint_and_its_encoder_from_the_hub(tmp_path):

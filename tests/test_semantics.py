@@ -448,6 +448,72 @@ def test_gradient_checkpointing_changes_no_gradient(sharing, reentrant):
         close(grads_again[name], grad)
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("sharing", ["per_layer", "shared"])
+def test_gradient_checkpointing_reaches_the_projectors_of_a_model_that_is_frozen_otherwise(sharing, reentrant):
+    prompts, found = random_prompts(12, "right"), []
+    labels = prompts.input_ids.masked_fill(~prompts.text, -100)
+    for checkpointing in (False, True):
+        model = tiny_model("qwen2_window", projector_sharing=sharing).train().requires_grad_(False)
+        learning = {name: p.requires_grad_() for name, p in model.named_parameters() if "visual_projector" in name}
+        if checkpointing:
+            model.gradient_checkpointing_enable(None if reentrant is None else {"use_reentrant": reentrant})
+        model(**prompts.inputs, labels=labels).loss.backward()
+        found.append({name: p.grad for name, p in learning.items()})
+    assert all(grad is not None for grad in found[0].values())
+    for name, grad in found[0].items():
+        close(found[1][name], grad)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_another_index_may_be_ignored(skip_logits):
+    prompts = random_prompts(12, "right")
+    labels = prompts.input_ids.masked_fill(~prompts.text, -100)
+    labels[:, -2:] = 7
+    model = tiny_model("qwen3")
+    wanted = model(**prompts.inputs, labels=labels.masked_fill(labels == 7, -100)).loss
+    other = labels.masked_fill(labels == -100, 7)
+    close(model(**prompts.inputs, labels=other, ignore_index=7, skip_logits=skip_logits).loss, wanted)
+
+
+def test_other_features_than_the_projectors_are_made_for_are_refused():
+    model, prompts = tiny_model("qwen3"), random_prompts(12)
+    asked = {"vision_feature_layer": model.config.vision_feature_layer, "vision_feature_select_strategy": "default"}
+    assert torch.equal(model(**prompts.inputs, **asked).logits, model(**prompts.inputs).logits)
+    model.get_image_features(prompts.pixel_values, **asked)
+    for wrong in ({"vision_feature_layer": 0}, {"vision_feature_select_strategy": "full"}):
+        message = f"{next(iter(wrong))}=.*, but the projectors are made for"
+        with pytest.raises(ValueError, match=message):
+            model(**prompts.inputs, **wrong)
+        with pytest.raises(ValueError, match=message):
+            model.get_image_features(prompts.pixel_values, **wrong)
+
+
+def test_the_decoder_is_found_under_its_usual_name():
+    model, ids = tiny_model("qwen3"), torch.tensor([[1, 5, 6]])
+    assert model.get_decoder() is model.model.get_decoder() is model.language_model
+    with torch.no_grad():
+        last, *_ = model.get_decoder()(input_ids=ids, use_cache=False, return_dict=False)
+        close(last, model.model(input_ids=ids).last_hidden_state)
+    with pytest.raises(ValueError, match="got pictures alone"):
+        model.generate(pixel_values=torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+@pytest.mark.parametrize("pictures", [False, True])
+def test_labels_have_to_be_as_many_as_the_input_tokens(pictures, skip_logits):
+    prompts = random_prompts(12, "right")
+    rows, length = prompts.input_ids.shape
+    inputs = prompts.inputs if pictures else {"input_ids": prompts.input_ids.clamp(max=5)}
+    model = tiny_model("qwen3")
+    for shape in ((rows, length + 5), (rows, length - 5), (rows + 1, length), (1, length), (length,)):
+        labels = torch.full(shape, 1)
+        with pytest.raises(ValueError, match=rf"labels is \({shape[0]}.*: expected \({rows}, {length}\)"):
+            model(**inputs, labels=labels, skip_logits=skip_logits)
+        with pytest.raises(ValueError, match="shift_labels is"):
+            model(**inputs, labels=prompts.input_ids, shift_labels=labels, skip_logits=skip_logits)
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype, attn_implementation):

@@ -168,6 +168,31 @@ def test_pictures_of_unlike_sizes():
         close(model(moved, visual_states=states[order]).logits, expected)
 
 
+@pytest.mark.parametrize("store", ["keys_values", "features"])
+def test_under_autocast_a_model_takes_its_own_states(model, store):
+    prompts = random_prompts(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model.get_visual_states(prompts.pixel_values, store=store)
+        model(prompts.input_ids, attention_mask=prompts.attention_mask, visual_states=states)
+        beams = model.generate(
+            prompts.input_ids, attention_mask=prompts.attention_mask, pixel_values=prompts.pixel_values, num_beams=2,
+            max_new_tokens=3,
+        )  # fmt: skip
+    assert states.dtype == torch.float32 and beams.shape[1] == prompts.input_ids.shape[1] + 3
+
+
+def test_of_an_album_of_features_the_pictures_that_are_asked_for_are_projected(model, monkeypatch):
+    prompt, projected = prompts_from_rows([[BOS, "image", 5, 6]]), []
+    projector = model.model.language_model.layers[0].visual_projector
+    hook = projector.register_forward_hook(lambda module, given, result: projected.append(len(given[0])))
+    album = model.get_visual_states(torch.randn(9, 3, 8, 8), store="features")
+    with torch.no_grad():
+        logits = model(prompt.input_ids, visual_states=album[[4]]).logits
+        assert torch.equal(model(prompt.input_ids, visual_states=album[[4]].to("cpu")).logits, logits)
+    hook.remove()
+    assert projected == [len(album.stored.features) // 9] * 2
+
+
 def test_nothing_visual_is_computed_again(model):
     prompts = random_prompts(3)
     states = {store: model.get_visual_states(prompts.pixel_values, store) for store in STORES}

@@ -6,6 +6,7 @@ As with `saisa convert`, everything is written into a hidden folder beside the d
 renamed into place at the very end.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 
 from .chat_templates import chat_template as named_chat_template
 from .chat_templates import with_pictures
+from .compat_saisa import as_saved
 from .destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from .model_card_saisa import licence_in_card, write_model_card
-from .modeling_saisa import SaisaForConditionalGeneration
+from .modeling_saisa import NESTED_ENCODERS, SaisaForConditionalGeneration
 from .processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .weight_files import DTYPES
 
@@ -73,7 +75,7 @@ def build(
     """
     destination = Path(destination).expanduser().resolve()
     language_model, vision_model = _source(language_model), _source(vision_model)
-    size_in_bytes(max_shard_size)
+    max_shard_size = size_in_bytes(max_shard_size)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
     check_destination(destination, overwrite)
@@ -154,7 +156,7 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
         tokenizer,
         patch_size=_square(getattr(config.vision_config, "patch_size", None)),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=config.vision_prefix_tokens,
+        num_additional_image_tokens=_additional_tokens(config),
         image_token=image_token,
         image_seq_length=config.image_seq_length,
         chat_template=template,
@@ -167,15 +169,29 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
     inputs = {name: value.to(model.vision_tower.device) for name, value in inputs.items()}
     try:
         with torch.no_grad():
-            features = model.get_image_features(**inputs, return_dict=True).pooler_output
+            outputs = model.get_image_features(**inputs, return_dict=True)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
             f"The encoder does not take the pictures {tuple(inputs['pixel_values'].shape)} that its image processor makes: "
             f"{error}"
         ) from error
     if "spatial_shapes" not in inputs:  # a picture takes as many tokens as it has patches, whatever its shape
-        config.image_seq_length = processor.image_seq_length = len(features[0])
+        config.image_seq_length = processor.image_seq_length = len(outputs.pooler_output[0])
+        # without `image_seq_length`, which another reduction at loading puts aside, patches are counted
+        state, (height, width) = (
+            outputs.hidden_states[config.vision_feature_layers[0]],
+            inputs["pixel_values"].shape[-2:],
+        )
+        patches = math.prod(state.shape[2:]) if state.ndim == 4 else state.shape[1] - config.vision_prefix_tokens
+        side = round(math.sqrt(height * width / patches))
+        processor.patch_size = side if (height // side) * (width // side) == patches else None
     return processor
+
+
+def _additional_tokens(config) -> int:
+    """What `num_additional_image_tokens` has to be, of which a processor with the strategy "default" takes one away."""
+    kept = config.vision_prefix_tokens - config.dropped_vision_tokens
+    return kept + (config.vision_feature_select_strategy == "default" and config.vision_prefix_tokens > 0)
 
 
 def _chat_template(chosen: str | None, tokenizer, image_token: str) -> "str | dict[str, str]":
@@ -211,7 +227,7 @@ def _image_processor(vision_model: str):
 
 def _compare(folder: Path, model) -> int:
     """Reads the weight files in `folder` back; returns how many tensors they hold."""
-    wanted, count = model.state_dict(), 0
+    wanted, count = as_saved(model, model.config.vision_config.model_type in NESTED_ENCODERS), 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as written:
             for name in written.keys():  # noqa: SIM118, it is no dict

@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know."""
 
+import contextlib
 import copy
 import importlib.util
 import inspect
@@ -271,9 +272,50 @@ def load_options(quantized: bool, given: dict) -> dict:
     return {"dtype": "auto"} if quantized and not named else {}
 
 
-def save_options() -> dict:
-    """Arguments of `save_pretrained` that keep the parameter names in the file what they are in the model."""
-    return {"save_original_format": False} if TRANSFORMERS_5 else {}
+@contextlib.contextmanager
+def encoder_names_of_all_releases(model, nested: bool):
+    """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
+
+    They are the names in the model, but for the encoder's where 5.x has renamed its modules (DINOv2, ViT, Swin ...): it reads
+    the old names as well as its own, and 4.57 the old ones alone.
+
+    Args:
+        nested: whether the encoder's own names are the same on all releases (see `NESTED_ENCODERS`).
+    """
+    conversions = [] if nested or not TRANSFORMERS_5 else _encoder_conversions(model)
+    if not conversions:
+        yield {"save_original_format": False} if TRANSFORMERS_5 else {}
+        return
+    own, missing = model.__dict__, object()
+    before = own.get("_weight_conversions", missing)  # what it was loaded with
+    model._weight_conversions = conversions
+    try:
+        yield {"save_original_format": True}
+    finally:
+        del model._weight_conversions
+        if before is not missing:
+            model._weight_conversions = before
+
+
+def _encoder_conversions(model) -> list:
+    """5.x's conversions between the names in checkpoints and in memory of the module `vision_tower`."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        found = get_model_conversion_mapping(model, add_legacy=False)
+    except (ImportError, TypeError):  # of the first releases, which had not renamed anything in an encoder yet
+        return []
+    return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
+
+
+def as_saved(model, nested: bool) -> dict[str, torch.Tensor]:
+    """The tensors of `model` under the names that they are saved under."""
+    with encoder_names_of_all_releases(model, nested) as options:
+        if not options.get("save_original_format"):
+            return model.state_dict()
+        from transformers.core_model_loading import revert_weight_conversion
+
+        return revert_weight_conversion(model, model.state_dict())
 
 
 if hasattr(transformers, "AutoModelForVision2Seq"):

@@ -268,6 +268,18 @@ class SaisaConfig(PretrainedConfig):
         grid = grid_of(tokens, *picture_size(self.vision_config))
         return reduced_length(kind, self.reduced_visual_tokens, tokens, grid)
 
+    def visual_tokens_of(self, height: int, width: int) -> int | None:
+        """How many visual tokens a picture of so many processed pixels has; None where the encoder has to be asked."""
+        vision = self.vision_config
+        if vision.model_type not in CLASS_TOKENS:
+            return None
+        side = vision.patch_size
+        if vision.model_type == "convnext":
+            side = self._convnext_strides()[self.vision_feature_layers[0]]
+        grid = height // side, width // side
+        tokens = grid[0] * grid[1] + self.vision_prefix_tokens - self.dropped_vision_tokens
+        return reduced_length(self.visual_token_reduction, self.reduced_visual_tokens, tokens, grid)
+
     @property
     def encoder_tokens_per_image(self) -> int:
         """Tokens that the encoder hands on for a picture of the size it is made for, in front of `visual_token_reduction`.

@@ -19,6 +19,8 @@ AUTO_MAP = {
 }
 PROCESSOR_AUTO_MAP = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
 
+WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+
 
 def code_files() -> list[Path]:
     """The modules that a checkpoint carries: this file and its siblings whose names end in `_saisa.py`."""
@@ -57,16 +59,18 @@ def push_model_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     **save_arguments,
 ):
     """Uploads what `model.save_pretrained` writes and a model card, in one commit.
 
-    A card that the repository has already is left as it is.
+    A card that the repository has already is left as it is. Weights of an earlier upload that are not written over, shards
+    for instance, are deleted: they could be loaded in place of these.
 
     Args:
         write_card: function of (folder, model, repo_id=..., tags=...) that writes the card.
         repo_id: `owner/name`, or `name` in one's own namespace. Made if it does not exist.
+        tags: for the card, beside those of `model.add_model_tags`.
         save_arguments: for `save_pretrained`, `max_shard_size` for instance.
 
     Returns:
@@ -76,6 +80,7 @@ def push_model_to_hub(
 
     for name in ("use_temp_dir", "safe_serialization", "organization", "repo_url"):
         save_arguments.pop(name, None)
+    tags = [*([tags] if isinstance(tags, str) else tags or []), *(getattr(model, "model_tags", None) or [])]
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -89,6 +94,7 @@ def push_model_to_hub(
             folder_path=folder,
             commit_message=commit_message,
             commit_description=commit_description,
+            delete_patterns=None if save_arguments.get("variant") else WEIGHT_FILES,
             revision=revision,
             create_pr=create_pr,
         )

@@ -187,7 +187,7 @@ class SaisaVisualStates:
                 raise ValueError(f"states differ in {name} ({', '.join(sorted(values))}): they cannot be joined.")
         if all(one.stored is states[0].stored for one in states):
             return SaisaVisualStates(states[0].stored, [picture for one in states for picture in one.order])
-        parts = [one._compact() for one in states]
+        parts = [one.compact() for one in states]
         order, first = [], 0
         for part in parts:
             order += [first + picture for picture in part.order]
@@ -202,7 +202,7 @@ class SaisaVisualStates:
 
     def to(self, *args, **kwargs) -> "SaisaVisualStates":
         """Moves and casts, with the arguments of `torch.Tensor.to`; each picture once."""
-        compact = self._compact()
+        compact = self.compact()
         return SaisaVisualStates(compact.stored.map(lambda x: x.to(*args, **kwargs)), compact.order)
 
     def __deepcopy__(self, memo):
@@ -212,7 +212,7 @@ class SaisaVisualStates:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, each picture once. An interrupted write leaves what was there before."""
-        path, compact = Path(path), self._compact()
+        path, compact = Path(path), self.compact()
         metadata = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -266,7 +266,7 @@ class SaisaVisualStates:
     def _any_tensor(self) -> torch.Tensor:
         return next(iter(self.stored.tensors().values()))
 
-    def _compact(self) -> "SaisaVisualStates":
+    def compact(self) -> "SaisaVisualStates":
         """The same pictures without stored ones that are not among them."""
         used = list(dict.fromkeys(self.order))
         if used == list(range(len(self.stored.lengths))):
@@ -294,7 +294,7 @@ def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torc
     Raises:
         ValueError: a weight is on the meta device, and nothing tells where its values are.
     """
-    # names are made for the digest alone: this is asked at every use
+    # names are made for the digest alone: this is asked at every use; the encoder's differ between transformers releases
     found = []
     for module in parts.values():
         _collect_parameters(module, found)
@@ -304,6 +304,7 @@ def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torc
         return remembered[name][1]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for part, module in parts.items():
+        pieces = []
         for prefix, child in module.named_modules(prefix=part):
             for key, p in child._parameters.items():
                 if p is None:
@@ -315,9 +316,10 @@ def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torc
                         "states cannot be told from those of another model. Load the weights with from_pretrained."
                     )
                 shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-                digest.update(f"{prefix}.{key} {tuple(shape)} ".encode())
-                for tensor in tensors:
-                    digest.update(_sums(tensor))
+                shown = part if part == "vision_tower" else f"{prefix}.{key}"
+                pieces.append(f"{shown} {tuple(shape)} ".encode() + b"".join(map(_sums, tensors)))
+        for piece in sorted(pieces) if part == "vision_tower" else pieces:
+            digest.update(piece)
     remembered[name] = ((state, settings), digest.hexdigest())
     return digest.hexdigest()
 

@@ -39,10 +39,10 @@ from .compat_saisa import (
     cached_key_range,
     causal_mask,
     decoding_masks,
+    encoder_names_of_all_releases,
     has_empty_places,
     load_options,
     readable_tp_plan,
-    save_options,
     tied_weights,
     update_cache,
 )
@@ -59,7 +59,7 @@ from .devices_saisa import (
 from .encoders_saisa import has_choice_of_attention
 from .hub_saisa import push_model_to_hub
 from .language_models_saisa import initialize, language_model_family
-from .loss_saisa import chunked_cross_entropy
+from .loss_saisa import IGNORED, chunked_cross_entropy
 from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
 from .quantization_saisa import check_backend, settle, with_precise_modules
@@ -319,6 +319,14 @@ class NaavitAttention(nn.Module):
         return (x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]).to(dtype)
 
 
+def _checkpoints_reentrantly(layer: GradientCheckpointingLayer) -> bool:
+    """Whether a layer's hidden states are computed again in backward by the older of PyTorch's two ways (4.57's default),
+    which yields no gradients at all where none of the layer's inputs has one."""
+    if not (layer.gradient_checkpointing and layer.training):
+        return False
+    return getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+
+
 class SaisaDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the language model, with a visual projector in front of its self-attention."""
 
@@ -426,17 +434,24 @@ class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
         if getattr(config, "in_embedding_space", False):
             self._no_split_modules = ["EmbeddingSpaceLayer"]  # FSDP insists on finding every class that is named
 
-    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process=True, state_dict=None, *args, push_to_hub=False, **kwargs
+    ):
         """transformers' own. The config brings the code files, so that `trust_remote_code=True` loads the folder anywhere.
 
-        Tensors have the names that they have in the model, which are the same on every transformers release.
+        Tensors have the names that they have in the model, which are the same on every transformers release; an encoder whose
+        modules transformers 5 has renamed keeps their older names, which all releases read.
         """
         names = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, *args, **{**kwargs, **save_options()})
-        if push_to_hub and (args[0] if args else kwargs.get("is_main_process", True)):
+        pushed = None if state_dict is None else dict(state_dict)  # 5.x empties the one that it is given
+        vision = getattr(self.config, "vision_config", None)  # the decoder by itself has none
+        with encoder_names_of_all_releases(self, vision is None or vision.model_type in NESTED_ENCODERS) as options:
+            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **{**kwargs, **options})
+        if push_to_hub and is_main_process:
             shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
-            self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **hub_arguments, **shared})
+            shared |= {"repo_id": Path(save_directory).resolve().name, "state_dict": pushed, **hub_arguments}
+            self.push_to_hub(**shared)
 
     def push_to_hub(self, repo_id, **kwargs):
         """Uploads weights, config, code files and a model card; arguments as in `PreTrainedModel.push_to_hub`."""
@@ -569,6 +584,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         self.post_init()
         self._tp_plan = readable_tp_plan(self.family.tensor_parallel_plan())
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -635,6 +651,9 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         """`last_hidden_state` (B, S, D), and where `wanted`, `hidden_states` and `attentions`."""
         hidden_states, attentions = [], []
         luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
+        if _checkpoints_reentrantly(self.layers[0]) and torch.is_grad_enabled() and not text_PD.requires_grad:
+            # else the projectors, which are inside the layers, would not learn
+            text_PD = text_PD.detach().requires_grad_()
         for index, layer in enumerate(self.layers):
             if wanted["hidden_states"]:
                 hidden_states.append(layout.align(text_PD))
@@ -765,6 +784,12 @@ class SaisaModel(SaisaPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.embed_tokens = value
 
+    def get_decoder(self):
+        return self.language_model
+
+    def set_decoder(self, decoder):
+        self.language_model = decoder
+
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> SaisaImageFeatures:
         """
@@ -780,6 +805,7 @@ class SaisaModel(SaisaPreTrainedModel):
             feature maps flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where
             pictures differ in size (SigLIP 2).
         """
+        self._check_features_asked_for(kwargs)
         encoder_config = self.config.vision_config
         axes = (3, 4) if encoder_config.model_type == "siglip2_vision_model" else (4,)
         if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim not in axes:
@@ -820,6 +846,20 @@ class SaisaModel(SaisaPreTrainedModel):
             attentions=outputs.get("attentions"),  # a convolutional encoder has none
             kept_tokens=kept,
         )
+
+    def _check_features_asked_for(self, kwargs: dict):
+        """Takes transformers' arguments for other features out of `kwargs`: the projectors are made for those of the config.
+
+        Raises:
+            ValueError: they ask for others.
+        """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            asked, own = kwargs.pop(name, None), getattr(self.config, name)
+            if asked is not None and asked != own:
+                raise ValueError(
+                    f"{name}={asked!r}, but the projectors are made for {own!r}, as the config says. Load a model with "
+                    f"from_pretrained(..., {name}={asked!r}) to get others."
+                )
 
     def _reduced(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Features (pictures, tokens in front, width) of patches in `grid` -> (pictures, visual tokens, C)."""
@@ -875,6 +915,7 @@ class SaisaModel(SaisaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+        self._check_features_asked_for(kwargs)
         cache_position = kwargs.pop("cache_position", None)
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
 
@@ -885,6 +926,8 @@ class SaisaModel(SaisaPreTrainedModel):
             )
         if visual_states is not None:
             self.check_visual_states(visual_states)
+            if visual_states.store == "features":
+                visual_states = visual_states.compact()  # what is not asked for is not to be projected
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
             rows, spread = visual_states.rows() if len(visual_states) else None, self.config.in_embedding_space
             places = (rows, position_ids) if len(visual_states) and not spread else ()
@@ -909,7 +952,7 @@ class SaisaModel(SaisaPreTrainedModel):
             elif self.training and torch.is_grad_enabled():
                 visual = self._for_layers(self._no_features(pixel_values=pixel_values, **encoder_arguments))
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            self._warn_if_pictures_are_missing(input_ids)
+            self._warn_is_pictures_are_missing(input_ids)
 
         outputs = self.language_model(
             input_ids=input_ids,
@@ -1000,15 +1043,16 @@ class SaisaModel(SaisaPreTrainedModel):
             raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
         pictures = self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output
         lengths = [len(picture) for picture in pictures]
-        features = torch.cat(list(pictures)).to(self.get_input_embeddings().weight.dtype)
-        keys_values = None
+        dtype = self.get_input_embeddings().weight.dtype
+        features, keys_values = torch.cat(list(pictures)).to(dtype), None
         if store == "keys_values":
             visual, features = self._for_layers(features), None
             keys_values = tuple(
                 layer.self_attn.with_all_heads(layer.visual_keys_and_values(visual)) if layer.sees_image else None
                 for layer in self.language_model.layers
             )
-        return SaisaVisualStates(VisualStore(lengths, features, keys_values, self.visual_fingerprint(store)))
+        stored = VisualStore(lengths, features, keys_values, self.visual_fingerprint(store))
+        return SaisaVisualStates(stored.map(lambda x: x.to(dtype)))  # under autocast, products have another one
 
     def _check_store(self, store: str):
         if store == "keys_values" and self.config.in_embedding_space:
@@ -1084,7 +1128,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"as visual tokens: let the processor expand the prompt, and pass each picture once."
             )
 
-    def _warn_if_pictures_are_missing(self, input_ids):
+    def _warn_is_pictures_are_missing(self, input_ids):
         placeholders = int((input_ids == self.config.image_token_id).sum())
         if placeholders >= max(self.config.image_seq_length, 2):
             logger.warning_once(
@@ -1185,6 +1229,12 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
     def language_model(self):
         return self.model.language_model
 
+    def get_decoder(self):
+        return self.model.get_decoder()
+
+    def set_decoder(self, decoder):
+        self.model.set_decoder(decoder)
+
     def get_output_embeddings(self):
         return self.lm_head
 
@@ -1234,12 +1284,16 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
                 time, and again in backward: training needs no memory for (B, S, vocabulary).
-            kwargs: `num_items_in_batch` and what else the loss function takes.
+            kwargs: of the loss: `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels`, (B, S), which are
+                at the position that predicts them. (A `model.loss_function` of one's own gets rows of text alone, and as
+                `shift_labels` what they are to predict.)
 
         Raises:
-            ValueError: see `SaisaModel.forward`.
+            ValueError: see `SaisaModel.forward`; or `labels` are not as many as the input tokens.
         """
-        loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch", "shift_labels") if name in kwargs}
+        names = ("num_items_in_batch", "ignore_index", "shift_labels")
+        loss_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        ignored = loss_arguments.get("ignore_index", IGNORED)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -1266,10 +1320,15 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         logits, loss, targets_P = None, None, None
         if labels is not None:
             targets_BS = loss_arguments.pop("shift_labels", None)
+            for name, given in (("labels", labels), ("shift_labels", targets_BS)):
+                expected = tuple(outputs.last_hidden_state.shape[:2])
+                if given is not None and tuple(given.shape) != expected:
+                    raise ValueError(f"{name} is {tuple(given.shape)}: expected {expected}, one for each input token.")
             if targets_BS is None:
-                targets_BS = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+                targets_BS = nn.functional.pad(labels, (0, 1), value=ignored)[:, 1:]
             targets_P = layout.text(targets_BS[:, kept]).contiguous()
         if skip_logits and targets_P is not None:
+            targets_P = targets_P.masked_fill(targets_P == ignored, IGNORED)
             loss = self._loss(hidden_PD, targets_P, loss_arguments.get("num_items_in_batch"))
         else:
             logits_PX = self.language_model.family.scaled_logits(self.lm_head(hidden_PD))
@@ -1311,6 +1370,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         has_pictures = pixel_values is not None or visual_states is not None
         if not has_pictures and given is not None and not given.is_floating_point():  # they may be in the cache
             has_pictures = bool((given == self.config.image_token_id).any())
+        if has_pictures and given is None:
+            raise ValueError(
+                "Expected input_ids, or inputs_embeds, with placeholders for the pictures: got pictures alone."
+            )
         if has_pictures:
             never = SuppressImageToken([self.config.image_token_id], device=given.device)  # the model's may be the disk
             logits_processor = LogitsProcessorList([*(logits_processor or []), never])
@@ -1353,7 +1416,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
         if length == 1 and past_key_values is not None and input_ids.shape[1] > 1:
-            return model_inputs  # a decoding step
+            # in embedding space a prompt may end in a picture, which may be of one token
+            is_picture = self.config.in_embedding_space and (input_ids[:, -1] == self.config.image_token_id).any()
+            if not is_picture:
+                return model_inputs  # a decoding step
         visual_BS = self.model.get_placeholder_mask(new_ids, new_embeds)
         if not visual_BS.any():
             return model_inputs
@@ -1386,12 +1452,14 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
         if pictures and expand_size > 1:
             placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
-            placeholders_B = placeholders_BS.sum(1).tolist()
-            tokens = self._visual_tokens(pictures, sum(placeholders_B))
-            if model_kwargs.get("past_key_values") is None:
+            cache = model_kwargs.get("past_key_values")
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            new_B, all_B = (mask_BS.sum(1).tolist() for mask_BS in (placeholders_BS[:, cached:], placeholders_BS))
+            tokens = self._visual_tokens(pictures, sum(new_B), sum(all_B))
+            if sum(tokens) != sum(all_B):  # then they are those of the new turn
                 name = "visual_states" if "visual_states" in pictures else "pixel_values"
-                self.model.check_visual_tokens(name, tokens, sum(placeholders_B))
-            rows = _pictures_by_row(placeholders_B, tokens)
+                self.model.check_visual_tokens(name, tokens, sum(new_B))
+            rows = _pictures_by_row(all_B if sum(tokens) == sum(all_B) else new_B, tokens)
             order = [picture for row in rows for _ in range(expand_size) for picture in row]
             if "pixel_values" in pictures and order:  # a picture is encoded once for all sequences of its row
                 pictures = {"visual_states": self.model.get_visual_states(**pictures)}
@@ -1402,14 +1470,19 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, **pictures}
 
     def _visual_tokens(self, pictures: dict, *placeholders: int) -> list[int]:
-        """How many visual tokens each picture has, given the numbers of placeholders that they may be meant for."""
+        """How many visual tokens each picture has. Where the encoder does not tell, the numbers of placeholders do that they
+        may be meant for."""
         if "visual_states" in pictures:
             return pictures["visual_states"].lengths
         if "spatial_shapes" in pictures:
             kind, count = self.config.visual_token_reduction, self.config.reduced_visual_tokens
             grids = pictures["spatial_shapes"].tolist()
             return [reduced_length(kind, count, rows * columns, (rows, columns)) for rows, columns in grids]
-        count = len(pictures["pixel_values"])
+        pixel_values = pictures["pixel_values"]
+        count, size = len(pixel_values), tuple(getattr(pixel_values, "shape", ())[2:])
+        each = self.config.visual_tokens_of(*size) if len(size) == 2 else None
+        if each is not None:
+            return [each] * count
         each = self.config.image_seq_length
         if count and count * each not in placeholders and placeholders[-1] % count == 0:
             each = placeholders[-1] // count
