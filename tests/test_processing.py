@@ -297,6 +297,13 @@ def test_text_arguments_mean_what_they_mean_to_the_tokenizer():
         tokenizer.truncation_side = side
         options = {"truncation": True, "max_length": max_length}
         assert processor(text=text, **options)["input_ids"] == tokenizer([text], **options)["input_ids"]
+        assert processor(text=text, text_kwargs=options)["input_ids"] == tokenizer([text], **options)["input_ids"]
+    options = {"return_token_type_ids": True, "padding": True, "padding_side": "left"}
+    expected, got = (call(text=[text, "a"], **options) for call in (tokenizer, processor))
+    assert dict(got) == dict(expected) and "token_type_ids" in got
+    assert tokenizer.model_max_length > 1e9
+    options = {"padding": "max_length", "pad_to_multiple_of": 8}
+    assert processor(text=[text, "a"], **options)["input_ids"] == tokenizer([text, "a"], **options)["input_ids"]
     assert processor(text=text, max_length=4)["input_ids"] == tokenizer([text], max_length=4)["input_ids"]
     with pytest.raises(ValueError, match="text_pair"):
         processor(text=text, text_pair="another")
@@ -479,11 +486,16 @@ def test_pictures_come_from_addresses_and_data_uris(tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
-        for source in (f"{address}/picture.png", f"data:image/png;base64,{data}", data):
+        lines = base64.encodebytes((tmp_path / "picture.png").read_bytes()).decode()
+        for source in (f"{address}/picture.png", f"data:image/png;base64,{data}", data, lines):
             assert np.array_equal(pixels_of(source), np.asarray(gradient()))
         with pytest.raises(ValueError, match=r"picture 1 of 2.*missing\.png.*404"):
             make_processor()(images=[gradient(), f"{address}/missing.png"])
         server.shutdown()
+    dot = "R0lGODlhAQABAPAAAP///wAAACwAAAAAAQABAAACAkQBADs="  # shorter than many a path
+    assert np.array_equal(pixels_of(dot), np.full((1, 1, 3), 255))
+    with pytest.raises(ValueError, match="FileNotFoundError"):  # of a path whose letters all are base64's, too
+        pixels_of("pictures/image")
 
 
 def test_exif_orientation_is_applied(tmp_path):
@@ -572,6 +584,14 @@ def test_fractions_with_do_rescale_false_are_the_same_picture():
     expected = processor(images=array, return_tensors="pt")["pixel_values"]
     got = processor(images=array / 255, do_rescale=False, return_tensors="pt")["pixel_values"]
     assert torch.equal(got, expected)
+    processor.image_processor.do_rescale = False
+    assert torch.equal(processor(images=array / 255, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_placeholders_are_counted_wherever_the_channels_are(data_format):
+    out = make_processor()(images=gradient(), text="<image>", images_kwargs={"data_format": data_format})
+    assert out["input_ids"][0].count(make_processor().image_token_id) == N_VISUAL
 
 
 def test_unreadable_pictures_are_named(tmp_path):

@@ -69,16 +69,25 @@ def _open_binary(source, timeout):
             return io.BytesIO(read_url(source, timeout))
         if source.startswith("data:"):
             return io.BytesIO(base64.b64decode(source.partition(",")[2]))
-        if not os.path.exists(source) and len(source) > 64:
-            try:
-                return io.BytesIO(base64.b64decode(source, validate=True))
-            except (binascii.Error, ValueError):
-                pass  # then it is a path, of a file that is not there
+        if not os.path.exists(source) and (decoded := from_base64(source)) is not None:
+            return decoded
     if isinstance(source, (str, os.PathLike)):
         return Path(source)
     if hasattr(source, "read"):
         return source
     raise TypeError(f"expected a PIL image, an array, a tensor, a path or an address, got {type(source).__name__}")
+
+
+def from_base64(text: str) -> io.BytesIO | None:
+    """The picture file that `text` is in base64, with or without line breaks; None where it is a path, of a file that is not
+    there: a short one can be valid base64 of something else."""
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+        if len(text) < 1000:
+            PIL.Image.open(io.BytesIO(content))
+    except (binascii.Error, ValueError, PIL.UnidentifiedImageError):
+        return None
+    return io.BytesIO(content)
 
 
 def check_size(width: int, height: int, name: str, why: str = "has") -> None:

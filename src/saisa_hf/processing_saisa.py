@@ -168,7 +168,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 many pictures as the texts have image tokens, in their order.
             kwargs: as for a tokenizer (`padding`, `truncation`, `max_length`, `padding_side`, `pad_to_multiple_of`,
                 `add_special_tokens`, `return_attention_mask`, `return_offsets_mapping`, `return_length`,
-                `return_special_tokens_mask`), as for the image processor, `return_tensors`, and
+                `return_special_tokens_mask`, `return_token_type_ids`), as for the image processor, `return_tensors`, and
                 `return_mm_token_type_ids`; flat, or in dicts `text_kwargs` and `images_kwargs`. Offsets count in the text
                 as given; a placeholder's are those of its image token.
 
@@ -199,10 +199,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
             wants_types = kwargs["text_kwargs"].pop("return_mm_token_type_ids", wants_types)
         if "images_kwargs" in kwargs:
             kwargs["images_kwargs"] = dict(kwargs["images_kwargs"])
+        explicit = {**kwargs, **kwargs.get("text_kwargs", {})}  # 4.57 takes what it merges out of the dicts
         merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         text_kwargs.pop("return_mm_token_type_ids", None)
-        explicit = {**kwargs, **kwargs.get("text_kwargs", {})}
         asked = {"max_length", "truncation", "padding"} & explicit.keys()
         if not asked and text_kwargs.get("padding") != "max_length":
             text_kwargs.pop("max_length", None)  # what tokenizer.json was saved with is not a wish of this call
@@ -211,6 +211,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if texts is not None and not (isinstance(texts, (list, tuple)) and all(isinstance(t, str) for t in texts)):
             raise ValueError(f"`text` has to be a string or a list of strings, got {_describe(text)}.")
+        for index, one in enumerate(texts or ()):
+            if not one.isascii() and (half := re.search("[\ud800-\udfff]", one)):
+                raise ValueError(
+                    f"text {index} has half a character in it, {half[0]!r} at {half.start()}: a lone surrogate."
+                )
         outputs, counts = {}, []
         if visual_states is not None:
             outputs, counts = {"visual_states": visual_states}, _lengths(visual_states, texts, self.image_token)
@@ -234,8 +239,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
             load_picture(picture, f"picture {i} of {len(pictures)}{_source(picture)}", data_format, timeout)
             for i, picture in enumerate(pictures)
         ]
-        if kwargs.get("do_rescale") is False and all(_is_fraction_array(picture) for picture in pictures):
-            del kwargs["do_rescale"]  # said of arrays in [0, 1], which are 8-bit pictures by now
+        rescale = kwargs.get("do_rescale")
+        rescale = getattr(self.image_processor, "do_rescale", True) if rescale is None else rescale
+        if not rescale and all(_is_fraction_array(picture) for picture in pictures):
+            kwargs["do_rescale"] = True  # it was said of arrays in [0, 1], which are 8-bit pictures by now
         mean = kwargs.get("image_mean") or getattr(self.image_processor, "image_mean", None)
         if self.pad_to_square and mean is None:
             raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
@@ -265,8 +272,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         pixel_values = processed["pixel_values"]
         if self.image_seq_length is not None:
             return [self.image_seq_length] * len(pixel_values)
-        last = str(getattr(kwargs.get("data_format"), "value", kwargs.get("data_format"))) == "channels_last"
-        return [self._placeholders(*(np.shape(p)[:2] if last else np.shape(p)[-2:])) for p in pixel_values]
+        shapes = [np.shape(p) for p in pixel_values]
+        # told by the shape: some releases' image processors overlook `data_format`
+        return [self._placeholders(*(shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:])) for shape in shapes]
 
     def _resized(self, size: tuple[int, int], kwargs: dict) -> tuple[int, int]:
         """(width, height) after resizing by the shortest edge, which makes a thin picture very long."""
@@ -331,6 +339,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         rows = {"input_ids": [], "attention_mask": []}
         rows.update({"special_tokens_mask": []} if kwargs.get("return_special_tokens_mask") else {})
         rows.update({"offset_mapping": []} if wants_offsets else {})
+        rows.update({"token_type_ids": []} if kwargs.get("return_token_type_ids") else {})
         counts = iter(counts)
         for index, (ids, offsets, blocks) in enumerate(self._pieces(texts, counts, wants_offsets)):
             ids, offsets = self._truncate(index, ids, offsets, blocks, len(prefix) + len(suffix), kwargs)
@@ -340,6 +349,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 rows["special_tokens_mask"].append([1] * len(prefix) + [0] * len(ids) + [1] * len(suffix))
             if wants_offsets:
                 rows["offset_mapping"].append([(0, 0)] * len(prefix) + offsets + [(0, 0)] * len(suffix))
+            if "token_type_ids" in rows:
+                rows["token_type_ids"].append([0] * len(rows["input_ids"][-1]))
         self._pad(rows, kwargs)
         if kwargs.get("return_length"):
             rows["length"] = [len(ids) for ids in rows["input_ids"]]
@@ -453,7 +464,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         length = max(map(len, rows["input_ids"]))
         if padding == "max_length":
             limit = kwargs.get("max_length") or self.tokenizer.model_max_length
-            length = max(length, limit) if limit < 1e9 else length
+            if limit > 1e9:  # as tokenizers do it where there is no limit
+                return
+            length = max(length, limit)
         length = math.ceil(length / multiple) * multiple if multiple else length
         side = kwargs.get("padding_side") or self.tokenizer.padding_side
         if side not in ("left", "right"):
