@@ -437,6 +437,18 @@ def test_an_existing_destination_is_kept_unless_it_may_be_overwritten(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "source"]
     with pytest.raises(ValueError, match="contains SRC"):
         convert(source, source, overwrite=True, log=lambda line: None)
+    with pytest.raises(ValueError, match="contains the vision tower"):
+        convert(source, destination, vision_tower=destination, overwrite=True, log=lambda line: None)
+
+
+def test_a_single_weight_file_comes_before_an_index_that_an_earlier_save_left(tmp_path):
+    old, new = (authors_checkpoint(tmp_path / name, shards=shards) for name, shards in (("old", 3), ("new", 1)))
+    weights = {name: tensor + 1 for name, tensor in load_file(new / "model.safetensors").items()}
+    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+    assert (old / "model.safetensors.index.json").exists()
+    first, second = (converted(path, tmp_path / f"converted-{path.name}").state_dict() for path in (old, new))
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 def test_without_a_tokenizer_the_model_alone_is_converted_and_the_terminal_says_so(tmp_path):

@@ -87,6 +87,9 @@ def test_the_command_names_the_most_precise_way(capsys):
     assert "The most precise that fits into 7.50 GiB: 4-bit (nf4)." in capsys.readouterr().out
     assert main(["fit", "vicuna-7b", "--gpu-memory", "4GB", "--json"]) == 0
     assert not any(one["fits"] for one in json.loads(capsys.readouterr().out))
+    for text, longer in ((4096 - 576 - 8, False), (4096 - 576 - 7, True)):
+        assert main(["fit", "vicuna-7b", "--gpu-memory", "80GB", "--text", str(text), "--generate", "8"]) == 0
+        assert ("longer than the model has positions for" in capsys.readouterr().out) is longer
     assert main(["fit", "vicuna-7b", "--gpu-memory", "4GB"]) == 0
     assert "None of them fits into" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 """A LLaVA becomes a SAISA: everything but the projectors is its own, the projectors reproduce its visual states, and what is
 made of pictures, on disk or in memory, stays bounded and survives interruptions."""
 
+import copy
 import importlib
 import json
 import os
@@ -376,6 +377,13 @@ def test_a_work_folder_of_other_settings_is_refused(llava, pictures, tmp_path):
         make_bench(llava, pictures[:8], tmp_path / "work", Fit(**vars(QUICK) | {"steps": 7}))
     with pytest.raises(ValueError, match="another weights"):
         make_bench(randomize(make_llava(), seed=5), pictures[:8], tmp_path / "work")
+    other = copy.deepcopy(llava)
+    other.get_parameter("model.language_model.layers.1.mlp.up_proj.weight").data *= 1.5
+    with pytest.raises(ValueError, match="another weights"):
+        make_bench(other, pictures[:8], tmp_path / "work")
+    for others in (pictures[8:16], pictures[7::-1]):
+        with pytest.raises(ValueError, match="another pictures_in_order"):
+            make_bench(llava, others, tmp_path / "work")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(FileExistsError, match=r"letter\.txt"):
@@ -489,6 +497,9 @@ def test_a_destination_that_holds_what_is_read_is_refused(checkpoint, capsys):
     before = sorted(path for path in checkpoint.rglob("*"))
     for destination in (checkpoint, checkpoint / "llava", checkpoint / "pictures"):
         assert main([*map(str, argv), str(destination)]) == 2 and "choose another DST" in capsys.readouterr().err
+    out = str(checkpoint / "out")
+    assert main([*map(str, argv), "--work-folder", f"{out}/work", out]) == 2
+    assert "choose another DST" in capsys.readouterr().err
     assert sorted(path for path in checkpoint.rglob("*")) == before
 
 

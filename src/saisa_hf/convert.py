@@ -133,6 +133,7 @@ def convert(
     weights = WeightFiles(folder)
     own_tower = any(name.startswith(_TOWER_PREFIX) for name in weights.shapes)
     tower_folder = _tower_folder(vision_tower, settings, folder, with_weights=not own_tower)
+    check_outside(destination, tower_folder, "the vision tower ")
     tower = weights if own_tower else WeightFiles(tower_folder)
 
     tokenizer = _tokenizer(folder)

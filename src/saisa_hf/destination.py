@@ -21,10 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 
 
 def size_in_bytes(size: int | str) -> int:
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)B?", str(size).strip().upper())
-    if not match or not int(match[1]):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    if not found:
         raise ValueError(f"max_shard_size={size!r}: expected a number of bytes, or one with a unit like '5GB'.")
-    return int(match[1]) * 1000 ** " KMGT".index(match[2] or " ")
+    return found
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:

@@ -92,14 +92,15 @@ def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batc
     """
     dtype, quantization = WAYS[way]
     step = Step(text, images * config.image_seq_length, batch=batch)
-    behind = Step(text + generated, step.visual, batch=batch)
+    behind = Step(text + max(generated - 1, 0), step.visual, batch=batch)  # the last token is not read again
     decoder, vision = config.text_config, config.vision_config
     work = activation_bytes(config, "saisa", step, dtype.itemsize)
     width = getattr(vision, "hidden_size", config.vision_feature_size)
     states = getattr(vision, "num_hidden_layers", 0) + 1
     inner = getattr(vision, "intermediate_size", None) or 4 * width
     # all states of the encoder are kept until the end of its pass, beside what its last layer works with
-    patches = batch * images * config.encoder_tokens_per_image
+    each = config.image_seq_length if config.visual_token_reduction is None else config.encoder_tokens_per_image
+    patches = batch * images * each
     encoder = patches * dtype.itemsize * (states * width + 4 * width + 2 * inner)
     if quantization is not None:  # a prompt's products take the largest matrix in full
         work += decoder.hidden_size * max(decoder.intermediate_size, decoder.hidden_size) * dtype.itemsize
@@ -112,8 +113,9 @@ def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batc
 
 
 def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 256, batch: int = 1) -> list[dict]:
-    """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether they fit into `memory` bytes, and with them the
-    largest `text` with so many pictures and the largest number of `images` with so much text (None: not any)."""
+    """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether they fit into `memory` bytes, whether the model
+    has positions for prompt and answer (`in_context`), and the largest `text` with so many pictures and the largest number
+    of `images` with so much text (None: not any)."""
     limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
     parameters, found = _weights(config), []
     for way in WAYS:
@@ -130,6 +132,7 @@ def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 
                 "way": way,
                 **parts,
                 "fits": sum(parts.values()) <= memory,
+                "in_context": text <= room,
                 "largest_text": _largest(lambda n, need=need: need(n, images) <= memory, 1, room),
                 "largest_images": _largest(lambda n, need=need: need(text, n) <= memory, 0, most_images),
             }
@@ -169,4 +172,6 @@ def show(found: list[dict], memory: int, text: int, images: int) -> str:
             f"None of them fits into {gib(memory)} GiB: take fewer tokens or pictures, or keep layers elsewhere "
             "(device_map='auto')."
         )
+    if not found[0]["in_context"]:
+        lines.append("But prompt and answer are longer than the model has positions for: take less of them.")
     return "\n".join(lines)

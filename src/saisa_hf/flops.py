@@ -317,24 +317,39 @@ def _saisa_parameters(settings: str) -> tuple[tuple[str, int], ...]:
 
 
 def encoder_flops(config) -> int:
-    """FLOPs of the vision encoder for one picture of the size it is made for, counted on a model without memory, and of the
-    choice among its patches by the attention of the class token."""
-    flops = _encoder_flops(json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str))
+    """FLOPs of the vision encoder for one picture, counted on a model without memory, and of the choice among its patches by
+    the attention of the class token. A picture is as large as the visual tokens say, and as the encoder is made for where
+    they do not tell because they are reduced."""
+    settings = json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str)
+    flops = _encoder_flops(settings, _picture_size(config))
     if config.visual_token_reduction == "class_attention":  # one query, all keys, and their scores
         c, tokens = config.vision_config.hidden_size, config.encoder_tokens_per_image + config.dropped_vision_tokens
         flops += 2 * (1 + tokens) * c * c + 2 * tokens * c
     return flops
 
 
+def _picture_size(config) -> tuple[int, int]:
+    """(height, width) of processed pictures. An encoder may be given others than its configuration names: DINOv2, whose
+    positions are interpolated, gets 224 x 224 pixels from its image processor, and is configured for 518 x 518."""
+    vision, (height, width) = config.vision_config, picture_size(config.vision_config)
+    kept, patch = config.vision_prefix_tokens - config.dropped_vision_tokens, getattr(vision, "patch_size", None)
+    if config.visual_token_reduction is None and isinstance(patch, int):
+        of_patches = (height // patch) * (width // patch) + kept == config.encoder_tokens_per_image
+        side = math.isqrt(config.image_seq_length - kept)
+        if of_patches and side**2 + kept == config.image_seq_length != config.encoder_tokens_per_image:
+            return side * patch, side * patch
+    return height, width
+
+
 @lru_cache(maxsize=8)
-def _encoder_flops(settings: str) -> int:
+def _encoder_flops(settings: str, size: tuple[int, int]) -> int:
     config = CONFIG_MAPPING[json.loads(settings)["model_type"]].from_dict(json.loads(settings))
     arguments = {"attn_implementation": "eager"} if has_choice_of_attention(config) else {}
     channels = getattr(config, "num_channels", 3)
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, **arguments).eval()
         dtype = next(encoder.parameters()).dtype
-        inputs = {"pixel_values": torch.empty(1, channels, *picture_size(config), dtype=dtype)}
+        inputs = {"pixel_values": torch.empty(1, channels, *size, dtype=dtype)}
         if config.model_type == "siglip2_vision_model":  # takes patches, and their number each way as values
             patches, side = config.num_patches, math.isqrt(config.num_patches)
             inputs["pixel_values"] = torch.empty(1, patches, channels * config.patch_size**2, dtype=dtype)
@@ -369,6 +384,7 @@ def read_config(model: str) -> SaisaConfig:
     if hasattr(config, "vision_config") and hasattr(config, "text_config"):
         names = ("vision_feature_layer", "vision_feature_select_strategy")
         settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        settings["projector_bias"] = getattr(config, "multimodal_projector_bias", True)
         return _with_encoder(config.text_config, config.vision_config, **settings)
     return _with_encoder(config, dict(CLIP_336))
 
@@ -387,14 +403,15 @@ def account(
         config: a `SaisaConfig`.
         step: the prompt.
         itemsize: bytes of a number.
-        generated: tokens to generate behind the prompt.
+        generated: tokens to generate. The prompt's pass yields the first, and each of the others takes a pass.
         cross_every: see `step_flops`.
         trained: what a training step trains, see `training_flops`.
 
     Returns:
         for `"saisa"`, `"llava"` and `"flamingo"`: `prompt` (FLOPs by part), `language_model` (FLOPs as the paper counts
-        them), `next_token`, `generated` and `training` (FLOPs), `parameters` (by part), `cache_bytes` (behind the last
-        token) and `activation_bytes`. The encoder takes as many whole pictures as the visual tokens fill.
+        them), `next_token`, `generated` (of all passes behind the prompt) and `training` (FLOPs), `parameters` (by part),
+        `cache_bytes` (behind the last pass) and `activation_bytes`. The encoder takes as many whole pictures as the visual
+        tokens fill.
     """
     pictures = step.batch * -(-step.visual // config.image_seq_length)
     found = {}
@@ -403,11 +420,10 @@ def account(
         counted = {part: flops for part, flops in prompt.items() if part not in ("encoder", "head")}
         if name == "llava":
             counted.pop("projectors")
-        behind, decoded = step, []
-        for _ in range(max(generated, 1)):
-            behind = behind.next_token()
-            decoded.append(sum(step_flops(config, name, behind, cross_every).values()))
-        last = behind if generated else step
+        last, decoded = step, []
+        for _ in range(generated - 1):  # the first token comes out of the prompt's pass
+            last = last.next_token()
+            decoded.append(sum(step_flops(config, name, last, cross_every).values()))
         rows = step.text + step.visual * _has_visual_outputs(config, name)
         training = None
         if trained == "full" or name != "flamingo":
@@ -416,8 +432,8 @@ def account(
         found[name] = {
             "prompt": prompt | {"encoder": prompt["encoder"] + pictures * encoder_flops(config)},
             "language_model": sum(counted.values()),
-            "next_token": decoded[0],
-            "generated": sum(decoded) if generated else 0,
+            "next_token": sum(step_flops(config, name, step.next_token(), cross_every).values()),
+            "generated": sum(decoded),
             "training": training,
             "parameters": parameters(config, name, cross_every),
             "cache_bytes": cache_bytes(config, name, last, itemsize),
@@ -444,7 +460,7 @@ def show(found: dict, generated: int = 0, cross_every: int = 4, trained: str = "
     prompt.append(["against LLaVA", *(f"{abs(x):.0%} {'less' if x > 0 else 'more'}" if x else "" for x in less)])
     later = [row("next token (2)", each("next_token"), 1e9)]
     if generated:
-        later.append(row(f"{generated} generated tokens (2)", each("generated"), 1e9))
+        later.append(row(f"generating {generated} tokens, behind the prompt (2)", each("generated"), 1e9))
     later.append(row(f"training step, {trained} (3)", each("training"), 1e9))
     weights = [row(part, each("parameters", part), 1e6, ",.2f") for part in found["saisa"]["parameters"]]
     weights.append(row("all", [sum(parts.values()) for parts in each("parameters")], 1e6, ",.2f"))

@@ -320,6 +320,17 @@ def picture_files(folder: str | os.PathLike) -> list[Path]:
     return files
 
 
+def _identity(picture) -> str:
+    """What a picture is known by when a run goes on: path and size of a file, an address, or the pixels."""
+    if isinstance(picture, (str, os.PathLike)):
+        return f"{picture} {os.path.getsize(picture) if os.path.isfile(picture) else ''}"
+    try:
+        loaded = load_picture(picture)
+    except ValueError:  # it will be skipped
+        return "unreadable"
+    return f"{loaded.size} {sha256(loaded.tobytes()).hexdigest()}"
+
+
 class Workbench:
     """The pictures with their features, in the work folder, and the ids of the prompts: what fitting works on.
 
@@ -371,16 +382,16 @@ class Workbench:
 
     def _check_settings(self, prompts, prompt_format):
         settings = {name: value for name, value in asdict(self.fit).items() if not name.startswith("distill_")}
-        names = sorted(str(picture) if isinstance(picture, (str, os.PathLike)) else "" for picture in self.pictures)
-        embedding = self.model.get_input_embeddings().weight
-        projector = self.model.model.language_model.layers[-1].visual_projector.linear_2.weight
-        weights = torch.cat([embedding[:8].flatten(), projector[:8].flatten()]).float().cpu().numpy().tobytes()
+        weights = sha256()
+        for tensor in self.model.state_dict().values():  # a sample of each
+            few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+            weights.update(few.double().cpu().numpy().tobytes())
         settings |= {
             "prompts": list(prompts),
             "prompt_format": prompt_format,
-            "dtype": str(embedding.dtype),
-            "picture_names": sha256("\n".join(names).encode()).hexdigest(),
-            "weights": sha256(weights).hexdigest(),
+            "dtype": str(self.model.get_input_embeddings().weight.dtype),
+            "pictures_in_order": sha256("\n".join(map(_identity, self.pictures)).encode()).hexdigest(),
+            "weights": weights.hexdigest(),
         }
         path = self.folder / "settings.json"
         if path.exists():
@@ -887,12 +898,12 @@ def from_llava(
         ValueError, OSError: something is not as expected; the message says what.
     """
     fit, destination = fit or Fit(), Path(destination).expanduser().resolve()
-    size_in_bytes(max_shard_size)
+    max_shard_size = size_in_bytes(max_shard_size)
     check_destination(destination, overwrite)
     if push_to_hub is not None:
         check_hub(push_to_hub)
     for part in (source, images, work_folder):
-        if isinstance(part, (str, os.PathLike)) and Path(part).expanduser().is_dir():
+        if isinstance(part, (str, os.PathLike)) and (part is work_folder or Path(part).expanduser().is_dir()):
             check_outside(destination, Path(part).expanduser())
     pictures = picture_files(images) if isinstance(images, (str, os.PathLike)) else list(images)
     work = Path(work_folder).expanduser() if work_folder else destination.parent / f".{destination.name}.work"

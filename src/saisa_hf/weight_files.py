@@ -225,8 +225,11 @@ def _matches(archive: zipfile.ZipFile, info: zipfile.ZipInfo, progress: Callable
 
 
 def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
-    """The path that lists the folder's tensors, the weight files, and tensor name -> file (empty without an index)."""
+    """The path that lists the folder's tensors, the weight files, and tensor name -> file (empty without an index). As for
+    transformers, a single file comes before an index, which may be left from an earlier save."""
     for single in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / single).is_file():
+            return folder / single, [folder / single], {}
         index = folder / f"{single}.index.json"
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
@@ -237,8 +240,6 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
                 if not file.is_file():
                     raise FileNotFoundError(f"{file} is missing, which {index.name} names. Download or copy it.")
             return index, files, {name: folder / file for name, file in weight_map.items()}
-        if (folder / single).is_file():
-            return folder / single, [folder / single], {}
     raise FileNotFoundError(
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or either's index and shards."
     )
