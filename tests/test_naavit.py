@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import saisa_hf
 from saisa_hf import SaisaForConditionalGeneration, apply_naavit
 from saisa_hf.cli import main
-from saisa_hf.redundancy import contributions, redundancy, show
+from saisa_hf.redundancy import KINDS, contributions, redundancy, show
 
 
 LAYERS = 3
@@ -200,6 +200,7 @@ def test_the_command_prints_the_mean_over_the_pictures_and_draws_it(folders, tmp
     [
         ("llava", "llava", "holds no pictures"),
         ("llava", "nowhere", "is not a folder"),
+        ("llava", "pictures --plot nowhere/layers.png", "nowhere is no folder"),
         ("saisa", "pictures", "MODEL .* is a 'saisa': expected a 'llava' or 'llava_next'"),
     ],
 )
@@ -207,7 +208,8 @@ def test_the_command_says_what_is_wrong(folders, capsys, model, images, message)
     if model == "saisa":
         tiny_model().save_pretrained(folders / model)
         capsys.readouterr()
-    assert main(["redundancy", str(folders / model), "--images", str(folders / images)]) in (1, 2)
+    images, *options = images.split()
+    assert main(["redundancy", str(folders / model), "--images", str(folders / images), *options]) in (1, 2)
     error = capsys.readouterr().err
     assert error.startswith("saisa: error: ") and error.count("\n") == 1 and re.search(message, error)
 
@@ -219,6 +221,20 @@ def test_a_prompt_is_asked_by_the_chat_template_or_as_it_is_written():
     bare = copy.copy(processor)
     bare.chat_template = None
     assert redundancy(llava, bare, [draw(0)], "is it?")["prompt"] == "USER: <image>\nis it? ASSISTANT:"
+
+
+def test_a_prompt_is_read_as_the_chat_template_reads_it():
+    processor, llava = make_processor(), llava_for_pictures()
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template.replace("{{ bos_token }}", "")
+    content = [{"type": "image", "image": draw(0)}, {"type": "text", "text": "is it?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+    found = redundancy(llava, processor, [draw(0)], "is it?")["layers"]
+    both = contributions(llava, inputs)[:, KINDS.index("both")].tolist()
+    assert [layer["both"] for layer in found] == pytest.approx(both, rel=1e-5)
 
 
 def test_it_is_there_under_the_packages_name():

@@ -1,8 +1,11 @@
 """Data sets become what the model reads, with labels on what the assistant says and nowhere else."""
 
+import base64
+import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -16,10 +19,13 @@ from saisa_hf.training import (
     ConversationEncoder,
     SaisaCollator,
     Source,
+    TrainingOptions,
     open_source,
     read_sample,
 )
+from saisa_hf.training.run import check
 from saisa_hf.training.sampler import GroupedSampler
+from saisa_hf.training.samples import open_pictures
 
 
 # Where a reader of the text finds the answers; nothing here knows the templates' source.
@@ -202,11 +208,20 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
         ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
         ("a question", "expected a mapping, got a str"),
+        ({"messages": [None]}, "its turns are .*None.*: expected a list of mappings"),
+        ({"messages": "abc"}, "its turns are 'abc'"),
+        ({"conversations": 5}, "its turns are 5"),
     ],
 )
 def test_bad_records_are_named_with_what_is_wrong(record, message):
     with pytest.raises(BadSample, match=f"q.json, sample 4: .*{message}"):
         read_sample(record, "q.json, sample 4")
+
+
+def test_half_a_character_is_a_bad_sample():
+    sample = read_sample(conversation("A?", "B\ud800."), "q.json, sample 4")
+    with pytest.raises(BadSample, match=r"q.json, sample 4: text 0 has half a character in it, '\\ud800' at "):
+        ConversationEncoder(processor_for())(sample)
 
 
 def broken(folder):
@@ -253,7 +268,9 @@ def test_an_empty_data_set_is_refused(tmp_path):
 def test_json_and_json_lines_are_read_with_pictures_beside_them(tmp_path):
     records = broken(tmp_path)[:2]
     (tmp_path / "a.json").write_text(json.dumps(records))
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    records[0]["note"] = "one\u2028line\u0085"
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines) + "\n\n", encoding="utf-8")
     sources = [open_source(str(tmp_path / name)) for name in ("a.json", "b.jsonl")]
     dataset = ConversationDataset(sources, ConversationEncoder(processor_for()))
     assert [learned(dataset[i])[0] for i in range(4)] == [" 0.</s>", " 1.</s>"] * 2
@@ -288,8 +305,31 @@ def test_data_sets_of_datasets_parquet_files_folders_and_streams(tmp_path):
         assert [learned(dataset[i])[0].strip() for i in range(3)] == [f"{i}.</s>" for i in range(3)]
         assert [has for _, has in dataset.lengths(4)] == [True] * 3
     stream = open_source(str(tmp_path / "a.parquet"), streaming=True)
+    for files, workers in ((1, 0), (1, 2), (1, 3), (4, 2), (4, 3)):
+        paths = [str(tmp_path / f"{number}.parquet") for number in range(files)]
+        for number, path in enumerate(paths):
+            table.select(range(number % 2, 3)).to_parquet(path)
+        many = datasets.load_dataset("parquet", data_files=paths, split="train", streaming=True)
+        loader = torch.utils.data.DataLoader(StreamedConversations([many], encoder), None, num_workers=workers)
+        drawn = {(learned(item)[0], item["sample_index"]) for item, _ in zip(loader, range(60))}
+        assert {text for text, _ in drawn} == {" 0.</s>", " 1.</s>", " 2.</s>"}
+    loader = torch.utils.data.DataLoader(StreamedConversations([[rows[0]]], encoder), None, num_workers=3)
+    assert [learned(item)[0] for item, _ in zip(loader, range(5))] == [" 0.</s>"] * 5
     items = iter(StreamedConversations([stream], encoder))
     assert [learned(next(items))[0] for _ in range(4)] == [" 0.</s>", " 1.</s>", " 2.</s>", " 0.</s>"]
+
+
+def test_pictures_in_base64_are_read_wherever_the_file_is(tmp_path):
+    file = io.BytesIO()
+    picture(2).save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    in_parts = [
+        {"role": "user", "content": [{"type": "image", "base64": text}]},
+        {"role": "assistant", "content": "2."},
+    ]
+    for record in (conversation("<image>\nA?", "2.", image=text), {"messages": in_parts}):
+        (image,) = open_pictures(read_sample(record, folder=str(tmp_path)))["images"]
+        assert np.array_equal(np.asarray(image), np.asarray(picture(2)))
 
 
 # --- order ---
@@ -326,3 +366,15 @@ def test_data_check_prints_every_token_with_its_mask_and_names_what_is_bad(tmp_p
     assert [token for *_, token, many in shown if many] == ["<image>"]
     assert "8 samples with 8 pictures" in out and "sample 3" in out and "sample 6" in out
     assert "2 of 10 samples cannot be used" in err
+
+
+def test_data_check_looks_at_every_stream(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    processor_for().save_pretrained(tmp_path / "model")
+    for name, role in (("good", "assistant"), ("bad", "user")):
+        turns = [{"role": "user", "content": "A?"}, {"role": role, "content": "B."}]
+        datasets.Dataset.from_list([{"messages": turns}] * 3).to_parquet(str(tmp_path / f"{name}.parquet"))
+    given = {"model": str(tmp_path / "model"), "output": "o", "streaming": True, "max_steps": 1}
+    options = TrainingOptions(data=[str(tmp_path / f"{name}.parquet") for name in ("good", "bad")], **given)
+    assert check(options, log=lambda line: None) == (6, 3)
+    assert check(options, limit=2, log=lambda line: None) == (4, 2)

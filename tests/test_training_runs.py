@@ -1,5 +1,6 @@
 """`saisa train`: options are checked, the shipped configs are the paper's, and a run loses nothing, however it ends."""
 
+import dataclasses
 import json
 import math
 import os
@@ -32,7 +33,9 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
@@ -41,7 +44,7 @@ from saisa_hf.demo import scenes
 from saisa_hf.hub_saisa import code_files
 from saisa_hf.training import BadSample, NonFiniteLoss, TrainingOptions, load_options, train
 from saisa_hf.training.curve import loss_curve
-from saisa_hf.training.run import load_model, prepare_model
+from saisa_hf.training.run import load_model, prepare_model, training_data
 from saisa_hf.training.trainer import SaisaTrainer, checkpoints
 
 
@@ -66,6 +69,12 @@ NEEDED = {"model": "m", "data": "d.json", "output": "o"}
         ({"train": "projector"}, "train='projector': expected one of projectors, "),
         ({"data": []}, "data is not given"),
         ({"streaming": True}, "give max_steps"),
+        ({"warmup_ratio": 1}, "warmup_ratio=1.0: expected a share"),
+        ({"lora_dropout": 2.0}, "lora_dropout=2.0: expected a share"),
+        ({"lora_alpha": -3}, "lora_alpha=-3.0: expected a positive"),
+        ({"weight_decay": -1}, "weight_decay=-1.0: expected a number that is not negative"),
+        ({"max_grad_norm": -1}, "max_grad_norm=-1.0: expected a number that is not negative"),
+        ({"seed": -1}, "seed=-1: expected a number that is not negative"),
     ],
 )
 def test_wrong_options_are_named_with_what_is_right(given, message, tmp_path):
@@ -441,6 +450,55 @@ def test_bad_samples_are_counted_at_the_end_and_held_out_questions_asked(start, 
     )
     assert "left out 1 bad samples" in said
     assert re.search(r"of 3 held-out questions", said[-1])
+
+
+def test_held_out_questions_may_be_in_parts_and_are_looked_at_before_the_training(start, tmp_path, monkeypatch):
+    turns = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "A?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]},
+    ]
+    records = [{"messages": turns, "image": "0.png"}, {"messages": [*turns, turns[0]], "images": ["0.png", "1.png"]}]
+    (tmp_path / "q.json").write_text(json.dumps(records))
+    given = options(
+        start, tmp_path / "run", max_steps=1, save_steps=0, questions=str(tmp_path / "q.json"), images=str(start)
+    )
+    with pytest.raises(BadSample, match=r"q\.json, sample 1: expected a question and its answer as the last two turns"):
+        train(given, log=lambda _: None)
+    assert not (tmp_path / "run").exists()
+    said = []
+    monkeypatch.setattr("saisa_hf.training.run.ask", lambda model, processor, samples, _: ["yes."] * len(samples))
+    train(dataclasses.replace(given, bad_samples="skip"), said.append)
+    assert said[-2:] == [
+        "  A?  yes.  (wanted: Yes.)",
+        "1 of 1 held-out questions answered word for word (100.0%)",
+    ]
+
+
+@pytest.mark.parametrize("limit, kept", [(1, [2]), (2, [2, 6]), (3, [2, 5, 6])])
+def test_the_best_checkpoint_is_kept_and_loaded_as_transformers_trainer_does(start, tmp_path, monkeypatch, limit, kept):
+    folders, by_step = {}, [None, 5.0, 1.0, 3.0, 4.0, 3.5, 3.6]
+    monkeypatch.setattr(Trainer, "evaluate", lambda self, *_, **__: {"eval_loss": by_step[self.state.global_step]})
+    for name, trainer_class in (("ours", SaisaTrainer), ("theirs", Trainer)):
+        given = options(start, tmp_path / name)
+        dataset, collate = training_data(given, processor_for())
+        arguments = TrainingArguments(
+            str(tmp_path / name), eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, max_steps=6,
+            save_total_limit=limit, load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=False,
+            report_to=[], use_cpu=True, disable_tqdm=True, per_device_train_batch_size=2, remove_unused_columns=False,
+        )  # fmt: skip
+        model = load_model(given)
+        trainer = trainer_class(model, arguments, collate, dataset, dataset)
+        trainer.train()
+        best = tmp_path / name / "checkpoint-2"
+        assert trainer.state.best_model_checkpoint == str(best)
+        assert [path.name for path in checkpoints(tmp_path / name)] == [f"checkpoint-{step}" for step in kept]
+        told = json.loads((tmp_path / name / f"checkpoint-{kept[-1]}" / "trainer_state.json").read_text())
+        own = json.loads((best / "trainer_state.json").read_text())
+        assert told["best_model_checkpoint"] == own["best_model_checkpoint"] == str(best)
+        saved = SaisaForConditionalGeneration.from_pretrained(best).state_dict()
+        assert all(torch.equal(tensor, saved[key]) for key, tensor in model.state_dict().items())
+        folders[name] = sorted(path.name for path in (tmp_path / name).iterdir())
+    assert folders["ours"] == folders["theirs"]
 
 
 def test_a_workers_bad_sample_ends_the_run_with_one_sentence(start, tmp_path):

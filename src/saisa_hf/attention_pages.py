@@ -41,7 +41,8 @@ def contact_sheet(maps: AttentionMaps, layers: Sequence[int] = ()) -> PIL.Image.
         if not 0 <= layer < count:
             raise ValueError(f"layers has {layer}: the model has layers 0 to {count - 1}.")
     kinds = ["mean", *(f"layer {layer}" for layer in layers)] if layers else [""]
-    label = 60 if layers else 0
+    several = len(maps.pictures) > 1
+    label = 60 if layers or several else 0
     columns = min(COLUMNS, len(maps.words))
     blocks = [range(first, min(first + COLUMNS, len(maps.words))) for first in range(0, len(maps.words), COLUMNS)]
     sizes = [_fitted(found.picture.size, PANEL) for found in maps.pictures]
@@ -62,6 +63,9 @@ def contact_sheet(maps: AttentionMaps, layers: Sequence[int] = ()) -> PIL.Image.
         y += 26
         for index, (found, size) in enumerate(zip(maps.pictures, sizes)):
             shown = [maps.mean(index), *(found.weights[layer] for layer in layers)]
+            if several:
+                name = f"picture {index + 1}"
+                canvas.text((GAP, y + 8), name, fill=DARK, font=ImageFont.load_default(13), anchor="lm")
             for kind, weights in zip(kinds, shown):
                 if kind:
                     middle = (GAP, y + size[1] // 2)

@@ -80,8 +80,10 @@ def redundancy(
     if not pictures:
         raise ValueError("pictures is empty: expected at least one.")
     text, total = _whole_prompt(processor, prompt), 0
+    bos = processor.tokenizer.bos_token
+    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # as `apply_chat_template` does it
     for number, picture in enumerate(pictures, start=1):
-        inputs = processor(images=load_picture(picture, str(picture)), text=text, return_tensors="pt")
+        inputs = processor(images=load_picture(picture, str(picture)), text=text, return_tensors="pt", **options)
         total = total + contributions(model, inputs.to(model.device, model.dtype))
         log(f"{number} of {len(pictures)} pictures")
     rows = (total / len(pictures)).tolist()

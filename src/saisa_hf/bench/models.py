@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .. import SaisaConfig, SaisaForConditionalGeneration
+from ..cli import positive
 from ..presets import CLIP_336, LANGUAGE_MODELS
 
 
@@ -53,7 +54,7 @@ def add_size_options(parser: argparse.ArgumentParser):
     for name in PRESETS["small"]:
         values = ", ".join(f"{preset}: {sizes[name]}" for preset, sizes in PRESETS.items())
         option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, metavar="N", default=argparse.SUPPRESS, help=values)
+        parser.add_argument(option, type=positive, metavar="N", default=argparse.SUPPRESS, help=values)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all weights")
     parser.add_argument("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, ...")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from ..chat import device_named
+from ..cli import positive
+from ..destination import check_file
 from ..plots import drawing
 from . import measure
 from .models import PRESETS, Models, add_size_options, build, with_sizes
@@ -193,9 +196,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=MODELS,
         help="default: all, but for a question whose picture is kept those it concerns",
     )
-    add("--batch", type=int, nargs="+", metavar="N", default=[1], help="samples (default: 1)")
-    add("--text", type=int, nargs="+", metavar="N", default=[64], help="text tokens of a sample (default: 64)")
-    add("--visual", type=int, nargs="+", metavar="N", default=[576], help="visual tokens of a sample (default: 576)")
+    add("--batch", type=positive, nargs="+", metavar="N", default=[1], help="samples (default: 1)")
+    add("--text", type=positive, nargs="+", metavar="N", default=[64], help="text tokens of a sample (default: 64)")
+    add(
+        "--visual",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        default=[576],
+        help="visual tokens of a sample (default: 576)",
+    )
     add(
         "--curve",
         action="store_true",
@@ -204,18 +214,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     targets = "measure what SAISA is held to instead: rows for two CPU cores, or for an H200 where --device is cuda"
     add("--targets", nargs="?", choices=("auto", "cpu", "h200"), const="auto", help=targets)
     llava = "leave LLaVA out beyond so many visual tokens in all, batch times tokens"
-    add("--llava-up-to", type=int, metavar="N", help=llava)
+    add("--llava-up-to", type=positive, metavar="N", help=llava)
     trained = "with --work train: all but the encoder, the projectors alone, or adapters (default: full)"
     add("--train", nargs="+", choices=TRAINED, default=["full"], help=trained)
-    add("--tokens", type=int, metavar="N", default=8, help="with --work decode: tokens a call (default: 8)")
+    add("--tokens", type=positive, metavar="N", default=8, help="with --work decode: tokens a call (default: 8)")
     every = "the Flamingo's cross-attention stands in front of each Nth layer (default: 4)"
-    add("--cross-every", type=int, metavar="N", default=4, help=every)
+    add("--cross-every", type=positive, metavar="N", default=4, help=every)
     how = parser.add_argument_group("how")
     add = how.add_argument
-    add("--repeats", type=int, metavar="N", default=9, help="timed rounds (default: 9)")
+    add("--repeats", type=positive, metavar="N", default=9, help="timed rounds (default: 9)")
     clock = "of ratios: wall, or processor, the time of all threads of the process, which other load disturbs less (default: "
     add("--clock", choices=tuple(measure.CLOCKS), default="wall", help=clock + "wall; both are in the JSON)")
-    add("--threads", type=int, metavar="N", help="of PyTorch on a CPU (default: as PyTorch chooses)")
+    add("--threads", type=positive, metavar="N", help="of PyTorch on a CPU (default: as PyTorch chooses)")
     keep = "have the C library keep freed memory (glibc), so that no model waits for the system to clear pages"
     add("--keep-memory", action="store_true", help=keep)
     memory = "measure peak memory, too (default: yes)"
@@ -250,9 +260,20 @@ def names_for(case: Case, args) -> list[str]:
 
 
 def prepared(args) -> argparse.Namespace:
-    """`args` complete, and PyTorch set to them."""
+    """`args` complete, and PyTorch set to them.
+
+    Raises:
+        ValueError: sizes that do not go together, or a device that is not there.
+    """
     args.given_sizes = [name for name in PRESETS[args.preset] if hasattr(args, name)]
     args = with_sizes(args)
+    for many, name, few, other in (
+        (args.hidden_size, "hidden-size", args.heads, "heads"),
+        (args.heads, "heads", args.kv_heads, "kv-heads"),
+    ):
+        if many % few:
+            raise ValueError(f"--{name} {many} is no multiple of --{other} {few}.")
+    device_named(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.keep_memory:
@@ -263,6 +284,10 @@ def prepared(args) -> argparse.Namespace:
 def bench(args: argparse.Namespace) -> dict:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds."""
     args = prepared(args)
+    for path in filter(None, (args.json, args.plot)):
+        check_file(Path(path))  # not to be found out when all is measured
+    if args.plot:
+        drawing()
     result = {"machine": measure.machine(args.device), "settings": _settings(args)}
     print(measure.describe(result["machine"]))
     if args.targets:

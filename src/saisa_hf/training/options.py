@@ -126,11 +126,18 @@ class TrainingOptions:
             "save_total_limit",
             "projector_learning_rate",
             "peak_tflops",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number that is not negative.")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate={self.learning_rate}: expected a positive number.")
+        for name in ("learning_rate", "lora_alpha"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+        for name in ("warmup_ratio", "lora_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a share, from 0 to less than 1.")
         if self.max_steps == 0 and (self.streaming or self.epochs <= 0):
             raise ValueError(
                 f"max_steps=0 with streaming={self.streaming} and epochs={self.epochs}: give max_steps, since a stream "

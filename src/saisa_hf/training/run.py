@@ -4,7 +4,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +16,15 @@ from ..processing_saisa import SaisaProcessor
 from .curve import loss_curve
 from .encoding import ConversationEncoder, SaisaCollator, template_source
 from .options import TrainingOptions
-from .samples import BadSample, ConversationDataset, StreamedConversations, open_pictures, open_source, read_sample
+from .samples import (
+    BadSample,
+    ConversationDataset,
+    StreamedConversations,
+    open_pictures,
+    open_source,
+    read_sample,
+    words,
+)
 from .stages import ADAPTED, add_lora, freeze_all_but, in_4_bits
 from .trainer import SaisaTrainer, StopOnSignal, checkpoints
 
@@ -48,6 +56,9 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     set_seed(options.seed)
     processor = SaisaProcessor.from_pretrained(options.model)
     dataset, collate = training_data(options, processor)
+    if options.questions:
+        for _ in _held_out(options, processor):  # what is wrong with them is not to be found after the training
+            pass
     if options.chat_template:  # the trained model speaks it
         processor.chat_template = template_source(options.chat_template, processor)
     model = load_model(options)
@@ -256,18 +267,37 @@ def ask(model, processor, samples: list[dict], chat_template: str | None = None,
     return [answer.strip() for answer in answers]
 
 
-def _ask_held_out(model, processor, options: TrainingOptions, log) -> None:
-    source = open_source(options.questions, images=options.images)
-    samples = []
+def _held_out(options: TrainingOptions, processor) -> Iterator[dict]:
+    """The conversations of `options.questions`.
+
+    Raises:
+        BadSample: one cannot be used, and bad samples are not to be skipped; or none can.
+    """
+    source, good = open_source(options.questions, images=options.images), 0
     for index in range(min(options.questions_limit, len(source.records))):
         name = f"{source.name}, sample {index}"
-        how = {"folder": source.folder, "image_token": processor.image_token}
-        samples.append(open_pictures(read_sample(source.records[index], name, **how)))
+        try:
+            how = {"folder": source.folder, "image_token": processor.image_token}
+            sample = open_pictures(read_sample(source.records[index], name, **how))
+            if [message["role"] for message in sample["messages"][-2:]] != ["user", "assistant"]:
+                raise BadSample(f"{name}: expected a question and its answer as the last two turns.")
+        except BadSample:
+            if options.bad_samples == "fail":
+                raise
+            continue
+        good += 1
+        yield sample
+    if not good:
+        raise BadSample(f"{source.name} has no held-out question that can be asked.")
+
+
+def _ask_held_out(model, processor, options: TrainingOptions, log) -> None:
+    samples = list(_held_out(options, processor))
     template = template_source(options.chat_template, processor)
     answers = ask(model, processor, samples, template)
     right = 0
     for index, (sample, answer) in enumerate(zip(samples, answers)):
-        wanted, asked = (str(message["content"]).strip() for message in reversed(sample["messages"][-2:]))
+        wanted, asked = (words(message["content"]).strip() for message in reversed(sample["messages"][-2:]))
         right += answer.lower() == wanted.lower()
         if index < 8:
             log(f"  {asked.replace(processor.image_token, '').strip()}  {answer}  (wanted: {wanted})")
@@ -280,7 +310,7 @@ def check(
     """Encodes the data as training would, prints the first `samples` of it token by token, and a summary.
 
     Args:
-        limit: samples to check; 0 checks all, or the first 1000 of a stream.
+        limit: samples to check, of each stream if they are streamed; 0 checks all, or the first 1000 of each stream.
 
     Returns:
         (samples checked, bad ones among them).
@@ -313,12 +343,12 @@ def check(
 def _each(dataset, limit: int):
     """The samples of `dataset`, and in the place of a bad one its `BadSample`."""
     if isinstance(dataset, StreamedConversations):
-        source = dataset.sources[0]
-        for index, record in zip(range(limit or 1000), source.records):
-            try:
-                yield {**dataset.encoded(source, index, lambda record=record: record), "sample_index": index}
-            except BadSample as error:
-                yield error
+        for source in dataset.sources:
+            for index, record in zip(range(limit or 1000), source.records):
+                try:
+                    yield {**dataset.encoded(source, index, lambda record=record: record), "sample_index": index}
+                except BadSample as error:
+                    yield error
         return
     for index in range(min(limit or len(dataset), len(dataset))):
         try:

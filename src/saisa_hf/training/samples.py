@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..pictures_saisa import load_picture
+from ..pictures_saisa import from_base64, load_picture
 
 
 logger = logging.getLogger(__name__)
@@ -58,10 +58,13 @@ def read_sample(
     spares = record.get("images", record.get("image", []))
     spares = list(spares) if isinstance(spares, (list, tuple)) else [spares]
     caption = record.get("caption", record.get("text"))
+    turns = record.get("conversations", record.get("messages", []))
+    if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadSample(f"{name}: its turns are {turns!r:.100}: expected a list of mappings.")
     if "conversations" in record:
-        messages = [_llava_turn(turn, name, image_token) for turn in record["conversations"]]
+        messages = [_llava_turn(turn, name, image_token) for turn in turns]
     elif "messages" in record:
-        messages = [dict(message) for message in record["messages"]]
+        messages = [dict(message) for message in turns]
     elif isinstance(caption, str):
         messages = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": caption}]
     else:
@@ -74,7 +77,7 @@ def read_sample(
         if message.get("role") not in ROLES.values():
             raise BadSample(f"{name}: role {message.get('role')!r}: expected one of 'system', 'user', 'assistant'.")
         message["content"] = _content(message.get("content"), name, image_token, places)
-    if not any(message["role"] == "assistant" and _words(message["content"]).strip() for message in messages):
+    if not any(message["role"] == "assistant" and words(message["content"]).strip() for message in messages):
         raise BadSample(f"{name}: no turn of the assistant has text, so there is nothing to learn.")
     images = [*spares]
     if len(spares) != places.count(None):
@@ -87,14 +90,14 @@ def read_sample(
     if captions:
         if not images:
             raise BadSample(f"{name}: captions need a picture, and this sample has none.")
-        said = next(_words(m["content"]) for m in messages if m["role"] == "assistant" and _words(m["content"]).strip())
+        said = next(words(m["content"]) for m in messages if m["role"] == "assistant" and words(m["content"]).strip())
         messages = [{"role": "user", "content": image_token}, {"role": "assistant", "content": said.strip() + "\n"}]
         images = images[:1]
     return {"name": name, "messages": messages, "images": images}
 
 
 def _llava_turn(turn, name: str, image_token: str) -> dict:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
+    if not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
         raise BadSample(f"{name}: expected turns {{'from': 'human' or 'gpt', 'value': text}}, got {turn!r:.200}.")
     text = turn["value"]
     if text.count(IMAGE) == 1:
@@ -126,16 +129,18 @@ def _content(content, name: str, image_token: str, places: list):
     return parts
 
 
-def _words(content) -> str:
+def words(content) -> str:
+    """The text of a turn, without its pictures."""
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def _resolved(picture, folder: str):
     if isinstance(picture, dict):  # as `datasets` has them where it does not decode
         picture = picture["bytes"] if picture.get("bytes") is not None else picture.get("path")
-    if isinstance(picture, str) and "://" not in picture and not picture.startswith("data:"):
-        return os.path.join(folder, picture)
-    return picture
+    if not isinstance(picture, str) or "://" in picture or picture.startswith("data:"):
+        return picture
+    path = os.path.join(folder, picture)
+    return picture if not os.path.exists(path) and from_base64(picture) is not None else path
 
 
 def open_pictures(sample: dict) -> dict:
@@ -221,7 +226,8 @@ def _json_records(path: Path) -> list:
             if not isinstance(records, list):
                 raise ValueError(f"{path}: expected a list of samples, got a {type(records).__name__}.")
             return records
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        lines = text.split("\n")  # not at all that Unicode calls a line break: JSON may hold it
+        return [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON{'' if path.suffix == '.json' else ', line by line'}: {error}") from error
 
@@ -330,7 +336,7 @@ def _estimate(record, tokens_per_picture: int, has_pictures: bool) -> tuple[int,
         own = record.get("images", record.get("image"))
         pictures = max(pictures, len(own) if isinstance(own, (list, tuple)) else int(own is not None))
         turns = record.get("conversations") or record.get("messages") or [record.get("caption") or record.get("text")]
-        for turn in turns:
+        for turn in turns if isinstance(turns, (list, tuple)) else []:
             content = (turn.get("value") or turn.get("content")) if isinstance(turn, dict) else turn
             if isinstance(content, (list, tuple)):
                 inside = sum(isinstance(part, dict) and str(part.get("type")).startswith("image") for part in content)
@@ -343,7 +349,8 @@ def _estimate(record, tokens_per_picture: int, has_pictures: bool) -> tuple[int,
 class StreamedConversations(IterableDataset, _Reader):
     """As `ConversationDataset`, over sources that are read from front to back (streamed data sets), over and over.
 
-    With several workers each takes every n-th record.
+    With several workers each takes every n-th record, or, of a streamed `datasets.IterableDataset`, the files (shards) that
+    `datasets` gives it.
     """
 
     def __init__(self, sources, encode, *, image_token: str = IMAGE, captions=False, bad_samples: str = "fail"):
@@ -356,13 +363,14 @@ class StreamedConversations(IterableDataset, _Reader):
     def __iter__(self):
         worker = get_worker_info()
         every, own = (worker.num_workers, worker.id) if worker is not None else (1, 0)
-        index = good = -1
-        while True:
-            before = good
+        index, in_vain = -1, 0  # passes in a row that had no good sample for this worker
+        while in_vain < every:
+            before, good = index, 0
             for source in self.sources:
+                shared_out = hasattr(source.records, "n_shards") or hasattr(source.records, "num_shards")
                 for record in source.records:
                     index += 1
-                    if index % every != own:
+                    if index % every != own and not shared_out:
                         continue
                     try:
                         sample = self.encoded(source, index, lambda record=record: record)
@@ -371,7 +379,9 @@ class StreamedConversations(IterableDataset, _Reader):
                             raise
                         self._skip(error)
                         continue
-                    good = index
+                    good += 1
                     yield {**sample, "sample_index": index}
-            if good == before:
-                raise BadSample("None of the stream's samples can be used.")
+            if index == before and own:
+                return  # nothing was shared out to this worker
+            in_vain = 0 if good else in_vain + 1
+        raise BadSample("None of the stream's samples can be used.")

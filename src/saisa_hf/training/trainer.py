@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .sampler import GroupedSampler, ShuffledSampler
 from .stages import is_projector
@@ -180,17 +181,28 @@ class SaisaTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._saving = False
+        if self.state.best_model_checkpoint == str(partial / name):
+            self.state.best_model_checkpoint = str(folder / name)
+            if self.args.should_save:
+                self.state.save_to_json(str(partial / name / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(folder / name, ignore_errors=True)
             os.replace(partial / name, folder / name)
             shutil.rmtree(partial)
-            limit = self.args.save_total_limit
-            for old in checkpoints(folder)[: -limit if limit else 0]:
+            for old in self._superfluous(checkpoints(folder)):
                 discarded = folder / f"{PARTIAL}-{old.name}"
+                shutil.rmtree(discarded, ignore_errors=True)
                 os.replace(old, discarded)  # what is half deleted is no checkpoint
                 shutil.rmtree(discarded)
         self.accelerator.wait_for_everyone()
+
+    def _superfluous(self, found: list[Path]) -> list[Path]:
+        """Those beyond `save_total_limit`, oldest first. As in transformers, the newest stays, and the best where it is to be
+        loaded in the end."""
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        best = Path(best).name if best and self.args.load_best_model_at_end else None
+        return [path for path in found[:-1] if path.name != best][: max(len(found) - limit, 0) if limit else 0]
 
 
 def _peak_memory() -> int:
