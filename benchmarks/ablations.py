@@ -7,22 +7,24 @@ visual tokens and about relations between them, against what a question costs.
 
 Each model of each seed is a cell of its own, the first seed's first. Cells are trained side by side (`--workers`) and kept in
 a folder beside the JSON file with the state of those that are not at their end: a run that ended early goes on from there.
-`--until 0` computes nothing and shows what there is.
+`--reuse benchmarks/learning.json` takes over what that script trains alike, to the last bit. `--until 0` computes nothing and
+shows what there is.
 """
 
 import argparse
 import copy
 import json
+import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import learning
 import torch
 from digit_models import keep, new_llava, optimizer_of, training_step
-from learning import DEPTH, MEASURES, Examination, Mixture, average, make_processor, mean, spread
+from learning import DEPTH, MEASURES, TASKS, Examination, Mixture, average, make_processor, mean, spread
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
@@ -51,6 +53,28 @@ MODELS = {  # what differs in the configuration of a SAISA
     "SAISA, 9 resampled": {"visual_token_reduction": "resampler", "reduced_visual_tokens": 9},
     "SAISA, 9 by class attention": {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 9},
 }
+
+
+# Two that are one function of the same parameters: what is frozen arrives in each layer as one projector made it. Trained
+# alike, they differ by rounding alone, and by what becomes of that.
+TWINS = ("NAAViT, no visual feed-forward", "SAISA, one projector")
+
+
+def frozen(layers) -> dict:
+    """Settings of a LLaVA in which visual tokens neither attend nor pass the feed-forward network in these layers."""
+    layers = set(layers)
+    return {
+        "visual_attention": ["none" if layer in layers else "full" for layer in range(DEPTH)],
+        "visual_feed_forward": [layer not in layers for layer in range(DEPTH)],
+    }
+
+
+SWITCHES = {  # what is done to the trained LLaVA, which is not trained again
+    "NAAViT": {"visual_attention": "none"},
+    "NAAViT, no visual feed-forward": frozen(range(DEPTH)),
+    # nothing reads visual tokens behind the last layer
+    **{f"the same in layer {layer} alone": frozen([layer]) for layer in range(DEPTH - 1)},
+}
 QUESTIONS_COUNTED = 20  # whose FLOPs are counted
 
 
@@ -76,6 +100,13 @@ def make_model(processor, name: str, seed: int) -> SaisaForConditionalGeneration
             fitting = {name: tensor for name, tensor in projector.items() if own[name].shape == tensor.shape}
             module.load_state_dict(own | fitting)
     return model.train()
+
+
+def switched(model, changes: dict) -> SaisaForConditionalGeneration:
+    """A model of the same weights and other settings."""
+    other = SaisaForConditionalGeneration(SaisaConfig.from_dict(model.config.to_dict() | changes))
+    other.load_state_dict(model.state_dict())
+    return other
 
 
 class Course:
@@ -118,6 +149,47 @@ def done(args, name: str, seed: int) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def from_learning(args, name: str, seed: int) -> dict | None:
+    """What the numbers of `learning.py` in the file `args.reuse` say of a model that is trained alike there."""
+    if args.reuse is None:
+        return None
+    other = json.loads(Path(args.reuse).read_text())
+    own = {setting: getattr(args, setting) for setting in ("steps", "questions", "final_questions")}
+    alike = [
+        label for label, changes in learning.MODELS.items() if changes is not None and _same(changes, MODELS[name])
+    ]
+    cell = other["cells"].get(f"seed {seed}")
+    if not alike or cell is None or any(other["settings"][setting] != value for setting, value in own.items()):
+        return None
+    steps = range(0, args.steps + 1, args.every)
+    if not set(steps) <= set(cell["steps"]):
+        return None
+    curve, places = cell["models"][alike[0]], [cell["steps"].index(step) for step in steps]
+    return {"steps": list(steps), "reused": True} | {
+        key: [curve[key][place] for place in places] for key in ("seconds", "scores")
+    }
+
+
+def _same(changes: dict, others: dict) -> bool:
+    return changes.keys() == others.keys() and all(
+        value == others[key] or (not isinstance(value, str) and list(value) == list(others[key]))
+        for key, value in changes.items()
+    )
+
+
+def orphaned() -> bool:
+    """Whether who asked for this was killed."""
+    parent = parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+def work(*cell) -> None:
+    """`train_cell` in a process of its own."""
+    train_cell(*cell)
+    if orphaned():
+        os._exit(1)  # else it would wait for more to do, for good
+
+
 def train_cell(args, name: str, seed: int) -> None:
     """Trains a model, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch."""
     torch.set_num_threads(1)
@@ -130,6 +202,9 @@ def train_cell(args, name: str, seed: int) -> None:
     kept = path.with_suffix(".training")
     cell = {"visual_tokens": model.config.image_seq_length, "question_flops": question_flops(model, course)}
     cell |= {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "chance": course.final.chance()}
+    if taken := from_learning(args, name, seed):
+        measure.write_json(path, cell | taken)
+        return
     state = {
         "step": 0,
         "seconds": 0.0,
@@ -156,10 +231,13 @@ def train_cell(args, name: str, seed: int) -> None:
             state["loss"] = 0.0
             keep_state()
         if step == args.steps:
+            if name == REFERENCE:
+                others = {label: switched(model, changes) for label, changes in SWITCHES.items()}
+                cell["switched"] = {label: course.final.scores(other) for label, other in others.items()}
             measure.write_json(path, cell)
             kept.unlink(missing_ok=True)
             return
-        if time.time() > args.deadline:
+        if time.time() > args.deadline or orphaned():
             keep_state()
             return
         batch, part = data.batch(step)
@@ -193,37 +271,83 @@ def summary(result: dict) -> str:
         one = cells[0]
         row = [name, str(one["visual_tokens"]), f"{one['trained']:,}", f"{one['question_flops'] / 1e6:.1f}"]
         row += ["" if base is None else f"{one['question_flops'] / base:.0%}"]
-        row += [f"{mean(cell['seconds'][-1] for cell in cells):.0f}", str(len(cells))]
+        seconds = [cell["seconds"][-1] for cell in cells if "reused" not in cell]
+        row += [f"{mean(seconds):.0f}" if seconds else "", str(len(cells))]
         rows.append(row + [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES])
     header = ["model", "visual tokens", "trained parameters", "MFLOPs a question", "of LLaVA's", "processor s", "seeds"]
     return table([*header, *MEASURES], rows)
 
 
-def plot(result: dict, path: str) -> None:
-    """Accuracy against the FLOPs of a question: the mean of the seeds, and the range they span."""
-    pyplot = drawing()
+def by_kind(result: dict) -> str:
+    """The Markdown table of accuracies by kind of question, the mean of the seeds."""
     models = by_model(result)
-    figure, axes = pyplot.subplots(1, len(MEASURES), figsize=(14, 5), sharex=True, layout="constrained")
+    chances = next(iter(models.values()))[0]["chance"]
+    kinds = [(task, kind) for task in TASKS for kind in chances[task]]
+    rows = [["the same answer always", *(f"{chances[task][kind]:.0%}" for task, kind in kinds)]]
+    for name, cells in models.items():
+        rows.append([name, *(f"{mean(cell['scores'][-1][task][kind] for cell in cells):.0%}" for task, kind in kinds)])
+    return table(["model", *(kind for _, kind in kinds)], rows)
+
+
+def after_training(result: dict) -> str:
+    """The Markdown table of what switches do to the trained LLaVA, empty without one."""
+    cells = by_model(result).get(REFERENCE, [])
+    rows = {REFERENCE: [cell["scores"][-1] for cell in cells]} if cells else {}
+    rows |= {label: [cell["switched"][label] for cell in cells] for label in SWITCHES if cells}
+    shown = {label: [spread([average(one, of) for one in scores]) for of in MEASURES] for label, scores in rows.items()}
+    return table(["", *MEASURES], [[label, *row] for label, row in shown.items()])
+
+
+def twins(result: dict) -> str:
+    """The Markdown table of two models that are the same but for rounding, seed by seed."""
+    rows = []
+    for seed in sorted({cell["seed"] for cell in result["cells"]}):
+        for name in TWINS:
+            for cell in result["cells"]:
+                if (cell["model"], cell["seed"]) == (name, seed):
+                    scores = [f"{average(cell['scores'][-1], measured):.1%}" for measured in MEASURES]
+                    rows.append([f"seed {seed}, {name}", *scores])
+    return table(["", *MEASURES], rows)
+
+
+def apart(values: list[float], gap: float) -> list[float]:
+    """Ascending values, moved until they are `gap` apart, by the least sum of squares (isotonic regression)."""
+    groups = []  # of values that touch: the place of their middle without the gaps, and how many they are
+    for number, value in enumerate(values):
+        groups.append((value - number * gap, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (high, many), (low, few) = groups[-2:]
+            groups[-2:] = [((high * many + low * few) / (many + few), many + few)]
+    places = [place for place, count in groups for _ in range(count)]
+    return [place + number * gap for number, place in enumerate(places)]
+
+
+def plot(result: dict, path: str) -> None:
+    """Accuracy against the FLOPs of a question: each seed, and their mean. Models of about the same FLOPs stand side
+    by side."""
+    pyplot = drawing()
+    models = sorted(by_model(result).items(), key=lambda model: model[1][0]["question_flops"])
+    places = apart([cells[0]["question_flops"] / 1e6 for _, cells in models], gap=1.2)
+    figure, axes = pyplot.subplots(len(MEASURES), figsize=(12, 10), sharex=True, layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
+    handles = {}
     for axis, measured in zip(axes, MEASURES):
-        for number, (name, cells) in enumerate(models.items()):
+        for (name, cells), place in zip(models, places):
+            number = list(MODELS).index(name)
             found = [100 * average(cell["scores"][-1], measured) for cell in cells]
-            height, flops = mean(found), cells[0]["question_flops"] / 1e6
-            marks = {
-                "fmt": "s" if "SAISA" not in name else "o",
-                "color": colours[list(MODELS).index(name)],
-                "capsize": 2,
-            }
-            ends = [[height - min(found)], [max(found) - height]]
-            axis.errorbar([flops], [height], yerr=ends, label=name, **marks)
-            axis.annotate(str(number + 1), (flops, height), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.axhline(100 * chance(next(iter(models.values())), measured), color="#999999", linestyle=":", linewidth=1)
-        axis.set(title=measured, xlabel="MFLOPs of a question, without the encoder", ylabel="exactly right, %")
+            look, point = {"color": colours[number]}, (place, mean(found))
+            axis.plot([place, place], [min(found), max(found)], linewidth=1, **look)
+            axis.plot([place] * len(found), found, ".", markersize=4, **look)
+            handles[number] = axis.plot(*point, "o" if "SAISA" in name else "s", markersize=7, **look)[0]
+            axis.annotate(str(number + 1), point, textcoords="offset points", xytext=(5, 5), fontsize=8)
+        axis.axhline(100 * chance(models[0][1], measured), color="#999999", linestyle=":", linewidth=1)
+        axis.set(title=measured, ylabel="exactly right, %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    numbered = [f"{number} {label}" for number, label in enumerate(labels, start=1)]
-    figure.legend(handles, numbered, loc="outside right center", fontsize=8, frameon=False)
+    axes[-1].set_xlabel("MFLOPs of a question, without the encoder")
+    labels = [f"{number + 1} {list(MODELS)[number]}" for number in sorted(handles)]
+    marks = [handles[number] for number in sorted(handles)]
+    figure.legend(marks, labels, loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -237,6 +361,8 @@ def arguments(argv=None) -> argparse.Namespace:
     )
     learning.add_options(parser, every=400)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    reuse = "numbers of learning.py: what was trained alike there is taken from there, but for its seconds"
+    parser.add_argument("--reuse", metavar="PATH", help=reuse)
     parser.add_argument("--workers", type=int, default=2, help="cells that are trained at once, one thread each")
     return learning.parsed(parser, argv)
 
@@ -252,7 +378,7 @@ def main(argv=None) -> dict:
         there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
         todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
         with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
-            for (name, seed), job in [(cell, workers.submit(train_cell, args, *cell)) for cell in todo]:
+            for (name, seed), job in [(cell, workers.submit(work, args, *cell)) for cell in todo]:
                 job.result()
                 cell = done(args, name, seed)
                 if cell is not None:
@@ -263,7 +389,9 @@ def main(argv=None) -> dict:
         if args.plot:
             plot(result, args.plot)
         if args.tables:
-            fill_blocks(args.tables, {"summary": summary(result)})
+            blocks = {"summary": summary(result), "kinds": by_kind(result)}
+            blocks |= {"switched": after_training(result), "twins": twins(result)}
+            fill_blocks(args.tables, blocks)
         print(summary(result))
     return result
 

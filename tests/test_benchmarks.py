@@ -6,7 +6,9 @@ import importlib
 import json
 import math
 import re
+import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 
+from saisa_hf import apply_naavit
 from saisa_hf.demo import scenes
 from saisa_hf.demo.run import ask_model, load
 
@@ -394,26 +397,156 @@ def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(f
 
 
 @on_5
+def test_the_twins_of_the_study_have_one_loss_and_the_same_gradients(few_scans):
+    processor = ablations.make_processor()
+    arguments = ablations.arguments(["--json=none", "--questions=10", "--final-questions=10"])
+    batch, _ = ablations.Course(processor, arguments, 36).mixture(1).batch(1000)
+    found = []
+    for name in ablations.TWINS:
+        model = ablations.make_model(processor, name, 1)
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (same, others) = found
+    torch.testing.assert_close(loss, same, rtol=1e-6, atol=0)
+    assert gradients.keys() == others.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(others[key], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item())
+
+
+@on_5
+@pytest.mark.slow
+def test_cells_taken_from_the_learning_comparison_are_those_that_would_be_trained(few_scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCH", 2)
+    asked = ["--every=2", "--questions=10", "--final-questions=10", "--seeds=1"]
+    options = ["--steps=4", *asked]
+    learning.main([f"--json={tmp_path / 'learning'}", *options])
+    for name in ("SAISA", "SAISA, one projector", "SAISA, every second layer"):
+        found = []
+        for part, reuse in (("trained", []), ("taken", [f"--reuse={tmp_path / 'learning'}"])):
+            args = ablations.arguments([f"--json={tmp_path / part}", *options, *reuse])
+            args.deadline = math.inf
+            ablations.cell_path(args, name, 1).parent.mkdir(exist_ok=True)
+            ablations.train_cell(args, name, 1)
+            found.append(ablations.done(args, name, 1))
+        trained, taken = found
+        assert taken.pop("reused") and "reused" not in trained
+        keys = set(taken) - {"seconds"}
+        assert keys == set(trained) - {"seconds", "loss"} and all(taken[key] == trained[key] for key in keys)
+    reuse = f"--reuse={tmp_path / 'learning'}"
+    for other in (["--steps=2", *asked], [*options, "--questions=20"]):
+        args = ablations.arguments(["--json=none", *other, reuse])
+        assert ablations.from_learning(args, "SAISA", 1) is None
+    args = ablations.arguments(["--json=none", *options, reuse])
+    assert ablations.from_learning(args, "SAISA", 0) is ablations.from_learning(args, "LLaVA", 1) is None
+
+
+def test_the_study_and_the_learning_comparison_agree_where_they_train_the_same():
+    root = Path(__file__).parent.parent / "benchmarks"
+    study, other = (json.loads((root / f"{name}.json").read_text()) for name in ("ablations", "learning"))
+    pairs = {name: name for name in ("SAISA", "SAISA, one projector")}
+    pairs["SAISA, every second layer"] = "SAISA, layers 1 and 3"
+    trained = 0
+    for cell in study["cells"]:
+        if cell["model"] in pairs and "reused" not in cell:
+            there = other["cells"][f"seed {cell['seed']}"]
+            scores = there["models"][pairs[cell["model"]]]["scores"]
+            assert [scores[there["steps"].index(step)] for step in cell["steps"]] == cell["scores"]
+            trained += 1
+    assert trained >= 6
+
+
+@on_5
+def test_the_llava_of_the_study_is_switched_as_naavit_switches_transformers_own():
+    processor = ablations.make_processor()
+    torch.manual_seed(2)
+    llava = ablations.new_llava(processor, ablations.DEPTH).eval()
+    model = ablations.make_model(processor, "LLaVA", 2)
+    course = ablations.Course(processor, ablations.arguments(["--json=none", "--questions=10"]), 36)
+    batch = {key: x for key, x in course.asked[0].items() if key != "labels"}
+    frozen = {"NAAViT": {}, "NAAViT, no visual feed-forward": {"visual_feed_forward": False}}
+    frozen |= {f"the same in layer {n} alone": {"layers": [n], "visual_feed_forward": False} for n in range(3)}
+    assert list(frozen) == list(ablations.SWITCHES)
+    found = [llava(**batch).logits]
+    for label, changes in ablations.SWITCHES.items():
+        with apply_naavit(llava, **frozen[label]):
+            found.append(llava(**batch).logits)
+        logits = ablations.switched(model, changes).eval()(**batch).logits
+        torch.testing.assert_close(logits[:, -1], found[-1][:, -1], rtol=0, atol=1e-5)
+    assert torch.pdist(torch.stack(found)[:, 0, -1]).min() > 1e-4
+
+
+@on_5
+def test_the_table_by_kind_holds_the_means_of_the_seeds():
+    def cell(seed, model, **scores):
+        chance = {"questions": {"place": 0.1}, "relations": {"larger": 0.5}}
+        scores = {"questions": {"place": scores["place"]}, "relations": {"larger": scores["larger"]}}
+        return {"model": model, "seed": seed, "chance": chance, "scores": [{}, scores]}
+
+    cells = [cell(0, "SAISA", place=0.2, larger=0.5), cell(1, "SAISA", place=0.4, larger=0.9)]
+    cells.append(cell(0, "LLaVA", place=1.0, larger=0.0))
+    shown = [line.split("|")[1:-1] for line in ablations.by_kind({"cells": cells}).splitlines()]
+    assert [[value.strip() for value in line] for line in (shown[0], *shown[2:])] == [
+        ["model", "place", "larger"],
+        ["the same answer always", "10%", "50%"],
+        ["LLaVA", "100%", "0%"],
+        ["SAISA", "30%", "70%"],
+    ]
+
+
+@on_5
+def test_marks_of_a_plot_are_moved_no_further_than_makes_them_legible():
+    assert ablations.apart([1, 4, 9], gap=2) == [1, 4, 9]
+    assert ablations.apart([5, 5, 5, 20], gap=2) == [3, 5, 7, 20]
+    assert ablations.apart([0, 3, 3, 4], gap=2) == pytest.approx([0 - 0.5, 1.5, 3.5, 5.5])
+
+
+@on_5
 @pytest.mark.slow
 def test_the_study_trains_side_by_side_and_shows_a_row_and_a_point_for_each_model(tmp_path):
     page, picture, numbers = tmp_path / "page.md", tmp_path / "plot.png", tmp_path / "result.json"
-    page.write_text("a\n<!-- summary: start -->\nold\n<!-- summary: end -->\nz")
+    blocks = ("summary", "kinds", "switched", "twins")
+    page.write_text("".join(f"<!-- {block}: start -->\nold\n<!-- {block}: end -->\n" for block in blocks))
     options = ["--steps=1", "--every=1", "--questions=10", "--final-questions=10", "--seeds=0", f"--json={numbers}"]
     chosen = ["LLaVA", "SAISA, 2 x 2 unshuffled"]
     ablations.main([*options, "--models", *chosen])
     shown = ablations.main([*options, "--until=0", f"--tables={page}", f"--plot={picture}"])
     assert [cell["model"] for cell in shown["cells"]] == chosen
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
-    assert [line[0] for line in lines[2:]] == chosen and [line[1] for line in lines[2:]] == ["36", "9"]
+    assert [line[0] for line in lines[2:4]] == chosen and [line[1] for line in lines[2:4]] == ["36", "9"]
+    assert [line[0] for line in lines[6:9]] == ["the same answer always", *chosen]
+    assert [line[0] for line in lines[11:17]] == ["LLaVA", *ablations.SWITCHES]
+    assert len(lines) == 19  # none of the twins was trained
     assert lines[2][4] == "100%" and int(lines[3][4][:-1]) < 50
     assert Image.open(picture).size[0] > 1000
     with pytest.raises(ValueError, match="choose another --json"):
         ablations.main([*options, "--questions=20"])
 
 
+@on_5
+@pytest.mark.slow
+def test_nobody_trains_on_where_the_study_is_killed(tmp_path):
+    options = ["--steps=5000", "--every=5000", "--questions=10", "--final-questions=10", "--seeds=0"]
+    command = [sys.executable, ablations.__file__, *options, f"--json={tmp_path / 'result.json'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as study:
+        patience = time.monotonic() + 400
+        try:
+            while len(list(tmp_path.rglob("*.training"))) < 2:
+                assert study.poll() is None and time.monotonic() < patience
+                time.sleep(0.2)
+        finally:
+            study.kill()
+        study.communicate(timeout=60)  # its pipe is open until the last worker ends
+
+
 @pytest.mark.parametrize(
     "script, tables, options",
-    [("from_llava", 2, ["--until=0"]), ("learning", 2, ["--until=0"]), ("hardware", 1, [])],
+    [
+        ("ablations", 4, ["--until=0"]),
+        ("from_llava", 2, ["--until=0"]),
+        ("learning", 2, ["--until=0"]),
+        ("hardware", 1, []),
+    ],
 )
 def test_the_tables_of_a_page_are_those_of_the_numbers_beside_the_script(script, tables, options, tmp_path):
     """Both are in the repository; nothing is computed here."""
