@@ -153,28 +153,17 @@ def from_learning(args, name: str, seed: int) -> dict | None:
     """What the numbers of `learning.py` in the file `args.reuse` say of a model that is trained alike there."""
     if args.reuse is None:
         return None
-    other = json.loads(Path(args.reuse).read_text())
-    own = {setting: getattr(args, setting) for setting in ("steps", "questions", "final_questions")}
-    alike = [
-        label for label, changes in learning.MODELS.items() if changes is not None and _same(changes, MODELS[name])
-    ]
-    cell = other["cells"].get(f"seed {seed}")
-    if not alike or cell is None or any(other["settings"][setting] != value for setting, value in own.items()):
-        return None
-    steps = range(0, args.steps + 1, args.every)
-    if not set(steps) <= set(cell["steps"]):
+    other, steps = json.loads(Path(args.reuse).read_text()), range(0, args.steps + 1, args.every)
+    written = json.dumps(MODELS[name], default=list)  # some have a range where others have a list
+    alike = [label for label, changes in learning.MODELS.items() if json.dumps(changes, default=list) == written]
+    cell = other["cells"].get(f"seed {seed}", {"steps": []})
+    same_course = other["settings"] | {"every": args.every} == learning.settings_of(args)
+    if not alike or not same_course or not set(steps) <= set(cell["steps"]):
         return None
     curve, places = cell["models"][alike[0]], [cell["steps"].index(step) for step in steps]
     return {"steps": list(steps), "reused": True} | {
         key: [curve[key][place] for place in places] for key in ("seconds", "scores")
     }
-
-
-def _same(changes: dict, others: dict) -> bool:
-    return changes.keys() == others.keys() and all(
-        value == others[key] or (not isinstance(value, str) and list(value) == list(others[key]))
-        for key, value in changes.items()
-    )
 
 
 def orphaned() -> bool:
@@ -300,13 +289,10 @@ def after_training(result: dict) -> str:
 
 def twins(result: dict) -> str:
     """The Markdown table of two models that are the same but for rounding, seed by seed."""
-    rows = []
-    for seed in sorted({cell["seed"] for cell in result["cells"]}):
-        for name in TWINS:
-            for cell in result["cells"]:
-                if (cell["model"], cell["seed"]) == (name, seed):
-                    scores = [f"{average(cell['scores'][-1], measured):.1%}" for measured in MEASURES]
-                    rows.append([f"seed {seed}, {name}", *scores])
+    models, rows = by_model(result), []
+    for cell in sorted((cell for name in TWINS for cell in models.get(name, [])), key=lambda cell: cell["seed"]):
+        scores = [f"{average(cell['scores'][-1], measured):.1%}" for measured in MEASURES]
+        rows.append([f"seed {cell['seed']}, {cell['model']}", *scores])
     return table(["", *MEASURES], rows)
 
 

@@ -413,15 +413,19 @@ def parsed(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
     return args
 
 
+def settings_of(args) -> dict:
+    """What the numbers depend on."""
+    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
+    return settings | {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
+
+
 def settings_and_result(args) -> tuple[dict, dict]:
     """What the numbers depend on, and those that are in the file already.
 
     Raises:
         ValueError: these were made with other settings.
     """
-    settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
-    settings |= {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
-    path = Path(args.json)
+    settings, path = settings_of(args), Path(args.json)
     result = json.loads(path.read_text()) if path.exists() else {}
     if result and result["settings"] != settings:
         raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")

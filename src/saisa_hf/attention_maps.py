@@ -298,7 +298,7 @@ def _places(model, processor, picture) -> _Places:
     config = model.config
     kind, patch = config.visual_token_reduction, getattr(config.vision_config, "patch_size", None)
     (height, width), patches, (left, top, right, bottom) = seen_part(processor, picture.size)
-    outside = config.vision_prefix_tokens - config.dropped_vision_tokens
+    outside = config.kept_prefix_tokens
     tokens = processor._get_num_multimodal_tokens([picture.size[::-1]]).num_image_tokens[0]
     if patches is None and isinstance(patch, int):
         patches = height // patch, width // patch

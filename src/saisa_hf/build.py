@@ -21,7 +21,7 @@ from .chat_templates import with_pictures
 from .compat_saisa import as_saved
 from .destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from .model_card_saisa import licence_in_card, write_model_card
-from .modeling_saisa import NESTED_ENCODERS, SaisaForConditionalGeneration
+from .modeling_saisa import SaisaForConditionalGeneration
 from .processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .weight_files import DTYPES
 
@@ -156,7 +156,8 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
         tokenizer,
         patch_size=_square(getattr(config.vision_config, "patch_size", None)),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=_additional_tokens(config),
+        # a processor with the strategy "default" takes one away, however many the encoder drops
+        num_additional_image_tokens=config.kept_prefix_tokens + (config.dropped_vision_tokens > 0),
         image_token=image_token,
         image_seq_length=config.image_seq_length,
         chat_template=template,
@@ -178,20 +179,12 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
     if "spatial_shapes" not in inputs:  # a picture takes as many tokens as it has patches, whatever its shape
         config.image_seq_length = processor.image_seq_length = len(outputs.pooler_output[0])
         # without `image_seq_length`, which another reduction at loading puts aside, patches are counted
-        state, (height, width) = (
-            outputs.hidden_states[config.vision_feature_layers[0]],
-            inputs["pixel_values"].shape[-2:],
-        )
+        height, width = inputs["pixel_values"].shape[-2:]
+        state = outputs.hidden_states[config.vision_feature_layers[0]]
         patches = math.prod(state.shape[2:]) if state.ndim == 4 else state.shape[1] - config.vision_prefix_tokens
         side = round(math.sqrt(height * width / patches))
         processor.patch_size = side if (height // side) * (width // side) == patches else None
     return processor
-
-
-def _additional_tokens(config) -> int:
-    """What `num_additional_image_tokens` has to be, of which a processor with the strategy "default" takes one away."""
-    kept = config.vision_prefix_tokens - config.dropped_vision_tokens
-    return kept + (config.vision_feature_select_strategy == "default" and config.vision_prefix_tokens > 0)
 
 
 def _chat_template(chosen: str | None, tokenizer, image_token: str) -> "str | dict[str, str]":
@@ -227,7 +220,7 @@ def _image_processor(vision_model: str):
 
 def _compare(folder: Path, model) -> int:
     """Reads the weight files in `folder` back; returns how many tensors they hold."""
-    wanted, count = as_saved(model, model.config.vision_config.model_type in NESTED_ENCODERS), 0
+    wanted, count = as_saved(model), 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as written:
             for name in written.keys():  # noqa: SIM118, it is no dict

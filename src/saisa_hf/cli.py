@@ -531,7 +531,7 @@ def _add_redundancy(commands) -> None:
 
 
 def positive(text: str) -> int:
-    """A number of the command line."""
+    """An argument of the command line that has to be 1 or more."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return int(text)

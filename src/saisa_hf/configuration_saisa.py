@@ -197,6 +197,11 @@ class SaisaConfig(PretrainedConfig):
         """How many tokens at the front of the encoder's states are not handed on as visual tokens."""
         return self.vision_prefix_tokens if self.vision_feature_select_strategy == "default" else 0
 
+    @property
+    def kept_prefix_tokens(self) -> int:
+        """How many tokens at the front of the visual tokens are no picture of a patch."""
+        return self.vision_prefix_tokens - self.dropped_vision_tokens
+
     def sees_image(self, layer_idx: int) -> bool:
         """Whether decoder layer `layer_idx` has visual tokens among its keys and values."""
         return self.visual_layers is None or layer_idx in self.visual_layers
@@ -270,15 +275,11 @@ class SaisaConfig(PretrainedConfig):
 
     def visual_tokens_of(self, height: int, width: int) -> int | None:
         """How many visual tokens a picture of so many processed pixels has; None where the encoder has to be asked."""
-        vision = self.vision_config
-        if vision.model_type not in CLASS_TOKENS:
+        if self.vision_config.model_type not in CLASS_TOKENS:
             return None
-        side = vision.patch_size
-        if vision.model_type == "convnext":
-            side = self._convnext_strides()[self.vision_feature_layers[0]]
-        grid = height // side, width // side
-        tokens = grid[0] * grid[1] + self.vision_prefix_tokens - self.dropped_vision_tokens
-        return reduced_length(self.visual_token_reduction, self.reduced_visual_tokens, tokens, grid)
+        rows, columns = height // self._pixels_per_feature, width // self._pixels_per_feature
+        tokens = rows * columns + self.kept_prefix_tokens
+        return reduced_length(self.visual_token_reduction, self.reduced_visual_tokens, tokens, (rows, columns))
 
     @property
     def encoder_tokens_per_image(self) -> int:
@@ -298,10 +299,14 @@ class SaisaConfig(PretrainedConfig):
                 f"vision_config.image_size={size!r} is no number of pixels: image_seq_length cannot be computed from it. "
                 f"Give image_seq_length, the number of visual tokens of a picture."
             )
-        if vision.model_type == "convnext":
-            return (size // self._convnext_strides()[self.vision_feature_layers[0]]) ** 2
-        patches = (size // vision.patch_size) ** 2
-        return patches + self.vision_prefix_tokens - self.dropped_vision_tokens
+        return (size // self._pixels_per_feature) ** 2 + self.kept_prefix_tokens
+
+    @property
+    def _pixels_per_feature(self) -> int:
+        """The side of what a token of the encoders in `CLASS_TOKENS` stands for, in processed pixels."""
+        if self.vision_config.model_type == "convnext":
+            return self._convnext_strides()[self.vision_feature_layers[0]]
+        return self.vision_config.patch_size
 
     def _encoder_states(self) -> EncoderStates:
         return encoder_states(self.vision_config)

@@ -332,7 +332,7 @@ def _picture_size(config) -> tuple[int, int]:
     """(height, width) of processed pictures. An encoder may be given others than its configuration names: DINOv2, whose
     positions are interpolated, gets 224 x 224 pixels from its image processor, and is configured for 518 x 518."""
     vision, (height, width) = config.vision_config, picture_size(config.vision_config)
-    kept, patch = config.vision_prefix_tokens - config.dropped_vision_tokens, getattr(vision, "patch_size", None)
+    kept, patch = config.kept_prefix_tokens, getattr(vision, "patch_size", None)
     if config.visual_token_reduction is None and isinstance(patch, int):
         of_patches = (height // patch) * (width // patch) + kept == config.encoder_tokens_per_image
         side = math.isqrt(config.image_seq_length - kept)

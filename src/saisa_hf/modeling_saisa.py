@@ -445,8 +445,7 @@ class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
         names = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
         hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         pushed = None if state_dict is None else dict(state_dict)  # 5.x empties the one that it is given
-        vision = getattr(self.config, "vision_config", None)  # the decoder by itself has none
-        with encoder_names_of_all_releases(self, vision is None or vision.model_type in NESTED_ENCODERS) as options:
+        with encoder_names_of_all_releases(self) as options:
             super().save_pretrained(save_directory, is_main_process, state_dict, *args, **{**kwargs, **options})
         if push_to_hub and is_main_process:
             shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
@@ -952,7 +951,7 @@ class SaisaModel(SaisaPreTrainedModel):
             elif self.training and torch.is_grad_enabled():
                 visual = self._for_layers(self._no_features(pixel_values=pixel_values, **encoder_arguments))
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-            self._warn_is_pictures_are_missing(input_ids)
+            self._warn_if_pictures_are_missing(input_ids)
 
         outputs = self.language_model(
             input_ids=input_ids,
@@ -1128,7 +1127,7 @@ class SaisaModel(SaisaPreTrainedModel):
                 f"as visual tokens: let the processor expand the prompt, and pass each picture once."
             )
 
-    def _warn_is_pictures_are_missing(self, input_ids):
+    def _warn_if_pictures_are_missing(self, input_ids):
         placeholders = int((input_ids == self.config.image_token_id).sum())
         if placeholders >= max(self.config.image_seq_length, 2):
             logger.warning_once(

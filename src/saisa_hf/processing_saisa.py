@@ -64,6 +64,11 @@ def prepare_padding(tokenizer) -> None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
 
 
+def begins_with_bos(tokenizer, text: str) -> bool:
+    """Whether a rendered conversation brings the BOS token, so that the tokenizer must not add another."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
 class BatchWithVisualStates(BatchFeature):
     """A `BatchFeature` with `visual_states`: left alone where lists become tensors, moved and cast along with the tensors."""
 
@@ -221,7 +226,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             outputs, counts = {"visual_states": visual_states}, _lengths(visual_states, texts, self.image_token)
         elif pictures := _flat_pictures(images, texts, self.image_token):
             outputs = self._pixels(pictures, images_kwargs)
-            counts = self._counts(outputs, images_kwargs) if texts is not None else []
+            counts = self._counts(outputs) if texts is not None else []
         if texts is not None:
             rows = self._tokenize(list(texts), counts, text_kwargs)
             if wants_types:
@@ -262,7 +267,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs["input_data_format"] = "channels_last"
         return dict(image_processor(loaded, **kwargs))
 
-    def _counts(self, processed: dict, kwargs: dict) -> list[int]:
+    def _counts(self, processed: dict) -> list[int]:
         """The number of placeholders that each picture of the image processor's output takes."""
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: rows and columns of patches, by picture
             return [
@@ -314,7 +319,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             return MultiModalData()
         images_kwargs = self._merge_kwargs(ProcessingKwargs, **kwargs)["images_kwargs"]
         counts = {
-            size: self._counts(self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs), images_kwargs)[0]
+            size: self._counts(self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs))[0]
             for size in {(int(height), int(width)) for height, width in image_sizes}
         }
         counts = [counts[int(height), int(width)] for height, width in image_sizes]
@@ -485,11 +490,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     # --- chat ---
 
-    def begins_with_bos(self, text: str) -> bool:
-        """Whether a rendered conversation brings the BOS token, so that the tokenizer must not add another."""
-        bos = self.tokenizer.bos_token
-        return bos is not None and text.startswith(bos)
-
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
         """Renders conversations and, with `tokenize=True`, prepares text and pictures for the model.
 
@@ -547,7 +547,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 "The conversation brings pictures, but `visual_states` was given for all of them. Leave the data out of the "
                 'image parts, {"type": "image"}, or leave out `visual_states`.'
             )
-        if self.begins_with_bos(prompts[0]):
+        if begins_with_bos(self.tokenizer, prompts[0]):
             processor_kwargs.setdefault("add_special_tokens", False)
         return_tensors = processor_kwargs.get("return_tensors")
         if wants_mask:

@@ -76,12 +76,12 @@ def redundancy(
         ValueError: another kind of model; a picture that cannot be read; no pictures.
     """
     from .pictures_saisa import load_picture
+    from .processing_saisa import begins_with_bos
 
     if not pictures:
         raise ValueError("pictures is empty: expected at least one.")
     text, total = _whole_prompt(processor, prompt), 0
-    bos = processor.tokenizer.bos_token
-    options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # as `apply_chat_template` does it
+    options = {"add_special_tokens": False} if begins_with_bos(processor.tokenizer, text) else {}
     for number, picture in enumerate(pictures, start=1):
         inputs = processor(images=load_picture(picture, str(picture)), text=text, return_tensors="pt", **options)
         total = total + contributions(model, inputs.to(model.device, model.dtype))

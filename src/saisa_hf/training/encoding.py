@@ -11,6 +11,7 @@ from PIL import Image
 from ..chat_templates import chat_template as packaged_template
 from ..chat_templates import chat_template_names
 from ..loss_saisa import IGNORED
+from ..processing_saisa import begins_with_bos
 from .samples import BadSample
 
 
@@ -92,7 +93,7 @@ class ConversationEncoder:
         """
         name, images = sample.get("name", "sample"), sample.get("images") or None
         text, spans = self.answers(sample["messages"], name)
-        options = {"add_special_tokens": False} if self.processor.begins_with_bos(text) else {}
+        options = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, text) else {}
         try:
             encoded = dict(self.processor(text=[text], images=images, return_offsets_mapping=True, **options))
         except ValueError as error:

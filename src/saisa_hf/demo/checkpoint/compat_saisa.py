@@ -273,28 +273,22 @@ def load_options(quantized: bool, given: dict) -> dict:
 
 
 @contextlib.contextmanager
-def encoder_names_of_all_releases(model, nested: bool):
+def encoder_names_of_all_releases(model):
     """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
 
     They are the names in the model, but for the encoder's where 5.x has renamed its modules (DINOv2, ViT, Swin ...): it reads
     the old names as well as its own, and 4.57 the old ones alone.
-
-    Args:
-        nested: whether the encoder's own names are the same on all releases (see `NESTED_ENCODERS`).
     """
-    conversions = [] if nested or not TRANSFORMERS_5 else _encoder_conversions(model)
+    conversions = _encoder_conversions(model) if TRANSFORMERS_5 else []
     if not conversions:
         yield {"save_original_format": False} if TRANSFORMERS_5 else {}
         return
-    own, missing = model.__dict__, object()
-    before = own.get("_weight_conversions", missing)  # what it was loaded with
+    before = getattr(model, "_weight_conversions", None)  # what it was loaded with
     model._weight_conversions = conversions
     try:
         yield {"save_original_format": True}
     finally:
-        del model._weight_conversions
-        if before is not missing:
-            model._weight_conversions = before
+        model._weight_conversions = before
 
 
 def _encoder_conversions(model) -> list:
@@ -308,9 +302,9 @@ def _encoder_conversions(model) -> list:
     return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
 
 
-def as_saved(model, nested: bool) -> dict[str, torch.Tensor]:
+def as_saved(model) -> dict[str, torch.Tensor]:
     """The tensors of `model` under the names that they are saved under."""
-    with encoder_names_of_all_releases(model, nested) as options:
+    with encoder_names_of_all_releases(model) as options:
         if not options.get("save_original_format"):
             return model.state_dict()
         from transformers.core_model_loading import revert_weight_conversion

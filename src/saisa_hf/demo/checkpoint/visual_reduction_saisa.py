@@ -29,7 +29,7 @@ def check_reduction(config) -> None:
     """Raises ValueError if `visual_token_reduction` and `reduced_visual_tokens` do not fit the rest of a `SaisaConfig`."""
     kind, count, vision = config.visual_token_reduction, config.reduced_visual_tokens, config.vision_config.model_type
     check_choice(kind, count, config.image_seq_length)
-    kept = config.vision_prefix_tokens - config.dropped_vision_tokens
+    kept = config.kept_prefix_tokens
     if kind not in (None, "resampler") and kept:
         raise ValueError(
             f"visual_token_reduction={kind!r} is for a grid of patches, but vision_feature_select_strategy='full' hands on "
