@@ -1,14 +1,17 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What each ingredient contributes: every model between LLaVA and SAISA, SAISA in some of the layers, and SAISA with fewer
-visual tokens, trained from nothing on the same batches as in `learning.py`, three seeds. Accuracy on questions about single
-visual tokens and about relations between them, against what a question costs.
+visual tokens, three seeds. Accuracy on questions about single visual tokens and about relations between them, against what a
+question costs.
 
     python benchmarks/ablations.py --json result.json --plot result.png --tables page.md
 
+The language model of a seed is trained first, on pictures told in words (`told_pictures.py`). All models of the seed start
+from it and are trained on the same batches in the paper's two stages: a projector alone, then all but the encoder, where
+SAISA goes on with a copy of the projector in each layer.
+
 Each model of each seed is a cell of its own, the first seed's first. Cells are trained side by side (`--workers`) and kept in
 a folder beside the JSON file with the state of those that are not at their end: a run that ended early goes on from there.
-`--reuse benchmarks/learning.json` takes over what that script trains alike, to the last bit. `--until 0` computes nothing and
-shows what there is.
+`--until 0` computes nothing and shows what there is.
 """
 
 import argparse
@@ -16,15 +19,16 @@ import copy
 import json
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import learning
+import told_pictures
 import torch
-from digit_models import keep, new_llava, optimizer_of, training_step
-from learning import DEPTH, MEASURES, TASKS, Examination, Mixture, average, make_processor, mean, spread
+from digit_models import RATE, adamw, keep, new_llava, training_step
+from learning import DEPTH, EXERCISES, MEASURES, TASKS, Examination, Mixture, average, mean, spread
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
@@ -37,7 +41,7 @@ from saisa_hf.visual_reduction_saisa import SaisaVisualResampler
 
 
 EMBEDDING_SPACE = {"alignment": "embedding_space"}
-REFERENCE = "LLaVA"
+REFERENCE, TOLD = "LLaVA", "the language model, told in words"
 MODELS = {  # what differs in the configuration of a SAISA
     REFERENCE: EMBEDDING_SPACE | {"visual_attention": "full"},
     "NAAViT alone": EMBEDDING_SPACE,
@@ -53,7 +57,10 @@ MODELS = {  # what differs in the configuration of a SAISA
     "SAISA, 9 resampled": {"visual_token_reduction": "resampler", "reduced_visual_tokens": 9},
     "SAISA, 9 by class attention": {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 9},
 }
-
+LONGER = 3  # times the steps
+SUFFIX = ", longer"
+AGAIN = {f"{name}{SUFFIX}": name for name in (REFERENCE, "NAAViT alone", "SAISA", "SAISA, 2 x 2 averages")}
+MODELS |= {label: MODELS[name] for label, name in AGAIN.items()}
 
 # Two that are one function of the same parameters: what is frozen arrives in each layer as one projector made it. Trained
 # alike, they differ by rounding alone, and by what becomes of that.
@@ -77,29 +84,59 @@ SWITCHES = {  # what is done to the trained LLaVA, which is not trained again
 }
 QUESTIONS_COUNTED = 20  # whose FLOPs are counted
 
+# The paper's two: parts of the training, what the sequences in them are, and the highest learning rate.
+PROJECTOR, WHOLE = range(2)
+STAGES = ((0.2, EXERCISES), (0.8, learning.STAGES[1][1]))
+RATES = (3e-3, 5e-4)
+LANGUAGE_EXAMINATIONS = 9  # while a language model is trained; its state is on disk from then on
+
 
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def make_model(processor, name: str, seed: int) -> SaisaForConditionalGeneration:
-    """The model called `name`. All models of a seed have the same encoder and language model, and each projector is a copy of
-    one and the same, but where features are wider."""
+def make_processor():
+    processor = learning.make_processor()
+    told_pictures.add_words(processor.tokenizer)
+    return processor
+
+
+def make_model(processor, name: str, seed: int, language_model: dict | None = None) -> SaisaForConditionalGeneration:
+    """The model called `name` as it is before its training, with one projector. All models of a seed have the same encoder,
+    language model and, but where features are wider, projector.
+
+    Args:
+        language_model: the trained `LlamaForCausalLM`'s tensors; None leaves them random.
+    """
     torch.manual_seed(seed)
     llava = new_llava(processor, DEPTH)
+    if language_model is not None:
+        own = {key.removeprefix("model."): x for key, x in language_model.items() if key.startswith("model.")}
+        llava.model.language_model.load_state_dict(own)
+        llava.lm_head.load_state_dict({"weight": language_model["lm_head.weight"]})
     start = saisa_from_llava(copy.deepcopy(llava))
-    settings = {**start.config.to_dict(), "image_seq_length": None, **MODELS[name]}
+    settings = {**start.config.to_dict(), "image_seq_length": None, **MODELS[name], "projector_sharing": "shared"}
     model = SaisaForConditionalGeneration(SaisaConfig.from_dict(settings))
-    weights = {name: tensor for name, tensor in start.state_dict().items() if "visual_projector." not in name}
+    weights = {key: tensor for key, tensor in start.state_dict().items() if "visual_projector." not in key}
     model.load_state_dict(weights, strict=False)
     if hasattr(model.model, "visual_resampler"):
         model.model.visual_resampler = SaisaVisualResampler(model.config)  # as `saisa build` makes it
-    projector = llava.model.multi_modal_projector.state_dict()
-    for part, module in model.named_modules():
-        if part.endswith("visual_projector"):
-            own = module.state_dict()
-            fitting = {name: tensor for name, tensor in projector.items() if own[name].shape == tensor.shape}
-            module.load_state_dict(own | fitting)
+    own, given = model.model.visual_projector.state_dict(), llava.model.multi_modal_projector.state_dict()
+    fitting = {key: tensor for key, tensor in given.items() if own[key].shape == tensor.shape}
+    model.model.visual_projector.load_state_dict(own | fitting)
     return model.train()
+
+
+def enter(model: SaisaForConditionalGeneration, name: str, stage: int) -> torch.optim.AdamW:
+    """Makes the model called `name` what is trained in a stage; returns its optimizer."""
+    model.requires_grad_(stage == WHOLE)
+    model.model.vision_tower.requires_grad_(False)
+    if stage == PROJECTOR:
+        model.model.visual_projector.requires_grad_(True)
+        if hasattr(model.model, "visual_resampler"):
+            model.model.visual_resampler.requires_grad_(True)
+    elif model.config.alignment == "input_space" and "projector_sharing" not in MODELS[name]:
+        model.unshare_projectors()
+    return adamw(model)
 
 
 def switched(model, changes: dict) -> SaisaForConditionalGeneration:
@@ -110,16 +147,32 @@ def switched(model, changes: dict) -> SaisaForConditionalGeneration:
 
 
 class Course:
-    """What a model is taught and asked: pictures and words are the same for all, placeholders as many as it has visual
-    tokens."""
+    """What models are taught and asked, the same for all; placeholders are as many as a model has visual tokens.
 
-    def __init__(self, processor, args, visual_tokens: int):
+    Args:
+        steps: of the whole training.
+        every: steps between measurements.
+        told: in words, for language models.
+    """
+
+    def __init__(self, processor, args, steps: int, every: int, visual_tokens: int, told: bool = False):
         conversation = Conversation(processor.tokenizer, visual_tokens)
-        collate = demo.TurnCollator(processor.tokenizer.pad_token_id)
-        self.often = Examination(conversation, collate, args.questions)
-        self.final = Examination(conversation, collate, args.final_questions)
-        self.asked = Examination(conversation, collate, QUESTIONS_COUNTED, size=1).batches["relations"]
-        self.mixture = lambda seed: Mixture(conversation, collate, seed, args.steps)
+        if told:
+            teller = told_pictures.Teller(processor.tokenizer)
+            self.collate, self.show = teller.collate, teller.told
+        else:
+            self.collate, self.show = demo.TurnCollator(processor.tokenizer.pad_token_id), learning.drawn
+        self.often = Examination(conversation, self.collate, args.questions, show=self.show)
+        self.final = Examination(conversation, self.collate, args.final_questions, show=self.show)
+        self.conversation, self.steps, self.every = conversation, steps, every
+        self.stages, self.stream = (learning.STAGES, 5) if told else (STAGES, 4)
+
+    def mixture(self, seed: int) -> Mixture:
+        return Mixture(self.conversation, self.collate, seed, self.steps, self.stages, self.show, self.stream)
+
+    def counted(self) -> list[dict]:
+        """Questions whose FLOPs are counted, one a batch."""
+        return Examination(self.conversation, self.collate, QUESTIONS_COUNTED, 1, self.show).batches["relations"]
 
 
 @torch.no_grad()
@@ -128,11 +181,12 @@ def question_flops(model, course: Course) -> int:
     model = copy.deepcopy(model).eval()
     model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
     total = 0
-    for batch in course.asked:
+    counted = course.counted()
+    for batch in counted:
         given = {name: tensor for name, tensor in batch.items() if name != "labels"}
         total += measure.flops(lambda given=given: model(**given, use_cache=False, logits_to_keep=1))
         total -= measure.flops(lambda pixels=batch["pixel_values"]: model.vision_tower(pixels))
-    return total // len(course.asked)
+    return total // len(counted)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -149,91 +203,115 @@ def done(args, name: str, seed: int) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def from_learning(args, name: str, seed: int) -> dict | None:
-    """What the numbers of `learning.py` in the file `args.reuse` say of a model that is trained alike there."""
-    if args.reuse is None:
-        return None
-    other, steps = json.loads(Path(args.reuse).read_text()), range(0, args.steps + 1, args.every)
-    written = json.dumps(MODELS[name], default=list)  # some have a range where others have a list
-    alike = [label for label, changes in learning.MODELS.items() if json.dumps(changes, default=list) == written]
-    cell = other["cells"].get(f"seed {seed}", {"steps": []})
-    same_course = other["settings"] | {"every": args.every} == learning.settings_of(args)
-    if not alike or not same_course or not set(steps) <= set(cell["steps"]):
-        return None
-    curve, places = cell["models"][alike[0]], [cell["steps"].index(step) for step in steps]
-    return {"steps": list(steps), "reused": True} | {
-        key: [curve[key][place] for place in places] for key in ("seconds", "scores")
-    }
-
-
 def orphaned() -> bool:
     """Whether who asked for this was killed."""
     parent = parent_process()
     return parent is not None and not parent.is_alive()
 
 
-def work(*cell) -> None:
-    """`train_cell` in a process of its own."""
-    train_cell(*cell)
-    if orphaned():
-        os._exit(1)  # else it would wait for more to do, for good
+def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> dict | None:
+    """Trains `model` in place, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch.
 
+    Args:
+        enter: called with the number of each stage when it begins; returns the optimizer to take steps with.
+        rates: the highest learning rate of each stage.
+        kept: where the state is.
 
-def train_cell(args, name: str, seed: int) -> None:
-    """Trains a model, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch."""
-    torch.set_num_threads(1)
-    if done(args, name, seed) is not None or time.time() > args.deadline:
-        return
-    processor = make_processor()
-    model = make_model(processor, name, seed)
-    course, optimizer = Course(processor, args, model.config.image_seq_length), optimizer_of(model)
-    path, data = cell_path(args, name, seed), course.mixture(seed)
-    kept = path.with_suffix(".training")
-    cell = {"visual_tokens": model.config.image_seq_length, "question_flops": question_flops(model, course)}
-    cell |= {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "chance": course.final.chance()}
-    if taken := from_learning(args, name, seed):
-        measure.write_json(path, cell | taken)
-        return
-    state = {
-        "step": 0,
-        "seconds": 0.0,
-        "loss": 0.0,
-        "cell": cell | {"steps": [], "seconds": [], "loss": [], "scores": []},
-    }
+    Returns:
+        dict: steps, and seconds, loss and scores at each of them; None before the end.
+    """
+    data, optimizer = course.mixture(seed), None
+    state = {"step": 0, "stage": -1, "seconds": 0.0, "loss": 0.0}
+    state["record"] = {"steps": [], "seconds": [], "loss": [], "scores": []}
     if kept.exists():
         loaded = torch.load(kept, weights_only=True)
         state = {key: loaded[key] for key in state}
+        for stage in range(state["stage"] + 1):
+            optimizer = enter(stage)
         model.load_state_dict(loaded["model"])
-        optimizer.load_state_dict(loaded["optimizer"])
-    cell = state["cell"]
+        if optimizer is not None:
+            optimizer.load_state_dict(loaded["optimizer"])
+    record = state["record"]
 
     def keep_state():
-        keep(state | {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, kept)
+        moments = None if optimizer is None else optimizer.state_dict()
+        keep(state | {"model": model.state_dict(), "optimizer": moments}, kept)
 
     while True:
         step = state["step"]
-        if step % args.every == 0 and step not in cell["steps"]:
-            cell["steps"].append(step)
-            cell["seconds"].append(round(state["seconds"], 2))
-            cell["loss"].append(round(state["loss"] / args.every, 4) if step else None)
-            cell["scores"].append((course.final if step == args.steps else course.often).scores(model))
+        if (step % course.every == 0 or step == course.steps) and step not in record["steps"]:
+            since = step - (record["steps"] or [0])[-1]
+            record["steps"].append(step)
+            record["seconds"].append(round(state["seconds"], 2))
+            record["loss"].append(round(state["loss"] / since, 4) if since else None)
+            record["scores"].append((course.final if step == course.steps else course.often).scores(model))
             state["loss"] = 0.0
             keep_state()
-        if step == args.steps:
-            if name == REFERENCE:
-                others = {label: switched(model, changes) for label, changes in SWITCHES.items()}
-                cell["switched"] = {label: course.final.scores(other) for label, other in others.items()}
-            measure.write_json(path, cell)
-            kept.unlink(missing_ok=True)
-            return
+        if step == course.steps:
+            return record
         if time.time() > args.deadline or orphaned():
             keep_state()
-            return
+            return None
+        if (stage := data.stage(step)) > state["stage"]:
+            state["stage"], optimizer = stage, enter(stage)
         batch, part = data.batch(step)
         start = time.process_time()
-        state["loss"] += training_step(model, optimizer, batch, part)
+        state["loss"] += training_step(model, optimizer, batch, part, rates[stage])
         state["seconds"] += time.process_time() - start
         state["step"] += 1
+
+
+def language_path(args, seed: int) -> Path:
+    """Where the language model of a seed is: its tensors, and what it scored."""
+    return Path(f"{args.json}.cells", f"language-model.seed-{seed}.pt")
+
+
+def train_language_model(args, seed: int) -> None:
+    """Trains the language model of a seed on pictures told in words, if it is not there."""
+    torch.set_num_threads(1)
+    path = language_path(args, seed)
+    if path.exists() or time.time() > args.deadline:
+        return
+    processor = make_processor()
+    model = told_pictures.new_language_model(processor, DEPTH, seed)
+    steps = args.language_steps
+    every = -(-steps // LANGUAGE_EXAMINATIONS)
+    course = Course(processor, args, steps, every, told_pictures.VISUAL_TOKENS, told=True)
+    optimizer, kept = adamw(model), path.with_suffix(".training")
+    rates = [RATE] * len(course.stages)
+    record = train(model, course, args, seed, lambda stage: optimizer, rates, kept)
+    if record is not None:
+        keep({"scores": record["scores"][-1], "model": model.state_dict()}, path)
+        kept.unlink()
+
+
+def train_cell(args, name: str, seed: int) -> None:
+    """Trains a model, if the language model of its seed is there and it is not at its end."""
+    torch.set_num_threads(1)
+    path, language_model = cell_path(args, name, seed), language_path(args, seed)
+    if path.exists() or not language_model.exists() or time.time() > args.deadline:
+        return
+    processor = make_processor()
+    model = make_model(processor, name, seed, torch.load(language_model, weights_only=True)["model"])
+    times, kept = LONGER if name in AGAIN else 1, path.with_suffix(".training")
+    course = Course(processor, args, times * args.steps, times * args.every, model.config.image_seq_length)
+    record = train(model, course, args, seed, lambda stage: enter(model, name, stage), RATES, kept)
+    if record is None:
+        return
+    cell = {"visual_tokens": model.config.image_seq_length, "question_flops": question_flops(model, course)}
+    cell |= {"trained": sum(p.numel() for p in model.parameters() if p.requires_grad), "chance": course.final.chance()}
+    if name == REFERENCE:
+        others = {label: switched(model, changes) for label, changes in SWITCHES.items()}
+        cell["switched"] = {label: course.final.scores(other) for label, other in others.items()}
+    measure.write_json(path, cell | record)
+    kept.unlink()
+
+
+def work(what, *given) -> None:
+    """One of the two above in a process of its own."""
+    what(*given)
+    if orphaned():
+        os._exit(1)  # else it would wait for more to do, for good
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -241,10 +319,13 @@ def train_cell(args, name: str, seed: int) -> None:
 
 def by_model(result: dict) -> dict[str, list[dict]]:
     """The cells that are at their end, by model."""
-    found = {name: [] for name in MODELS}
-    for one in result["cells"]:
-        found[one["model"]].append(one)
+    found = {name: [cell for cell in result["cells"] if cell["model"] == name] for name in MODELS}
     return {name: cells for name, cells in found.items() if cells}
+
+
+def compared(result: dict) -> dict[str, list[dict]]:
+    """Those of equal steps."""
+    return {name: cells for name, cells in by_model(result).items() if name not in AGAIN}
 
 
 def chance(cells: list[dict], measured: str) -> float:
@@ -254,22 +335,24 @@ def chance(cells: list[dict], measured: str) -> float:
 
 def summary(result: dict) -> str:
     """The Markdown table of costs and accuracies."""
-    rows, models = [], by_model(result)
+    rows, models = [], compared(result)
     base = models[REFERENCE][0]["question_flops"] if REFERENCE in models else None
     for name, cells in models.items():
         one = cells[0]
         row = [name, str(one["visual_tokens"]), f"{one['trained']:,}", f"{one['question_flops'] / 1e6:.1f}"]
         row += ["" if base is None else f"{one['question_flops'] / base:.0%}"]
-        seconds = [cell["seconds"][-1] for cell in cells if "reused" not in cell]
-        row += [f"{mean(seconds):.0f}" if seconds else "", str(len(cells))]
+        row += [f"{mean(cell['seconds'][-1] for cell in cells):.0f}", str(len(cells))]
         rows.append(row + [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES])
     header = ["model", "visual tokens", "trained parameters", "MFLOPs a question", "of LLaVA's", "processor s", "seeds"]
+    speakers = result["language_models"].values()
+    told = [spread([average(scores, measured) for scores in speakers]) for measured in MEASURES]
+    rows.append([TOLD, *[""] * (len(header) - 2), str(len(speakers)), *told])
     return table([*header, *MEASURES], rows)
 
 
 def by_kind(result: dict) -> str:
     """The Markdown table of accuracies by kind of question, the mean of the seeds."""
-    models = by_model(result)
+    models = compared(result)
     chances = next(iter(models.values()))[0]["chance"]
     kinds = [(task, kind) for task in TASKS for kind in chances[task]]
     rows = [["the same answer always", *(f"{chances[task][kind]:.0%}" for task, kind in kinds)]]
@@ -296,6 +379,19 @@ def twins(result: dict) -> str:
     return table(["", *MEASURES], rows)
 
 
+def longer(result: dict) -> str:
+    """The Markdown table of what more steps make of a model."""
+    models, rows = by_model(result), []
+    for label, name in AGAIN.items():
+        for cells in (models.get(name, []), models.get(label, [])):
+            seeds = {cell["seed"] for cell in models.get(label, [])}
+            cells = [cell for cell in cells if cell["seed"] in seeds]  # the same on both sides
+            if cells:
+                scores = [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES]
+                rows.append([name, str(cells[0]["steps"][-1]), str(len(cells)), *scores])
+    return table(["", "steps", "seeds", *MEASURES], rows)
+
+
 def apart(values: list[float], gap: float) -> list[float]:
     """Ascending values, moved until they are `gap` apart, by the least sum of squares (isotonic regression)."""
     groups = []  # of values that touch: the place of their middle without the gaps, and how many they are
@@ -309,10 +405,10 @@ def apart(values: list[float], gap: float) -> list[float]:
 
 
 def plot(result: dict, path: str) -> None:
-    """Accuracy against the FLOPs of a question: each seed, and their mean. Models of about the same FLOPs stand side
-    by side."""
+    """Accuracy against the FLOPs of a question: each seed, their mean, and, hollow, the mean of longer training. Models of
+    about the same FLOPs stand side by side."""
     pyplot = drawing()
-    models = sorted(by_model(result).items(), key=lambda model: model[1][0]["question_flops"])
+    models = sorted(compared(result).items(), key=lambda model: model[1][0]["question_flops"])
     places = apart([cells[0]["question_flops"] / 1e6 for _, cells in models], gap=1.2)
     figure, axes = pyplot.subplots(len(MEASURES), figsize=(12, 10), sharex=True, layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
@@ -324,9 +420,15 @@ def plot(result: dict, path: str) -> None:
             look, point = {"color": colours[number]}, (place, mean(found))
             axis.plot([place, place], [min(found), max(found)], linewidth=1, **look)
             axis.plot([place] * len(found), found, ".", markersize=4, **look)
-            handles[number] = axis.plot(*point, "o" if "SAISA" in name else "s", markersize=7, **look)[0]
+            mark = {"marker": "o" if "SAISA" in name else "s", "markersize": 7, "linestyle": "", **look}
+            handles[number] = axis.plot(*point, **mark)[0]
+            after = [average(cell["scores"][-1], measured) for cell in by_model(result).get(f"{name}{SUFFIX}", [])]
+            if after:
+                axis.plot(place, 100 * mean(after), markerfacecolor="none", **mark)
             axis.annotate(str(number + 1), point, textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.axhline(100 * chance(models[0][1], measured), color="#999999", linestyle=":", linewidth=1)
+        told = mean(average(scores, measured) for scores in result["language_models"].values())
+        axis.axhline(100 * told, color="#999999", linestyle="--", linewidth=1)
         axis.set(title=measured, ylabel="exactly right, %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -345,38 +447,69 @@ def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    learning.add_options(parser, every=400)
+    learning.add_options(parser, steps=800, every=200)
+    parser.add_argument("--language-steps", type=int, default=9000, help="of a language model, on words alone")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
-    reuse = "numbers of learning.py: what was trained alike there is taken from there, but for its seconds"
-    parser.add_argument("--reuse", metavar="PATH", help=reuse)
-    parser.add_argument("--workers", type=int, default=2, help="cells that are trained at once, one thread each")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="trained at once, one thread each; 0: one, in this process"
+    )
     return learning.parsed(parser, argv)
+
+
+def settings_of(args) -> dict:
+    """What the numbers depend on."""
+    own = {"stages": [list(stage) for stage in STAGES], "rate": list(RATES), "longer": LONGER}
+    language = {"stages": [list(stage) for stage in learning.STAGES], "rate": RATE, "steps": args.language_steps}
+    return learning.settings_of(args) | own | {"language_model": language}
+
+
+class AtOnce(Executor):
+    """Does what is submitted there and then."""
+
+    def submit(self, what, /, *given) -> Future:
+        job = Future()
+        job.set_result(what(*given))
+        return job
+
+
+def train_all(args, result: dict) -> None:
+    """Trains what is missing in `result`, which is kept on disk, and adds it."""
+    there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
+    todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
+    with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers else AtOnce() as workers:
+        speakers = {seed: workers.submit(work, train_language_model, args, seed) for seed in args.seeds}
+        jobs = {}
+        for seed, speaker in speakers.items():
+            speaker.result()
+            if language_path(args, seed).exists():
+                kept = torch.load(language_path(args, seed), weights_only=True)
+                result["language_models"][f"seed {seed}"] = kept["scores"]
+            jobs |= {cell: workers.submit(work, train_cell, args, *cell) for cell in todo if cell[1] == seed}
+        for (name, seed), job in jobs.items():
+            job.result()
+            cell = done(args, name, seed)
+            if cell is not None:
+                result["cells"].append({"model": name, "seed": seed} | cell)
+                measure.write_json(args.json, result)
+                print(summary(result), flush=True)
 
 
 def main(argv=None) -> dict:
     args = arguments(argv)
     args.deadline = time.time() + 60 * args.until
-    settings, result = learning.settings_and_result(args)
+    settings = settings_of(args)
+    result = learning.result_so_far(args, settings)
     if args.until > 0:
         cell_path(args, "", 0).parent.mkdir(parents=True, exist_ok=True)
-        result = result or {"machine": measure.machine("cpu"), "settings": settings, "cells": []}
+        result = result or {"machine": measure.machine("cpu"), "settings": settings, "language_models": {}, "cells": []}
         measure.write_json(args.json, result)
-        there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
-        todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
-        with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as workers:
-            for (name, seed), job in [(cell, workers.submit(work, args, *cell)) for cell in todo]:
-                job.result()
-                cell = done(args, name, seed)
-                if cell is not None:
-                    result["cells"].append({"model": name, "seed": seed} | cell)
-                    measure.write_json(args.json, result)
-                    print(summary(result), flush=True)
+        train_all(args, result)
     if result.get("cells"):
         if args.plot:
             plot(result, args.plot)
         if args.tables:
             blocks = {"summary": summary(result), "kinds": by_kind(result)}
-            blocks |= {"switched": after_training(result), "twins": twins(result)}
+            blocks |= {"switched": after_training(result), "twins": twins(result), "longer": longer(result)}
             fill_blocks(args.tables, blocks)
         print(summary(result))
     return result

@@ -43,13 +43,18 @@ def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
 def optimizer_of(model) -> torch.optim.AdamW:
     """AdamW over all but the vision encoder, which is frozen."""
     model.model.vision_tower.requires_grad_(False)
+    return adamw(model)
+
+
+def adamw(model) -> torch.optim.AdamW:
+    """AdamW over all that is not frozen. The learning rate is set at each step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=RATE, weight_decay=0.05)
 
 
-def training_step(model, optimizer: torch.optim.Optimizer, batch: dict, done: float) -> float:
-    """One step, `done` (0 to 1) of the way along a cosine schedule with warm-up. Returns the loss."""
-    rate = RATE * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
+def training_step(model, optimizer: torch.optim.Optimizer, batch: dict, done: float, rate: float = RATE) -> float:
+    """One step, `done` (0 to 1) of the way along a cosine schedule with warm-up to `rate`. Returns the loss."""
+    rate = rate * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
         group["lr"] = rate
     loss = model(**batch).loss

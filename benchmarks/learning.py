@@ -59,25 +59,41 @@ COUNTED_BATCHES = 10  # of each stage, whose FLOPs are counted
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
-class Mixture:
-    """Training sequences, one picture and turns about it each, in the shares of `STAGES`: the demo's lists and questions, and
-    those of `relations`. The batch of a step is a function of (seed, step) alone."""
+def drawn(scene: scenes.Scene) -> dict:
+    """A scene as models get it that have eyes."""
+    return {"picture": scenes.draw(scene)}
 
-    def __init__(self, conversation: Conversation, collate, seed: int, steps: int):
-        self.conversation, self.collate, self.seed = conversation, collate, seed
+
+class Mixture:
+    """Training sequences, one picture and turns about it each, in the shares of `stages`: the demo's lists and questions, and
+    those of `relations`. The batch of a step is a function of (seed, step) alone.
+
+    Args:
+        stages: parts of the whole training, and what the sequences in them are.
+        show: what makes a scene a part of an item.
+        stream: sequences of two streams have nothing in common.
+    """
+
+    def __init__(self, conversation: Conversation, collate, seed: int, steps: int, stages=STAGES, show=drawn, stream=4):
+        self.conversation, self.collate, self.show, self.key = conversation, collate, show, (seed, stream)
         shares = {"lists": 1.0, "questions": 0.0}
         self.demo = {name: demo.TurnDataset(conversation, "train", 1, seed, share) for name, share in shares.items()}
-        ends = [round(steps * sum(part for part, _ in STAGES[: number + 1])) for number in range(len(STAGES))]
-        self.stages = list(zip([0, *ends], ends, (shares for _, shares in STAGES)))
+        ends = [round(steps * sum(part for part, _ in stages[: number + 1])) for number in range(len(stages))]
+        self.stages = list(zip([0, *ends], ends, (shares for _, shares in stages)))
+
+    def stage(self, step: int) -> int:
+        """The number of the stage that a step is in."""
+        return next(number for number, (_, end, _) in enumerate(self.stages) if step < end)
 
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], float]:
         """The batch of a step, and how far its stage is."""
-        start, end, shares = next(stage for stage in self.stages if step < stage[1])
+        start, end, shares = self.stages[self.stage(step)]
         items = [self.item(index, shares) for index in range(step * BATCH, (step + 1) * BATCH)]
         return self.collate(items), (step - start) / (end - start)
 
     def item(self, index: int, shares: dict[str, float]) -> dict:
-        rng = np.random.default_rng([self.seed, index, 4])
+        seed, stream = self.key
+        rng = np.random.default_rng([seed, index, stream])
         task = rng.choice(list(shares), p=list(shares.values()))
         scene = (scenes if task in self.demo else relations).make_scene("train", rng)
         if task in self.demo:
@@ -87,13 +103,13 @@ class Mixture:
         else:
             turns = [(question.text, question.answer) for question in relations.turns(scene, rng)]
         ids, labels = self.conversation.ids_and_labels(turns)
-        return {"picture": scenes.draw(scene), "ids": ids, "labels": labels}
+        return self.show(scene) | {"ids": ids, "labels": labels}
 
 
 class Examination:
-    """Questions about held-out handwriting, one a picture: `count` of each task."""
+    """Questions about held-out handwriting, one a picture: `count` of each task. `show` is `Mixture`'s."""
 
-    def __init__(self, conversation: Conversation, collate, count: int, size: int = 100):
+    def __init__(self, conversation: Conversation, collate, count: int, size: int = 100, show=drawn):
         self.asked = {task: module.held_out_questions(count, QUESTIONS_SEED) for task, module in TASKS.items()}
         self.batches = {task: [] for task in TASKS}
         for task, asked in self.asked.items():
@@ -101,7 +117,7 @@ class Examination:
                 items = []
                 for scene, question in asked[start : start + size]:
                     ids, labels = conversation.ids_and_labels([(question.text, question.answer)])
-                    items.append({"picture": scenes.draw(scene), "ids": ids, "labels": labels})
+                    items.append(show(scene) | {"ids": ids, "labels": labels})
                 self.batches[task].append(collate(items))
 
     @torch.no_grad()
@@ -393,13 +409,13 @@ def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
     pyplot.close(figure)
 
 
-def add_options(parser: argparse.ArgumentParser, every: int) -> None:
+def add_options(parser: argparse.ArgumentParser, steps: int, every: int) -> None:
     """What all scripts that train models of a few seeds on these tasks are told."""
     parser.add_argument("--json", metavar="PATH", required=True, help="all numbers; beside it, states to go on from")
     parser.add_argument("--plot", metavar="PATH", help="a picture of them")
     parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked tables are written anew")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--every", type=int, default=every, help="steps between measurements; divides the steps")
     parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
     parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
@@ -419,24 +435,24 @@ def settings_of(args) -> dict:
     return settings | {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
 
 
-def settings_and_result(args) -> tuple[dict, dict]:
-    """What the numbers depend on, and those that are in the file already.
+def result_so_far(args, settings: dict) -> dict:
+    """The numbers that are in the file already.
 
     Raises:
         ValueError: these were made with other settings.
     """
-    settings, path = settings_of(args), Path(args.json)
+    path = Path(args.json)
     result = json.loads(path.read_text()) if path.exists() else {}
     if result and result["settings"] != settings:
         raise ValueError(f"{path} was made with {result['settings']}, not {settings}: choose another --json.")
-    return settings, result
+    return result
 
 
 def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add_options(parser, every=200)
+    add_options(parser, steps=2400, every=200)
     parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
     return parsed(parser, argv)
 
@@ -445,7 +461,8 @@ def main(argv=None) -> dict:
     args = arguments(argv)
     args.deadline = time.monotonic() + 60 * args.until
     torch.set_num_threads(1)
-    settings, result = settings_and_result(args)
+    settings = settings_of(args)
+    result = result_so_far(args, settings)
     if args.until > 0:
         shared = Class(args)
         if not result:

@@ -28,6 +28,7 @@ import ablations
 import convert_memory
 import learning
 import relations
+import told_pictures
 import visual_states
 
 from saisa_hf.bench import measure
@@ -340,26 +341,44 @@ def test_a_comparison_that_is_killed_goes_on_as_if_nothing_had_happened(few_scan
 on_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="the same on every release: runs under 5.x")
 
 
+def study(part, *options):
+    """What the study is told, for a moment's work."""
+    args = ablations.arguments([f"--json={part}", "--questions=10", "--final-questions=10", *options])
+    args.deadline = math.inf
+    return args
+
+
+def course_of(model, processor):
+    args = study("none")
+    return ablations.Course(processor, args, args.steps, args.every, model.config.image_seq_length)
+
+
 @on_5
-def test_models_of_the_study_differ_in_what_they_are_called_after_and_in_nothing_else():
+def test_models_of_the_study_differ_in_what_they_are_called_after_and_in_nothing_else(monkeypatch):
+    monkeypatch.setattr(ablations, "QUESTIONS_COUNTED", 2)
     processor = ablations.make_processor()
+    speaker = told_pictures.new_language_model(processor, ablations.DEPTH, 7)
     torch.manual_seed(2)
     llava = ablations.new_llava(processor, ablations.DEPTH).eval()
-    options = ["--json=none", "--questions=10", "--final-questions=10"]
+    llava.model.language_model.load_state_dict(speaker.model.state_dict())
+    llava.lm_head.load_state_dict(speaker.lm_head.state_dict())
     flops, words = {}, torch.tensor([[1, 7, 8, 9]])
     for name in ablations.MODELS:
-        model = ablations.make_model(processor, name, 2).eval()
-        course = ablations.Course(processor, ablations.arguments(options), model.config.image_seq_length)
+        model = ablations.make_model(processor, name, 2, speaker.state_dict()).eval()
+        course = course_of(model, processor)
         torch.testing.assert_close(model(input_ids=words).logits, llava(input_ids=words).logits, rtol=0, atol=1e-5)
         tower = llava.model.vision_tower.state_dict().values()
         assert all(map(torch.equal, model.model.vision_tower.state_dict().values(), tower))
-        batch = {key: x for key, x in course.asked[0].items() if key != "labels"}
+        batch = {key: x for key, x in course.counted()[0].items() if key != "labels"}
         assert (batch["input_ids"] == model.config.image_token_id).sum() == (
             9 if " 9 " in name or "2 x 2" in name else 36
         )
-        flops[name] = ablations.question_flops(model, course)
         if name == "LLaVA":
             torch.testing.assert_close(model(**batch).logits, llava(**batch).logits, rtol=0, atol=1e-5)
+        before = model(**batch).logits
+        ablations.enter(model, name, ablations.WHOLE)
+        assert torch.equal(model(**batch).logits, before)
+        flops[name] = ablations.question_flops(model, course)
     order = ["LLaVA", "NAAViT alone", "SAISA", "SAISA, every second layer", "SAISA, 2 x 2 averages"]
     assert [flops[name] for name in order] == sorted((flops[name] for name in order), reverse=True)
     assert flops["SAISA, one projector"] == flops["NAAViT, no visual feed-forward"]
@@ -367,19 +386,60 @@ def test_models_of_the_study_differ_in_what_they_are_called_after_and_in_nothing
 
 
 @on_5
-def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(few_scans, tmp_path, monkeypatch):
+def test_the_study_trains_a_projector_first_and_then_all_but_the_encoder():
+    processor = ablations.make_processor()
+    projectors = {"SAISA": 4, "SAISA, last half": 2, "SAISA, one projector": 1, "LLaVA": 1, "SAISA, 9 resampled": 4}
+    for name, count in projectors.items():
+        model = ablations.make_model(processor, name, 0)
+        optimizer = ablations.enter(model, name, ablations.PROJECTOR)
+        trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        resampler = {key for key, _ in model.named_parameters() if "visual_resampler" in key}
+        names = {f"model.visual_projector.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")}
+        assert trained == names | resampler and bool(resampler) == ("resampled" in name)
+        assert len(optimizer.param_groups[0]["params"]) == len(trained)
+        optimizer = ablations.enter(model, name, ablations.WHOLE)
+        parameters = dict(model.named_parameters())
+        assert len({key for key in parameters if key.endswith("visual_projector.linear_1.weight")}) == count
+        frozen = {key for key, parameter in parameters.items() if not parameter.requires_grad}
+        assert frozen == {key for key in parameters if "vision_tower" in key}
+        assert len(optimizer.param_groups[0]["params"]) == len(parameters) - len(frozen)
+
+
+@on_5
+def test_what_is_told_of_a_picture_stands_where_its_visual_tokens_stand():
+    processor = ablations.make_processor()
+    tokenizer = processor.tokenizer
+    teller, conversation = told_pictures.Teller(tokenizer), learning.Conversation(tokenizer, 36)
+    scene = relations.make_scene("test", np.random.default_rng(3))
+    ids, labels = conversation.ids_and_labels([("Where is the 7?", "top left")])
+    item = teller.told(scene) | {"ids": ids, "labels": labels}
+    batch = teller.collate([item, item | {"ids": ids[:-1], "labels": labels[:-1]}])
+    words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    first = ids.index(processor.image_token_id)
+    for place, word in enumerate(words[first : first + 36]):
+        row, column = divmod(place, 6)
+        glyph = scene.at(3 * (row // 2) + column // 2)
+        assert word == ("nothing" if glyph is None else f"{glyph.digit}{glyph.ink}")
+    assert len(set(words[first : first + 36])) == len(scene.glyphs) + 1
+    assert batch["input_ids"][0].tolist()[first + 36 :] == ids[first + 36 :] and batch["labels"][0].tolist() == labels
+    assert batch["attention_mask"].tolist() == [[1] * len(ids), [1] * (len(ids) - 1) + [0]]
+
+
+@pytest.fixture
+def speaking(few_scans, tmp_path, monkeypatch):
+    """What the study is told where the language model of seed 0 is there."""
     monkeypatch.setattr(learning, "BATCH", 2)
-    options = ["--steps=3", "--every=1", "--questions=10", "--final-questions=10", "--seeds=0"]
+    args = study(tmp_path / "whole", "--steps=3", "--every=1", "--language-steps=2")
+    ablations.cell_path(args, "SAISA", 0).parent.mkdir()
+    ablations.train_language_model(args, 0)
+    return args
+
+
+@on_5
+def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(speaking, tmp_path, monkeypatch):
     name = "SAISA, 9 resampled"
-
-    def train(part):
-        args = ablations.arguments([f"--json={tmp_path / part}", *options])
-        args.deadline = math.inf
-        ablations.cell_path(args, name, 0).parent.mkdir(exist_ok=True)
-        ablations.train_cell(args, name, 0)
-        return ablations.done(args, name, 0)
-
-    whole, step, calls = train("whole"), ablations.training_step, []
+    ablations.train_cell(speaking, name, 0)
+    whole, step, calls = ablations.done(speaking, name, 0), ablations.training_step, []
 
     def interrupted(*given):
         calls.append(None)
@@ -387,23 +447,63 @@ def test_a_cell_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(f
             raise KeyboardInterrupt
         return step(*given)
 
+    ablations.cell_path(speaking, name, 0).unlink()
     monkeypatch.setattr(ablations, "training_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train("parts")
-    parts = train("parts")
+        ablations.train_cell(speaking, name, 0)
+    assert ablations.done(speaking, name, 0) is None
+    ablations.train_cell(speaking, name, 0)
+    parts = ablations.done(speaking, name, 0)
     assert len(calls) == 4 and not list(tmp_path.rglob("*.training"))
     assert whole["steps"] == parts["steps"] == [0, 1, 2, 3] and parts["loss"][1] > 0
     assert all(parts[key] == whole[key] for key in whole if key not in ("seconds", "saisa_hf"))
 
 
 @on_5
-def test_the_twins_of_the_study_have_one_loss_and_the_same_gradients(few_scans):
-    processor = ablations.make_processor()
-    arguments = ablations.arguments(["--json=none", "--questions=10", "--final-questions=10"])
-    batch, _ = ablations.Course(processor, arguments, 36).mixture(1).batch(1000)
+def test_a_language_model_of_the_study_that_is_killed_goes_on_as_if_nothing_had_happened(speaking, monkeypatch):
+    path, step, calls = ablations.language_path(speaking, 0), ablations.training_step, []
+    whole = torch.load(path, weights_only=True)
+
+    def late(*given):
+        calls.append(None)
+        speaking.deadline = 0.0
+        return step(*given)
+
+    path.unlink()
+    monkeypatch.setattr(ablations, "training_step", late)
+    ablations.train_language_model(speaking, 0)
+    assert len(calls) == 1 and not path.exists()
+    ablations.train_cell(speaking, "SAISA", 0)  # which has nothing to start from
+    assert ablations.done(speaking, "SAISA", 0) is None
+    speaking.deadline = math.inf
+    ablations.train_language_model(speaking, 0)
+    parts = torch.load(path, weights_only=True)
+    assert len(calls) == 2 and parts["scores"] == whole["scores"]
+    assert all(torch.equal(parts["model"][key], tensor) for key, tensor in whole["model"].items())
+    random = told_pictures.new_language_model(ablations.make_processor(), ablations.DEPTH, 0).state_dict()
+    assert not torch.equal(random["lm_head.weight"], whole["model"]["lm_head.weight"])
+
+
+@on_5
+def test_models_of_the_study_start_from_the_language_model_of_their_seed(speaking, monkeypatch):
     found = []
+    monkeypatch.setattr(ablations, "train", lambda model, *given: found.append(model))
+    ablations.train_cell(speaking, "SAISA", 0)
+    speaker = torch.load(ablations.language_path(speaking, 0), weights_only=True)["model"]
+    own = found[0].state_dict()
+    shared = {key for key in own if key.startswith("model.language_model.")}
+    assert len(shared) == len(speaker) - 1 and torch.equal(own["lm_head.weight"], speaker["lm_head.weight"])
+    for key in shared:
+        assert torch.equal(own[key], speaker[key.replace("language_model.", "")])
+
+
+@on_5
+def test_the_twins_of_the_study_have_one_loss_and_the_same_gradients(few_scans):
+    processor, found = ablations.make_processor(), []
     for name in ablations.TWINS:
         model = ablations.make_model(processor, name, 1)
+        ablations.enter(model, name, ablations.WHOLE)
+        batch, _ = course_of(model, processor).mixture(1).batch(400)
         loss = model(**batch).loss
         loss.backward()
         found.append((loss, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
@@ -415,55 +515,12 @@ def test_the_twins_of_the_study_have_one_loss_and_the_same_gradients(few_scans):
 
 
 @on_5
-@pytest.mark.slow
-def test_cells_taken_from_the_learning_comparison_are_those_that_would_be_trained(few_scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "BATCH", 2)
-    asked = ["--every=2", "--questions=10", "--final-questions=10", "--seeds=1"]
-    options = ["--steps=4", *asked]
-    learning.main([f"--json={tmp_path / 'learning'}", *options])
-    for name in ("SAISA", "SAISA, one projector", "SAISA, every second layer"):
-        found = []
-        for part, reuse in (("trained", []), ("taken", [f"--reuse={tmp_path / 'learning'}"])):
-            args = ablations.arguments([f"--json={tmp_path / part}", *options, *reuse])
-            args.deadline = math.inf
-            ablations.cell_path(args, name, 1).parent.mkdir(exist_ok=True)
-            ablations.train_cell(args, name, 1)
-            found.append(ablations.done(args, name, 1))
-        trained, taken = found
-        assert taken.pop("reused") and "reused" not in trained
-        keys = set(taken) - {"seconds"}
-        assert keys == set(trained) - {"seconds", "loss"} and all(taken[key] == trained[key] for key in keys)
-    reuse = f"--reuse={tmp_path / 'learning'}"
-    for other in (["--steps=2", *asked], [*options, "--questions=20"]):
-        args = ablations.arguments(["--json=none", *other, reuse])
-        assert ablations.from_learning(args, "SAISA", 1) is None
-    args = ablations.arguments(["--json=none", *options, reuse])
-    assert ablations.from_learning(args, "SAISA", 0) is ablations.from_learning(args, "LLaVA", 1) is None
-
-
-def test_the_study_and_the_learning_comparison_agree_where_they_train_the_same():
-    root = Path(__file__).parent.parent / "benchmarks"
-    study, other = (json.loads((root / f"{name}.json").read_text()) for name in ("ablations", "learning"))
-    pairs = {name: name for name in ("SAISA", "SAISA, one projector")}
-    pairs["SAISA, every second layer"] = "SAISA, layers 1 and 3"
-    trained = 0
-    for cell in study["cells"]:
-        if cell["model"] in pairs and "reused" not in cell:
-            there = other["cells"][f"seed {cell['seed']}"]
-            scores = there["models"][pairs[cell["model"]]]["scores"]
-            assert [scores[there["steps"].index(step)] for step in cell["steps"]] == cell["scores"]
-            trained += 1
-    assert trained >= 6
-
-
-@on_5
 def test_the_llava_of_the_study_is_switched_as_naavit_switches_transformers_own():
     processor = ablations.make_processor()
     torch.manual_seed(2)
     llava = ablations.new_llava(processor, ablations.DEPTH).eval()
     model = ablations.make_model(processor, "LLaVA", 2)
-    course = ablations.Course(processor, ablations.arguments(["--json=none", "--questions=10"]), 36)
-    batch = {key: x for key, x in course.asked[0].items() if key != "labels"}
+    batch = {key: x for key, x in course_of(model, processor).counted()[0].items() if key != "labels"}
     frozen = {"NAAViT": {}, "NAAViT, no visual feed-forward": {"visual_feed_forward": False}}
     frozen |= {f"the same in layer {n} alone": {"layers": [n], "visual_feed_forward": False} for n in range(3)}
     assert list(frozen) == list(ablations.SWITCHES)
@@ -501,32 +558,60 @@ def test_marks_of_a_plot_are_moved_no_further_than_makes_them_legible():
     assert ablations.apart([0, 3, 3, 4], gap=2) == pytest.approx([0 - 0.5, 1.5, 3.5, 5.5])
 
 
+BLOCKS = ("summary", "kinds", "switched", "twins", "longer")
+SMOKE = ["--steps=2", "--every=2", "--language-steps=2", "--questions=10", "--final-questions=10", "--seeds=0"]
+
+
+def page_with_blocks(path):
+    path.write_text("".join(f"<!-- {block}: start -->\nold\n<!-- {block}: end -->\n" for block in BLOCKS))
+    return path
+
+
+def cells_of(page):
+    lines = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+@on_5
+def test_the_whole_study_at_a_size_that_only_shows_that_it_works(few_scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(learning, "BATCH", 2)
+    monkeypatch.setattr(ablations, "QUESTIONS_COUNTED", 2)
+    page, picture, numbers = page_with_blocks(tmp_path / "page.md"), tmp_path / "plot.png", tmp_path / "result.json"
+    options = [*SMOKE, f"--json={numbers}", "--workers=0", f"--tables={page}", f"--plot={picture}"]
+    result = ablations.main(options)
+    names, lines = [name for name in ablations.MODELS if name not in ablations.AGAIN], cells_of(page)
+    assert [cell["model"] for cell in result["cells"]] == list(ablations.MODELS)
+    assert [line[0] for line in lines[2:15]] == names and len(names) == 13
+    assert lines[15][0] == ablations.TOLD and lines[15][-3].endswith("%")
+    assert [line[0] for line in lines[18:32]] == ["the same answer always", *names]
+    assert [line[0] for line in lines[34:40]] == ["LLaVA", *ablations.SWITCHES]
+    assert [line[0] for line in lines[42:44]] == [f"seed 0, {name}" for name in ablations.TWINS]
+    again = [[name, steps, "1"] for name in ablations.AGAIN.values() for steps in ("2", "6")]
+    assert [line[:3] for line in lines[46:]] == again
+    assert lines[2][1] == "36" and lines[2][4] == "100%" and lines[13][1] == "9" and int(lines[13][4][:-1]) < 50
+    assert Image.open(picture).size[0] > 1000
+    trained = {cell["model"]: cell["trained"] for cell in result["cells"]}
+    assert trained["SAISA"] - trained["SAISA, one projector"] == 3 * 2 * (128 * 128 + 128)
+    with pytest.raises(ValueError, match="choose another --json"):
+        ablations.main([*options, "--language-steps=3"])
+
+
 @on_5
 @pytest.mark.slow
-def test_the_study_trains_side_by_side_and_shows_a_row_and_a_point_for_each_model(tmp_path):
-    page, picture, numbers = tmp_path / "page.md", tmp_path / "plot.png", tmp_path / "result.json"
-    blocks = ("summary", "kinds", "switched", "twins")
-    page.write_text("".join(f"<!-- {block}: start -->\nold\n<!-- {block}: end -->\n" for block in blocks))
-    options = ["--steps=1", "--every=1", "--questions=10", "--final-questions=10", "--seeds=0", f"--json={numbers}"]
-    chosen = ["LLaVA", "SAISA, 2 x 2 unshuffled"]
-    ablations.main([*options, "--models", *chosen])
-    shown = ablations.main([*options, "--until=0", f"--tables={page}", f"--plot={picture}"])
-    assert [cell["model"] for cell in shown["cells"]] == chosen
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.read_text().splitlines() if "|" in line]
-    assert [line[0] for line in lines[2:4]] == chosen and [line[1] for line in lines[2:4]] == ["36", "9"]
-    assert [line[0] for line in lines[6:9]] == ["the same answer always", *chosen]
-    assert [line[0] for line in lines[11:17]] == ["LLaVA", *ablations.SWITCHES]
-    assert len(lines) == 19  # none of the twins was trained
-    assert lines[2][4] == "100%" and int(lines[3][4][:-1]) < 50
-    assert Image.open(picture).size[0] > 1000
-    with pytest.raises(ValueError, match="choose another --json"):
-        ablations.main([*options, "--questions=20"])
+def test_the_study_trains_side_by_side_what_it_trains_one_by_one(tmp_path):
+    found = []
+    for workers in (0, 2):
+        options = [*SMOKE, f"--json={tmp_path / str(workers)}", f"--workers={workers}"]
+        result = ablations.main([*options, "--models", "LLaVA", "SAISA, 2 x 2 unshuffled"])
+        found.append([{key: cell[key] for key in cell if key != "seconds"} for cell in result["cells"]])
+        found.append(result["language_models"])
+    assert len(found[0]) == 2 and found[:2] == found[2:]
 
 
 @on_5
 @pytest.mark.slow
 def test_nobody_trains_on_where_the_study_is_killed(tmp_path):
-    options = ["--steps=5000", "--every=5000", "--questions=10", "--final-questions=10", "--seeds=0"]
+    options = ["--steps=5000", "--every=5000", "--language-steps=5000", "--questions=10", "--final-questions=10"]
     command = [sys.executable, ablations.__file__, *options, f"--json={tmp_path / 'result.json'}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as study:
         patience = time.monotonic() + 400
@@ -542,7 +627,7 @@ def test_nobody_trains_on_where_the_study_is_killed(tmp_path):
 @pytest.mark.parametrize(
     "script, tables, options",
     [
-        ("ablations", 4, ["--until=0"]),
+        ("ablations", 5, ["--until=0"]),
         ("from_llava", 2, ["--until=0"]),
         ("learning", 2, ["--until=0"]),
         ("hardware", 1, []),

@@ -1,0 +1,62 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The digit scenes in words: where a picture has a visual token, a word tells what is in its cell. A language model that
+learns from these knows its words before it sees a picture, as those know theirs that vision-language models are made of.
+
+    <image> <image> <image> ...        7red 7red nothing ...
+"""
+
+import torch
+from digit_models import VISUAL_TOKENS, new_llava
+from transformers import LlamaForCausalLM
+
+from saisa_hf.demo.language import IMAGE
+from saisa_hf.demo.scenes import GRID, INKS, NOTHING, Scene
+
+
+SIDE = round(VISUAL_TOKENS**0.5)  # of the grid of visual tokens
+WORDS = tuple(f"{digit}{ink}" for digit in range(10) for ink in INKS)
+
+
+def add_words(tokenizer) -> None:
+    """Teaches the demo's tokenizer a word for each digit in each ink."""
+    tokenizer.add_tokens(list(WORDS))
+
+
+class Teller:
+    """Makes a scene a part of an item, and items a batch for a language model, padded on the right."""
+
+    def __init__(self, tokenizer):
+        self.words, self.pad = tokenizer.get_vocab(), tokenizer.pad_token_id
+
+    def told(self, scene: Scene) -> dict:
+        """A scene as the ids of `VISUAL_TOKENS` words, in the order of visual tokens."""
+        per_cell, ids = SIDE // GRID, []
+        for row in range(SIDE):
+            for column in range(SIDE):
+                glyph = scene.at(row // per_cell * GRID + column // per_cell)
+                ids.append(self.words[NOTHING if glyph is None else f"{glyph.digit}{glyph.ink}"])
+        return {"told": ids}
+
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(item["ids"]) for item in items)
+
+        def padded(rows, value):
+            return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
+
+        ids = padded((item["ids"] for item in items), self.pad)
+        ids[ids == self.words[IMAGE]] = torch.tensor([word for item in items for word in item["told"]])
+        return {
+            "input_ids": ids,
+            "labels": padded((item["labels"] for item in items), -100),
+            "attention_mask": padded(([1] * len(item["ids"]) for item in items), 0),
+        }
+
+
+def new_language_model(processor, depth: int, seed: int) -> LlamaForCausalLM:
+    """The random language model of `new_llava`, by itself."""
+    torch.manual_seed(seed)
+    llava = new_llava(processor, depth)
+    model = LlamaForCausalLM(llava.config.text_config)
+    model.model.load_state_dict(llava.model.language_model.state_dict())
+    model.lm_head.load_state_dict(llava.lm_head.state_dict())
+    return model.train()
