@@ -58,8 +58,7 @@ MODELS = {  # what differs in the configuration of a SAISA
     "SAISA, 9 by class attention": {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 9},
 }
 LONGER = 3  # times the steps
-SUFFIX = ", longer"
-AGAIN = {f"{name}{SUFFIX}": name for name in (REFERENCE, "NAAViT alone", "SAISA", "SAISA, 2 x 2 averages")}
+AGAIN = {f"{name}, longer": name for name in (REFERENCE, "NAAViT alone", "SAISA", "SAISA, 2 x 2 averages")}
 MODELS |= {label: MODELS[name] for label, name in AGAIN.items()}
 
 # Two that are one function of the same parameters: what is frozen arrives in each layer as one projector made it. Trained
@@ -192,9 +191,14 @@ def question_flops(model, course: Course) -> int:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+def folder(args) -> Path:
+    """Where all is that is trained."""
+    return Path(f"{args.json}.cells")
+
+
 def cell_path(args, name: str, seed: int) -> Path:
     words = "".join(letter if letter.isalnum() else "-" for letter in name)
-    return Path(f"{args.json}.cells", f"{words}.seed-{seed}.json")
+    return folder(args) / f"{words}.seed-{seed}.json"
 
 
 def done(args, name: str, seed: int) -> dict | None:
@@ -221,13 +225,15 @@ def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> d
         dict: steps, and seconds, loss and scores at each of them; None before the end.
     """
     data, optimizer = course.mixture(seed), None
-    state = {"step": 0, "stage": -1, "seconds": 0.0, "loss": 0.0}
+    starts = [start for start, _, _ in data.stages]
+    state = {"step": 0, "seconds": 0.0, "loss": 0.0}
     state["record"] = {"steps": [], "seconds": [], "loss": [], "scores": []}
     if kept.exists():
         loaded = torch.load(kept, weights_only=True)
         state = {key: loaded[key] for key in state}
-        for stage in range(state["stage"] + 1):
-            optimizer = enter(stage)
+        for stage, start in enumerate(starts):
+            if start < state["step"]:
+                optimizer = enter(stage)
         model.load_state_dict(loaded["model"])
         if optimizer is not None:
             optimizer.load_state_dict(loaded["optimizer"])
@@ -252,8 +258,9 @@ def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> d
         if time.time() > args.deadline or orphaned():
             keep_state()
             return None
-        if (stage := data.stage(step)) > state["stage"]:
-            state["stage"], optimizer = stage, enter(stage)
+        stage = data.stage(step)
+        if step == starts[stage]:
+            optimizer = enter(stage)
         batch, part = data.batch(step)
         start = time.process_time()
         state["loss"] += training_step(model, optimizer, batch, part, rates[stage])
@@ -263,7 +270,7 @@ def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> d
 
 def language_path(args, seed: int) -> Path:
     """Where the language model of a seed is: its tensors, and what it scored."""
-    return Path(f"{args.json}.cells", f"language-model.seed-{seed}.pt")
+    return folder(args) / f"language-model.seed-{seed}.pt"
 
 
 def train_language_model(args, seed: int) -> None:
@@ -328,6 +335,16 @@ def compared(result: dict) -> dict[str, list[dict]]:
     return {name: cells for name, cells in by_model(result).items() if name not in AGAIN}
 
 
+def spreads(examined: list[dict]) -> list[str]:
+    """What several examinations found, measure by measure."""
+    return [spread([average(scores, measured) for scores in examined]) for measured in MEASURES]
+
+
+def last(cells: list[dict]) -> list[dict]:
+    """The scores at the end of training."""
+    return [cell["scores"][-1] for cell in cells]
+
+
 def chance(cells: list[dict], measured: str) -> float:
     """What the answer that is always the same gets."""
     return average(cells[0]["chance"], measured)
@@ -342,11 +359,10 @@ def summary(result: dict) -> str:
         row = [name, str(one["visual_tokens"]), f"{one['trained']:,}", f"{one['question_flops'] / 1e6:.1f}"]
         row += ["" if base is None else f"{one['question_flops'] / base:.0%}"]
         row += [f"{mean(cell['seconds'][-1] for cell in cells):.0f}", str(len(cells))]
-        rows.append(row + [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES])
+        rows.append(row + spreads(last(cells)))
     header = ["model", "visual tokens", "trained parameters", "MFLOPs a question", "of LLaVA's", "processor s", "seeds"]
-    speakers = result["language_models"].values()
-    told = [spread([average(scores, measured) for scores in speakers]) for measured in MEASURES]
-    rows.append([TOLD, *[""] * (len(header) - 2), str(len(speakers)), *told])
+    told = list(result["language_models"].values())
+    rows.append([TOLD, *[""] * (len(header) - 2), str(len(told)), *spreads(told)])
     return table([*header, *MEASURES], rows)
 
 
@@ -357,25 +373,23 @@ def by_kind(result: dict) -> str:
     kinds = [(task, kind) for task in TASKS for kind in chances[task]]
     rows = [["the same answer always", *(f"{chances[task][kind]:.0%}" for task, kind in kinds)]]
     for name, cells in models.items():
-        rows.append([name, *(f"{mean(cell['scores'][-1][task][kind] for cell in cells):.0%}" for task, kind in kinds)])
+        rows.append([name, *(f"{mean(scores[task][kind] for scores in last(cells)):.0%}" for task, kind in kinds)])
     return table(["model", *(kind for _, kind in kinds)], rows)
 
 
 def after_training(result: dict) -> str:
     """The Markdown table of what switches do to the trained LLaVA, empty without one."""
     cells = by_model(result).get(REFERENCE, [])
-    rows = {REFERENCE: [cell["scores"][-1] for cell in cells]} if cells else {}
+    rows = {REFERENCE: last(cells)} if cells else {}
     rows |= {label: [cell["switched"][label] for cell in cells] for label in SWITCHES if cells}
-    shown = {label: [spread([average(one, of) for one in scores]) for of in MEASURES] for label, scores in rows.items()}
-    return table(["", *MEASURES], [[label, *row] for label, row in shown.items()])
+    return table(["", *MEASURES], [[label, *spreads(examined)] for label, examined in rows.items()])
 
 
 def twins(result: dict) -> str:
     """The Markdown table of two models that are the same but for rounding, seed by seed."""
     models, rows = by_model(result), []
     for cell in sorted((cell for name in TWINS for cell in models.get(name, [])), key=lambda cell: cell["seed"]):
-        scores = [f"{average(cell['scores'][-1], measured):.1%}" for measured in MEASURES]
-        rows.append([f"seed {cell['seed']}, {cell['model']}", *scores])
+        rows.append([f"seed {cell['seed']}, {cell['model']}", *spreads(last([cell]))])
     return table(["", *MEASURES], rows)
 
 
@@ -383,12 +397,11 @@ def longer(result: dict) -> str:
     """The Markdown table of what more steps make of a model."""
     models, rows = by_model(result), []
     for label, name in AGAIN.items():
-        for cells in (models.get(name, []), models.get(label, [])):
-            seeds = {cell["seed"] for cell in models.get(label, [])}
-            cells = [cell for cell in cells if cell["seed"] in seeds]  # the same on both sides
-            if cells:
-                scores = [spread([average(cell["scores"][-1], measured) for cell in cells]) for measured in MEASURES]
-                rows.append([name, str(cells[0]["steps"][-1]), str(len(cells)), *scores])
+        after = models.get(label, [])
+        seeds = {cell["seed"] for cell in after}
+        before = [cell for cell in models.get(name, []) if cell["seed"] in seeds]
+        for cells in filter(None, (before, after)):
+            rows.append([name, str(cells[0]["steps"][-1]), str(len(cells)), *spreads(last(cells))])
     return table(["", "steps", "seeds", *MEASURES], rows)
 
 
@@ -409,6 +422,7 @@ def plot(result: dict, path: str) -> None:
     about the same FLOPs stand side by side."""
     pyplot = drawing()
     models = sorted(compared(result).items(), key=lambda model: model[1][0]["question_flops"])
+    after = {AGAIN[label]: cells for label, cells in by_model(result).items() if label in AGAIN}
     places = apart([cells[0]["question_flops"] / 1e6 for _, cells in models], gap=1.2)
     figure, axes = pyplot.subplots(len(MEASURES), figsize=(12, 10), sharex=True, layout="constrained")
     colours = pyplot.get_cmap("tab20").colors
@@ -416,15 +430,15 @@ def plot(result: dict, path: str) -> None:
     for axis, measured in zip(axes, MEASURES):
         for (name, cells), place in zip(models, places):
             number = list(MODELS).index(name)
-            found = [100 * average(cell["scores"][-1], measured) for cell in cells]
+            found = [100 * average(scores, measured) for scores in last(cells)]
             look, point = {"color": colours[number]}, (place, mean(found))
             axis.plot([place, place], [min(found), max(found)], linewidth=1, **look)
             axis.plot([place] * len(found), found, ".", markersize=4, **look)
             mark = {"marker": "o" if "SAISA" in name else "s", "markersize": 7, "linestyle": "", **look}
             handles[number] = axis.plot(*point, **mark)[0]
-            after = [average(cell["scores"][-1], measured) for cell in by_model(result).get(f"{name}{SUFFIX}", [])]
-            if after:
-                axis.plot(place, 100 * mean(after), markerfacecolor="none", **mark)
+            if name in after:
+                later = mean(average(scores, measured) for scores in last(after[name]))
+                axis.plot(place, 100 * later, markerfacecolor="none", **mark)
             axis.annotate(str(number + 1), point, textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.axhline(100 * chance(models[0][1], measured), color="#999999", linestyle=":", linewidth=1)
         told = mean(average(scores, measured) for scores in result["language_models"].values())
@@ -500,7 +514,7 @@ def main(argv=None) -> dict:
     settings = settings_of(args)
     result = learning.result_so_far(args, settings)
     if args.until > 0:
-        cell_path(args, "", 0).parent.mkdir(parents=True, exist_ok=True)
+        folder(args).mkdir(parents=True, exist_ok=True)
         result = result or {"machine": measure.machine("cpu"), "settings": settings, "language_models": {}, "cells": []}
         measure.write_json(args.json, result)
         train_all(args, result)

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from saisa_hf.demo.language import IMAGE
 from saisa_hf.demo.scenes import GRID, INKS, NOTHING, Scene
+from saisa_hf.demo.train import padded_turns
 
 
 SIDE = round(VISUAL_TOKENS**0.5)  # of the grid of visual tokens
@@ -38,18 +39,10 @@ class Teller:
         return {"told": ids}
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(item["ids"]) for item in items)
-
-        def padded(rows, value):
-            return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
-
-        ids = padded((item["ids"] for item in items), self.pad)
+        batch = padded_turns(items, self.pad)
+        ids = batch["input_ids"]
         ids[ids == self.words[IMAGE]] = torch.tensor([word for item in items for word in item["told"]])
-        return {
-            "input_ids": ids,
-            "labels": padded((item["labels"] for item in items), -100),
-            "attention_mask": padded(([1] * len(item["ids"]) for item in items), 0),
-        }
+        return batch
 
 
 def new_language_model(processor, depth: int, seed: int) -> LlamaForCausalLM:

@@ -94,17 +94,22 @@ class TurnCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(item["ids"]) for item in items)
+        shown = pixels(np.stack([item["picture"] for item in items]))
+        return padded_turns(items, self.pad_token_id) | {"pixel_values": shown}
 
-        def padded(rows, value):
-            return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
 
-        return {
-            "input_ids": padded((item["ids"] for item in items), self.pad_token_id),
-            "labels": padded((item["labels"] for item in items), -100),
-            "attention_mask": padded(([1] * len(item["ids"]) for item in items), 0),
-            "pixel_values": pixels(np.stack([item["picture"] for item in items])),
-        }
+def padded_turns(items: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The ids and labels of items as a batch, padded on the right."""
+    length = max(len(item["ids"]) for item in items)
+
+    def padded(rows, value):
+        return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded((item["ids"] for item in items), pad_token_id),
+        "labels": padded((item["labels"] for item in items), -100),
+        "attention_mask": padded(([1] * len(item["ids"]) for item in items), 0),
+    }
 
 
 def fit(name, model, dataset, collate, *, steps, batch_size, rate, seed) -> float:
