@@ -17,6 +17,7 @@ import transformers
 from transformers import DynamicCache, PretrainedConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from .compat_saisa import CACHE
 from .modeling_saisa import SaisaForConditionalGeneration
 from .pictures_saisa import load_picture
 from .processing_saisa import SaisaProcessor
@@ -158,7 +159,7 @@ class Conversation:
         try:
             ids = self.model.generate(
                 **inputs,
-                past_key_values=cache,
+                **{CACHE: cache},
                 streamer=_TokenStreamer(tokens),
                 stopping_criteria=stopping,
                 return_dict_in_generate=False,

@@ -108,7 +108,7 @@ class SaisaConfig(PretrainedConfig):
     model_type = "saisa"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     attribute_map = {"image_token_index": "image_token_id"}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
 
     def __init__(
         self,

@@ -9,10 +9,10 @@ Shape suffixes:
     B batch                                  D hidden size of the language model
     S sequence in input order, text and      N query heads
       visual placeholders                    K key/value heads
-    P text tokens of the whole batch, packed H head size
-    T text tokens of the longest sample      C width of the vision encoder's features
+    T text tokens of the sample that has     H head size
+      most of them, padding left out         C width of the vision encoder's features
     V visual tokens of the whole batch       L keys in view: those in the cache and the new ones
-An input without pictures is not packed: there, P stands for the two axes (B, S), and T is S.
+An input without pictures is not moved: there, T is S.
 """
 
 import copy
@@ -25,23 +25,29 @@ import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache, QuantizedCache
+from transformers.cache_utils import DynamicCache
 from transformers.configuration_utils import PretrainedConfig
 from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
+from .adapters_saisa import named_by, tells_samples_apart
 from .attention_saisa import HIDDEN_KEY, Runs, Visibility, hide_marked_keys, is_flash
 from .compat_saisa import (
+    CACHE,
+    EitherCacheName,
     ForeignNames,
     cached_key_range,
     causal_mask,
     decoding_masks,
     encoder_names_of_all_releases,
     has_empty_places,
+    is_paged,
+    is_quantized,
     load_options,
+    one_cache,
     readable_tp_plan,
     tied_weights,
     update_cache,
@@ -63,7 +69,7 @@ from .loss_saisa import IGNORED, chunked_cross_entropy
 from .model_card_saisa import write_model_card
 from .parts_saisa import assemble
 from .quantization_saisa import check_backend, settle, with_precise_modules
-from .token_layout_saisa import TokenLayout
+from .token_layout_saisa import TokenLayout, real_tokens
 from .visual_reduction_saisa import (
     SaisaVisualResampler,
     class_attention,
@@ -98,13 +104,15 @@ LLAVA_NAMES = {
 
 
 @dataclass
-class SaisaModelOutputWithPast(BaseModelOutputWithPast):
+class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
     """
-    Output of `SaisaModel`. All of it is aligned with `input_ids`; rows at visual positions are zero, but in embedding space.
+    Output of `SaisaModel`. All of it is aligned with `input_ids`; rows at visual positions and, beside
+    pictures, at padding are zero; in embedding space those at visual positions are not.
 
     Attributes:
         last_hidden_state: (B, S, D), after the final norm.
-        past_key_values: the cache, with keys and values of text and visual tokens in input order.
+        past_key_values, or cache: the cache, with keys and values of text and visual tokens in input order. It has both names
+            on every release; transformers 5.24 and later know it as `cache`.
         hidden_states: tuple of (B, S, D), the input of each layer and the last hidden state.
         attentions: tuple of (B, N, S, L), each layer's attention probabilities.
         image_hidden_states: (V, C), the encoder's features of all visual tokens in input order.
@@ -114,7 +122,7 @@ class SaisaModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class SaisaCausalLMOutputWithPast(ModelOutput):
+class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
     """
     Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
 
@@ -125,11 +133,6 @@ class SaisaCausalLMOutputWithPast(ModelOutput):
             space.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -165,7 +168,7 @@ class SaisaVisualProjector(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding, (P, H) each for the text tokens and (V, H) each for the visual ones."""
+    """Cosines and sines of the rotary embedding, (B, T, H) each for the text tokens and (V, H) each for the visual ones."""
 
     text: tuple[torch.Tensor, torch.Tensor]
     visual: tuple[torch.Tensor, torch.Tensor] | None
@@ -216,53 +219,55 @@ class NaavitAttention(nn.Module):
             return chosen
         return "sdpa" if self.softcap is None else "eager"
 
-    def keys_and_values(self, x_RD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Input rows (R, D) of visual tokens -> their keys before rotation and their values, (R, K, H)."""
+    def keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs (..., D) of visual tokens -> their keys before rotation and their values, (..., K, H)."""
         if hasattr(self, "qkv_proj"):
-            _, key_RX, value_RX = self.qkv_proj(x_RD).split(self.sizes, dim=-1)
+            _, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
         else:
-            key_RX, value_RX = self.k_proj(x_RD), self.v_proj(x_RD)
-        return self._heads(key_RX, "k_norm"), self._heads(value_RX)
+            key, value = self.k_proj(x), self.v_proj(x)
+        return self._heads(key, "k_norm"), self._heads(value)
 
     def with_all_heads(self, keys_values: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """`keys_and_values` of this process with those of the others that share the layer (tensor parallelism)."""
         missing = keys_values[0].shape[1] < self.config.num_key_value_heads
         return tuple(gathered(x, self.k_proj.weight, dim=1) for x in keys_values) if missing else keys_values
 
-    def _queries_keys_values(self, x_PD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Input rows (P, D) of text tokens -> (P, N, H), (P, K, H), (P, K, H)."""
+    def _queries_keys_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Input rows (B, T, D) of text tokens -> (B, T, N, H), (B, T, K, H), (B, T, K, H)."""
         if hasattr(self, "qkv_proj"):
-            query_PX, key_PX, value_PX = self.qkv_proj(x_PD).split(self.sizes, dim=-1)
+            query_BTX, key_BTX, value_BTX = self.qkv_proj(x_BTD).split(self.sizes, dim=-1)
         else:
-            query_PX, key_PX, value_PX = self.q_proj(x_PD), self.k_proj(x_PD), self.v_proj(x_PD)
-        return self._heads(query_PX, "q_norm"), self._heads(key_PX, "k_norm"), self._heads(value_PX)
+            query_BTX, key_BTX, value_BTX = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        return self._heads(query_BTX, "q_norm"), self._heads(key_BTX, "k_norm"), self._heads(value_BTX)
 
     def forward(
         self,
-        text_PD: torch.Tensor,
+        text_BTD: torch.Tensor,
         visual: tuple[torch.Tensor, torch.Tensor] | None,
         layout: TokenLayout,
         rotation: Rotation,
         attention_mask,
-        past_key_values,
+        cache,
         slots: torch.Tensor,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            text_PD: normalised hidden states of the text tokens.
+            text_BTD: normalised hidden states of the text tokens.
             visual: `keys_and_values` of the visual tokens; None if this layer gets none.
             attention_mask: what the attention implementation takes (see `attention_saisa.py`); None is plain causal
                 attention.
             slots: (S,) places of the new tokens in the cache.
+            kwargs: handed on to the attention function.
 
         Returns:
-            (P, D) outputs of the text tokens, and (B, N, T, L) probabilities where the implementation has them.
+            (B, T, D) outputs of the text tokens, and (B, N, T, L) probabilities where the implementation has them.
         """
-        query_PNH, key_PKH, value_PKH = self._queries_keys_values(text_PD)
-        query_PNH, key_PKH = (self._rotated(x, *rotation.text) for x in (query_PNH, key_PKH))
+        query_BTNH, key_BTKH, value_BTKH = self._queries_keys_values(text_BTD)
+        query_BTNH, key_BTKH = (self._rotated(x, *rotation.text) for x in (query_BTNH, key_BTKH))
         key_VKH = value_VKH = visual_rotation = None
         if visual is not None:
-            if visual[0].shape[1] > key_PKH.shape[1]:  # of all processes that share the layer
+            if visual[0].shape[1] > key_BTKH.shape[2]:  # of all processes that share the layer
                 visual = tuple(own_part(x_VKH, self.k_proj.weight, dim=1) for x_VKH in visual)
             key_VKH, value_VKH = (layout.placed(x_VKH) for x_VKH in visual)
             cos_VH = rotation.visual[0]
@@ -270,22 +275,21 @@ class NaavitAttention(nn.Module):
                 visual_rotation = rotation.visual  # the layout does it in fewer passes over memory
             else:
                 key_VKH = self._rotated(key_VKH, *rotation.visual)
-        query_BNTH = layout.queries(query_PNH).transpose(1, 2)
-        key_BKSH = layout.keys(key_PKH, key_VKH, visual_rotation)
-        value_BKSH = layout.keys(value_PKH, value_VKH)
+        query_BNTH = query_BTNH.transpose(1, 2)
+        key_BKSH = layout.keys(key_BTKH, key_VKH, visual_rotation)
+        value_BKSH = layout.keys(value_BTKH, value_VKH)
         if self.watcher is not None:
             self.watcher(self, query_BNTH, key_BKSH)
         if not self.sees_image and layout.visual_BS is not None:
             hidden_B1S1 = layout.visual_BS[:, None, :, None].to(key_BKSH.device)
             key_BKSH = key_BKSH.masked_fill(hidden_B1S1, HIDDEN_KEY)
 
-        has_past = past_key_values is not None
-        if has_past:
-            key_BKSH, value_BKSH = update_cache(past_key_values, key_BKSH, value_BKSH, self.layer_idx, slots)
-        if not self.sees_image and (has_past or layout.visual_BS is not None):
+        if cache is not None:
+            key_BKSH, value_BKSH = update_cache(cache, key_BKSH, value_BKSH, self.layer_idx, slots, kwargs)
+        if not self.sees_image and not is_paged(cache) and (cache is not None or layout.visual_BS is not None):
             attention_mask = hide_marked_keys(attention_mask, key_BKSH, query_BNTH)
 
-        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling}
+        options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         if self.softcap is not None:
             options["softcap"] = self.softcap
         inputs = (self, query_BNTH, key_BKSH, value_BKSH)
@@ -299,24 +303,24 @@ class NaavitAttention(nn.Module):
                 options["sliding_window"] = self.window
             attention = ALL_ATTENTION_FUNCTIONS[self.implementation]
             output_BTNH, probabilities_BNTL = attention(*inputs, attention_mask, **options)
-        output_BTX = output_BTNH.flatten(2).contiguous()
-        return self.o_proj(layout.pack(output_BTX)), probabilities_BNTL
+        return self.o_proj(output_BTNH.flatten(2).contiguous()), probabilities_BNTL
 
-    def _heads(self, x_PX: torch.Tensor, norm: str | None = None) -> torch.Tensor:
-        """(P, X) -> (P, heads, H), past the norm over each head or over all of them that some families have."""
+    def _heads(self, x: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+        """(..., X) -> (..., heads, H), past the norm over each head or over all of them that some families have."""
         if norm is not None and self.head_norm == "width":
-            x_PX = getattr(self, norm)(x_PX)
-        x_PNH = x_PX.unflatten(-1, (-1, self.head_dim))
-        return getattr(self, norm)(x_PNH) if norm is not None and self.head_norm == "head" else x_PNH
+            x = getattr(self, norm)(x)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        return getattr(self, norm)(x) if norm is not None and self.head_norm == "head" else x
 
-    def _rotated(self, x_PNH: torch.Tensor, cos_PH: torch.Tensor, sin_PH: torch.Tensor) -> torch.Tensor:
-        """As the language model does it, to the last bit. Rotated is as much of each head as the cosines are for."""
+    def _rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """(..., heads, H) by cosines and sines (..., H), as the language model does it, to the last bit. As much of each head
+        is rotated as the cosines are for."""
         if not self.rotates:
-            return x_PNH
-        size, dtype = cos_PH.shape[-1], x_PNH.dtype
-        if size < x_PNH.shape[-1]:
-            return torch.cat([self._rotated(x_PNH[..., :size], cos_PH, sin_PH), x_PNH[..., size:]], dim=-1)
-        return (x_PNH * cos_PH[..., None, :] + self.rotate_half(x_PNH) * sin_PH[..., None, :]).to(dtype)
+            return x
+        size, dtype = cos.shape[-1], x.dtype
+        if size < x.shape[-1]:
+            return torch.cat([self._rotated(x[..., :size], cos, sin), x[..., size:]], dim=-1)
+        return (x * cos[..., None, :] + self.rotate_half(x) * sin[..., None, :]).to(dtype)
 
 
 def _checkpoints_reentrantly(layer: GradientCheckpointingLayer) -> bool:
@@ -347,15 +351,24 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         self.add_module(self.feed_forward_name, family.feed_forward(layer_idx))
         self.residual_multiplier = family.residual_multiplier
 
-    def visual_keys_and_values(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def visual_keys_and_values(
+        self, features: torch.Tensor, layout: TokenLayout | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
-        (V, K, H) each. They depend on nothing else."""
+        (V, K, H) each. They depend on nothing else. Where a hook of one of the modules wants to know which sample a row
+        belongs to, as adapters that differ between samples do, `layout` says so."""
         norm = getattr(self, next(filter(None, self.norms)))
         features = features.to(self.device)
-        visual_VD = self.visual_projector(features) if hasattr(self, "visual_projector") else features
-        return self.self_attn.keys_and_values(
-            self._normed(self.norms.before_attention, visual_VD.to(norm.weight.dtype))
-        )
+
+        def keys_and_values(features):
+            visual = self.visual_projector(features) if hasattr(self, "visual_projector") else features
+            return self.self_attn.keys_and_values(
+                self._normed(self.norms.before_attention, visual.to(norm.weight.dtype))
+            )
+
+        if layout is None or layout.visual_BS is None or not tells_samples_apart(self.visual_modules().values()):
+            return keys_and_values(features)
+        return tuple(map(layout.visual, keys_and_values(layout.in_input_order(features))))
 
     @property
     def device(self) -> torch.device:
@@ -379,38 +392,40 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
     def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
-    def forward(self, text_PD: torch.Tensor, visual, **attention_arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, text_BTD: torch.Tensor, visual=None, layout: TokenLayout | None = None, **attention_arguments
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            text_PD: hidden states of the text tokens.
+            text_BTD: hidden states of the text tokens.
             visual: features as in `visual_keys_and_values`, or what that returns, or None.
 
         Returns:
-            (P, D) hidden states and (B, N, T, L) attention probabilities or None.
+            (B, T, D) hidden states and (B, N, T, L) attention probabilities or None.
         """
         nothing = None
         if visual is None or not self.sees_image:
             visual = None
         elif isinstance(visual, tuple):
-            visual = tuple(x_VKH.to(text_PD.device) for x_VKH in visual)
+            visual = tuple(x_VKH.to(text_BTD.device) for x_VKH in visual)
         else:
-            visual = self.visual_keys_and_values(visual)
+            visual = self.visual_keys_and_values(visual, layout)
             if not len(visual[0]):  # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
                 nothing, visual = visual[0].sum() + visual[1].sum(), None
-        text_PD, probabilities_BNTL = self._attended(text_PD, visual, nothing, **attention_arguments)
-        return self._fed(text_PD), probabilities_BNTL
+        text_BTD, probabilities_BNTL = self._attended(text_BTD, visual, nothing, layout=layout, **attention_arguments)
+        return self._fed(text_BTD), probabilities_BNTL
 
-    def _attended(self, text_PD: torch.Tensor, visual, nothing=None, **attention_arguments):
+    def _attended(self, text_BTD: torch.Tensor, visual, nothing=None, **attention_arguments):
         """Hidden states past self-attention, and its probabilities."""
-        normed_PD = self._normed(self.norms.before_attention, text_PD)
-        attended_PD, probabilities_BNTL = self.self_attn(normed_PD, visual, **attention_arguments)
-        attended_PD = attended_PD if nothing is None else attended_PD + nothing
-        return self._added(text_PD, self._normed(self.norms.after_attention, attended_PD)), probabilities_BNTL
+        normed_BTD = self._normed(self.norms.before_attention, text_BTD)
+        attended_BTD, probabilities_BNTL = self.self_attn(normed_BTD, visual, **attention_arguments)
+        attended_BTD = attended_BTD if nothing is None else attended_BTD + nothing
+        return self._added(text_BTD, self._normed(self.norms.after_attention, attended_BTD)), probabilities_BNTL
 
-    def _fed(self, x_PD: torch.Tensor) -> torch.Tensor:
+    def _fed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Hidden states past the feed-forward network."""
-        fed_PD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, x_PD))
-        return self._added(x_PD, self._normed(self.norms.after_feed_forward, fed_PD))
+        fed_BTD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, x_BTD))
+        return self._added(x_BTD, self._normed(self.norms.after_feed_forward, fed_BTD))
 
 
 class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
@@ -422,7 +437,7 @@ class SaisaPreTrainedModel(ForeignNames, PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SaisaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -597,17 +612,27 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         output_attentions=False,
         output_hidden_states=False,
         cache_position=None,
+        cache=None,
+        **kwargs,
     ) -> BaseModelOutputWithPast:
         """As `SaisaModel.forward`, with the visual positions in `layout` and, in `visual`, features of the visual tokens
-        (see `SaisaDecoderLayer.visual_keys_and_values`) or for each layer what that makes of them."""
+        (see `SaisaDecoderLayer.visual_keys_and_values`) or for each layer what that makes of them. `kwargs` go to the
+        attention functions."""
         layout = TokenLayout(None) if layout is None else layout
+        cache = one_cache(past_key_values, cache)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and self.gradient_checkpointing and self.training:
-            logger.warning_once("`use_cache=True` is incompatible with gradient checkpointing: set to False.")
-            use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if isinstance(past_key_values, QuantizedCache) and not all(layer.sees_image for layer in self.layers):
+        if (
+            (use_cache or cache is not None)
+            and self.gradient_checkpointing
+            and self.training
+            and torch.is_grad_enabled()
+        ):
+            # the layers run again in backward, and would write into it a second time
+            logger.warning_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if is_quantized(cache) and not all(layer.sees_image for layer in self.layers):
             raise ValueError(
                 "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
                 "there: a quantized cache changes them. Use a dynamic or static cache."
@@ -615,26 +640,26 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
 
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         if inputs_embeds is None:
-            text_PD = self.embed_tokens(layout.text(input_ids))
+            text_BTD = self.embed_tokens(layout.text(input_ids))
         else:
-            text_PD = layout.text(inputs_embeds)
-        text_PD = self.family.scaled_input(text_PD)
+            text_BTD = layout.text(inputs_embeds)
+        text_BTD = self.family.scaled_input(text_BTD)
         slots = cache_position
         if slots is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
-            slots = torch.arange(length, device=text_PD.device) + past
+            past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
+            slots = torch.arange(length, device=text_BTD.device) + past
         documents = None
         if position_ids is None:
             position_ids = slots[None]
-        elif attention_mask is None and past_key_values is None:
+        elif attention_mask is None and cache is None:
             starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
             documents = starts.cumsum(-1).expand(batch_size, -1)
-        masks = self._attention_masks(layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents)
+        masks = self._attention_masks(layout, text_BTD, slots, attention_mask, cache, position_ids, documents)
         kinds = self.family.attention_types
         if self.rotary_emb.differs:
-            rotations = {kind: self._rotation(layout, text_PD, position_ids, kind) for kind in set(kinds)}
+            rotations = {kind: self._rotation(layout, text_BTD, position_ids, kind) for kind in set(kinds)}
         else:
-            rotations = dict.fromkeys(kinds, self._rotation(layout, text_PD, position_ids, kinds[0]))
+            rotations = dict.fromkeys(kinds, self._rotation(layout, text_BTD, position_ids, kinds[0]))
 
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(
@@ -642,32 +667,32 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
                 "the model with attn_implementation='eager'."
             )
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
-        cache = {"past_key_values": past_key_values, "slots": slots}
-        outputs = self._through_layers(text_PD, visual, layout, rotations, masks, wanted, **cache)
-        return BaseModelOutputWithPast(past_key_values=past_key_values if use_cache else None, **outputs)
+        kwargs |= {"cache": cache, "slots": slots}
+        outputs = self._through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)
+        return BaseModelOutputWithPast(**{CACHE: cache if use_cache else None}, **outputs)
 
-    def _through_layers(self, text_PD, visual, layout, rotations, masks, wanted: dict[str, bool], **cache) -> dict:
+    def _through_layers(self, text_BTD, visual, layout, rotations, masks, wanted: dict[str, bool], **kwargs) -> dict:
         """`last_hidden_state` (B, S, D), and where `wanted`, `hidden_states` and `attentions`."""
         hidden_states, attentions = [], []
         luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
-        if _checkpoints_reentrantly(self.layers[0]) and torch.is_grad_enabled() and not text_PD.requires_grad:
+        if _checkpoints_reentrantly(self.layers[0]) and torch.is_grad_enabled() and not text_BTD.requires_grad:
             # else the projectors, which are inside the layers, would not learn
-            text_PD = text_PD.detach().requires_grad_()
+            text_BTD = text_BTD.detach().requires_grad_()
         for index, layer in enumerate(self.layers):
             if wanted["hidden_states"]:
-                hidden_states.append(layout.align(text_PD))
+                hidden_states.append(layout.align(text_BTD))
             features, rotations, masks = luggage.at(layer.device)
-            text_PD, probabilities_BNTL = layer(
-                text_PD,
+            text_BTD, probabilities_BNTL = layer(
+                text_BTD,
                 visual[index] if isinstance(visual, tuple) else features,
                 layout=layout,
                 rotation=rotations[layer.attention_type],
                 attention_mask=masks[layer.mask_kind],
-                **cache,
+                **kwargs,
             )
             if wanted["attentions"] and probabilities_BNTL is not None:
                 attentions.append(layout.align_queries(probabilities_BNTL))
-        return self._collected(layout.align(self.norm(text_PD)), hidden_states, attentions, wanted)
+        return self._collected(layout.align(self.norm(text_BTD)), hidden_states, attentions, wanted)
 
     def _collected(self, last_hidden_state, hidden_states: list, attentions: list, wanted: dict[str, bool]) -> dict:
         return {
@@ -676,43 +701,41 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             "attentions": tuple(attentions) or None,
         }
 
-    def _attention_masks(self, layout, text_PD, *arguments) -> dict:
+    def _attention_masks(self, layout, text_BTD, *arguments) -> dict:
         """What the attention implementations take as masks, by kind of layer."""
         masks = {}
         for index, layer in enumerate(self.layers):
             if layer.mask_kind not in masks:
-                masks[layer.mask_kind] = self._attention_mask(index, layer, layout, text_PD, *arguments)
+                masks[layer.mask_kind] = self._attention_mask(index, layer, layout, text_BTD, *arguments)
         return masks
 
-    def _attention_mask(
-        self, index, layer, layout, text_PD, slots, attention_mask, past_key_values, position_ids, documents
-    ):
+    def _attention_mask(self, index, layer, layout, text_BTD, slots, attention_mask, cache, position_ids, documents):
         given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
+        if is_paged(cache):
+            return given
         implementation = layer.self_attn.implementation
-        key_range = cached_key_range(past_key_values, index, slots)
+        key_range = cached_key_range(cache, index, slots)
         visibility = Visibility(layout, slots, key_range, layer.self_attn.window, given, documents)
         if isinstance(given, torch.Tensor) and given.ndim == 4:
             return layout.query_rows(given)
         if layout.visual_BS is not None:
-            return visibility.for_implementation(implementation, text_PD.dtype)
+            return visibility.for_implementation(implementation, text_BTD.dtype)
         if implementation == "eager" != self.config._attn_implementation:
-            return visibility.for_implementation("eager", text_PD.dtype)
+            return visibility.for_implementation("eager", text_BTD.dtype)
         if implementation != self.config._attn_implementation:
             return visibility.mask()
-        unfilled = has_empty_places(past_key_values) and (
-            is_flash(implementation) or implementation == "flex_attention"
-        )
+        unfilled = has_empty_places(cache) and (is_flash(implementation) or implementation == "flex_attention")
         packed = is_flash(implementation) and documents is not None and bool(documents.any())
         if unfilled or packed:
             # transformers does not tell them which places of the cache are filled, or where a packed sample ends
-            visibility.layout = TokenLayout(torch.zeros(text_PD.shape[:2], dtype=torch.bool, device=slots.device))
-            return visibility.for_implementation(implementation, text_PD.dtype)
+            visibility.layout = TokenLayout(torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=slots.device))
+            return visibility.for_implementation(implementation, text_BTD.dtype)
         if isinstance(attention_mask, dict):
             return given
-        return causal_mask(layer.attention_type, self.config, text_PD, given, slots, past_key_values, position_ids)
+        return causal_mask(layer.attention_type, self.config, text_BTD, given, slots, cache, position_ids)
 
-    def _rotation(self, layout, text_PD, position_ids, attention_type) -> Rotation:
-        cos_sin = self.rotary_emb(text_PD, position_ids, attention_type)
+    def _rotation(self, layout, text_BTD, position_ids, attention_type) -> Rotation:
+        cos_sin = self.rotary_emb(text_BTD, position_ids, attention_type)
         if layout.visual_BS is None:
             return Rotation(cos_sin, None)
         cos_sin = [x_BSH.expand(layout.batch_size, -1, -1) for x_BSH in cos_sin]
@@ -889,6 +912,7 @@ class SaisaModel(SaisaPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
+        cache=None,
         **kwargs,
     ) -> SaisaModelOutputWithPast:
         """
@@ -900,23 +924,28 @@ class SaisaModel(SaisaPreTrainedModel):
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared (B, 1, S, L) mask, or a dict
                 of such masks by attention type, as `generate` makes them.
             position_ids: (B, S), counted over text and visual tokens. None counts from the first cached token.
-            past_key_values: any transformers `Cache`.
+            past_key_values, cache: any transformers `Cache`, under one of its two names.
             inputs_embeds: (B, S, D) in place of `input_ids`; visual positions are where the image token's embedding is.
             use_cache: whether to return the cache. None: as the language model's config says.
             output_attentions, output_hidden_states: whether to return these. None: as the config says.
             pixel_attention_mask, spatial_shapes: (pictures, patches) and (pictures, 2), what SigLIP 2's image processor
                 makes beside `pixel_values` (pictures, patches, patch size) for pictures of unlike shapes.
             visual_states: what `get_visual_states` made of the pictures, in place of `pixel_values` and in the same order.
+            kwargs: handed on to the attention functions; those that the encoder's `forward` names, to the encoder too.
 
         Raises:
             ValueError: neither or both of `input_ids` and `inputs_embeds`; both `pixel_values` and `visual_states`;
-                numbers of placeholders and visual tokens that differ; `visual_states` of another model or dtype.
+                two caches; numbers of placeholders and visual tokens that differ; `visual_states` of another model or dtype.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         self._check_features_asked_for(kwargs)
         cache_position = kwargs.pop("cache_position", None)
+        cache = one_cache(past_key_values, cache)
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        if pixel_values is not None and kwargs:
+            encoder_arguments |= named_by(self.vision_tower, kwargs)
+        real_BS = real_tokens(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
 
         layout, visual, features = TokenLayout(None), None, None
         if pixel_values is not None and visual_states is not None:
@@ -928,14 +957,17 @@ class SaisaModel(SaisaPreTrainedModel):
             if visual_states.store == "features":
                 visual_states = visual_states.compact()  # what is not asked for is not to be projected
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-            rows, spread = visual_states.rows() if len(visual_states) else None, self.config.in_embedding_space
-            places = (rows, position_ids) if len(visual_states) and not spread else ()
-            found = self._layout(visual_BS, *places, visual_states=visual_states.lengths)
+            # what becomes of a visual token may depend on the sample that it stands in
+            spread = self.config.in_embedding_space or (
+                visual_states.store == "features" and self.tells_samples_apart()
+            )
+            rows = visual_states.rows() if len(visual_states) else None
+            places = (None, None) if spread or not len(visual_states) else (rows, position_ids)
+            found = self._layout(visual_BS, *places, real_BS, visual_states=visual_states.lengths)
             if len(visual_states):
-                layout = found
-                visual = self._for_layers(visual_states.stored.features, visual_states.stored.keys_values)
-                # what becomes of a token's hidden state there depends on where it stands
-                visual = visual[rows] if spread and rows is not None else visual
+                layout, stored = found, visual_states.stored.features
+                stored = stored[rows] if spread and rows is not None else stored
+                visual = self._for_layers(stored, visual_states.stored.keys_values, layout)
         elif pixel_values is not None:
             visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
             pictures = []
@@ -944,10 +976,10 @@ class SaisaModel(SaisaPreTrainedModel):
                 pictures = list(
                     self.get_image_features(pixel_values, return_dict=True, **encoder_arguments).pooler_output
                 )
-            found = self._layout(visual_BS, pixel_values=[len(picture) for picture in pictures])
+            found = self._layout(visual_BS, None, None, real_BS, pixel_values=[len(picture) for picture in pictures])
             if pictures:
                 layout, features = found, torch.cat(pictures)
-                visual = self._for_layers(features)
+                visual = self._for_layers(features, layout=layout)
             elif self.training and torch.is_grad_enabled():
                 visual = self._for_layers(self._no_features(pixel_values=pixel_values, **encoder_arguments))
         elif input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
@@ -960,23 +992,33 @@ class SaisaModel(SaisaPreTrainedModel):
             visual=visual,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
             output_hidden_states=(
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
             cache_position=cache_position,
+            **kwargs,
         )
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=features)
 
-    def _for_layers(self, features: torch.Tensor | None, keys_values=None):
+    def _for_layers(self, features: torch.Tensor | None, keys_values=None, layout: TokenLayout | None = None):
         """What the language model takes as `visual`: the encoder's features, past the projector if all layers share one; or,
         where they are at hand, each layer's keys and values."""
         if keys_values is not None:
             return keys_values
         features = features.to(self.get_input_embeddings().weight.dtype)
-        return self.visual_projector(features) if self.config.projector_sharing == "shared" else features
+        if self.config.projector_sharing != "shared":
+            return features
+        if layout is None or not tells_samples_apart([self.visual_projector]):
+            return self.visual_projector(features)
+        return layout.visual(self.visual_projector(layout.in_input_order(features)))
+
+    def tells_samples_apart(self) -> bool:
+        """Whether a hook of a module on the visual path wants to know which sample a row belongs to."""
+        modules = [module for layer in self.language_model.layers for module in layer.visual_modules().values()]
+        return tells_samples_apart([*modules, *([self.visual_projector] if hasattr(self, "visual_projector") else [])])
 
     def _no_features(self, **no_pictures) -> torch.Tensor:
         """Features (0, C) of no pictures, through which gradients of zero reach the projectors: processes that share weights
@@ -1152,9 +1194,9 @@ class SaisaHead(nn.Linear):
     """The language model's head. A loss whose logits exist for some rows at a time (see `loss_saisa.py`) is made in one call
     of this module: processes that share its weights gather them for each call, but have unlike numbers of rows."""
 
-    def forward(self, hidden_PD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
-        """Logits (P, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
-        return super().forward(hidden_PD) if loss is None else loss(hidden_PD, super().forward)
+    def forward(self, hidden_BTD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
+        """Logits (B, T, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
+        return super().forward(hidden_BTD) if loss is None else loss(hidden_BTD, super().forward)
 
 
 class SuppressImageToken(SuppressTokensLogitsProcessor):
@@ -1270,6 +1312,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         spatial_shapes: torch.Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         skip_logits: bool = False,
+        cache=None,
         **kwargs,
     ) -> SaisaCausalLMOutputWithPast:
         """
@@ -1284,8 +1327,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
                 time, and again in backward: training needs no memory for (B, S, vocabulary).
             kwargs: of the loss: `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels`, (B, S), which are
-                at the position that predicts them. (A `model.loss_function` of one's own gets rows of text alone, and as
-                `shift_labels` what they are to predict.)
+                at the position that predicts them. (A `model.loss_function` of one's own gets rows of text alone, (B, T), and
+                as `shift_labels` what they are to predict.) All others are handed on, to it and as in `SaisaModel.forward`.
 
         Raises:
             ValueError: see `SaisaModel.forward`; or `labels` are not as many as the input tokens.
@@ -1298,7 +1341,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -1312,11 +1355,13 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         layout = TokenLayout(None)
         if (pixel_values is not None or visual_states is not None) and not self.config.in_embedding_space:
-            layout = self.model._layout(self.model.get_placeholder_mask(input_ids, inputs_embeds)[:, kept])
-        hidden_PD = layout.text(outputs.last_hidden_state[:, kept])
+            visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)
+            real_BS = real_tokens(attention_mask, visual_BS.shape[1])
+            layout = self.model._layout(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])
+        hidden_BTD = layout.text(outputs.last_hidden_state[:, kept])
         vocab_size = self.config.text_config.vocab_size
 
-        logits, loss, targets_P = None, None, None
+        logits, loss, targets_BT = None, None, None
         if labels is not None:
             targets_BS = loss_arguments.pop("shift_labels", None)
             for name, given in (("labels", labels), ("shift_labels", targets_BS)):
@@ -1325,37 +1370,39 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                     raise ValueError(f"{name} is {tuple(given.shape)}: expected {expected}, one for each input token.")
             if targets_BS is None:
                 targets_BS = nn.functional.pad(labels, (0, 1), value=ignored)[:, 1:]
-            targets_P = layout.text(targets_BS[:, kept]).contiguous()
-        if skip_logits and targets_P is not None:
-            targets_P = targets_P.masked_fill(targets_P == ignored, IGNORED)
-            loss = self._loss(hidden_PD, targets_P, loss_arguments.get("num_items_in_batch"))
+            targets_BT = layout.text(targets_BS[:, kept]).contiguous()
+            if layout.visual_BS is not None:
+                targets_BT = targets_BT.masked_fill(~layout.is_text_BT.to(targets_BT.device), ignored)
+        if skip_logits and targets_BT is not None:
+            targets_BT = targets_BT.masked_fill(targets_BT == ignored, IGNORED)
+            loss = self._loss(hidden_BTD, targets_BT, loss_arguments.get("num_items_in_batch"))
         else:
-            logits_PX = self.language_model.family.scaled_logits(self.lm_head(hidden_PD))
-            logits = layout.align(logits_PX)
-            if targets_P is not None:
-                loss_arguments["shift_labels"] = targets_P
-                loss = self.loss_function(logits=logits_PX, labels=labels, vocab_size=vocab_size, **loss_arguments)
+            logits_BTX = self.language_model.family.scaled_logits(self.lm_head(hidden_BTD))
+            logits = layout.align(logits_BTX)
+            if targets_BT is not None:
+                loss_arguments |= {**kwargs, "shift_labels": targets_BT}
+                loss = self.loss_function(logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments)
         return SaisaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
 
-    def _loss(self, hidden_PD: torch.Tensor, targets_P: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    def _loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor, num_items_in_batch) -> torch.Tensor:
         """The loss by logits that exist for some rows at a time."""
 
-        def loss(hidden_PD, head):
+        def loss(hidden_BTD, head):
             def logits(hidden_ND):
                 return self.language_model.family.scaled_logits(head(hidden_ND))
 
             vocab_size = self.config.text_config.vocab_size
-            return chunked_cross_entropy(hidden_PD, targets_P, logits, vocab_size, num_items_in_batch)
+            return chunked_cross_entropy(hidden_BTD, targets_BT, logits, vocab_size, num_items_in_batch)
 
         # whoever has put another head in its place, adapters for instance, has not told it of losses
-        return self.lm_head(hidden_PD, loss) if isinstance(self.lm_head, SaisaHead) else loss(hidden_PD, self.lm_head)
+        return self.lm_head(hidden_BTD, loss) if isinstance(self.lm_head, SaisaHead) else loss(hidden_BTD, self.lm_head)
 
     create_masks_for_generate = staticmethod(decoding_masks)
 
@@ -1363,6 +1410,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         """transformers' own, with two differences about pictures. It never answers with the image token, which stands for
         visual tokens alone, and it reads the prompt at once: `prefill_chunk_size` is for text.
         """
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         _check_one_of(pixel_values, visual_states)
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
@@ -1389,6 +1439,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pixel_attention_mask=None,
         spatial_shapes=None,
         visual_states=None,
+        cache=None,
         **kwargs,
     ):
         """transformers' own, and the pictures whose placeholders are among the tokens that are not in the cache yet.
@@ -1397,9 +1448,10 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             ValueError: the last token of a prompt is visual, so that nothing can be predicted from it (but in embedding
                 space).
         """
+        cache = one_cache(past_key_values, cache)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             **kwargs,
@@ -1414,7 +1466,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             return model_inputs
         new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
-        if length == 1 and past_key_values is not None and input_ids.shape[1] > 1:
+        if length == 1 and cache is not None and input_ids.shape[1] > 1:
             # in embedding space a prompt may end in a picture, which may be of one token
             is_picture = self.config.in_embedding_space and (input_ids[:, -1] == self.config.image_token_id).any()
             if not is_picture:
@@ -1451,7 +1503,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
         if pictures and expand_size > 1:
             placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
-            cache = model_kwargs.get("past_key_values")
+            cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
             cached = 0 if cache is None else int(cache.get_seq_length())
             new_B, all_B = (mask_BS.sum(1).tolist() for mask_BS in (placeholders_BS[:, cached:], placeholders_BS))
             tokens = self._visual_tokens(pictures, sum(new_B), sum(all_B))

@@ -15,6 +15,7 @@ from itertools import accumulate
 import torch
 from transformers import IdeficsForVisionText2Text
 
+from ..compat_saisa import CACHE
 from ..flops import Step, encoder_flops, step_flops, training_flops
 from ..training.stages import LORA_TARGETS
 from .models import GivenFeatures, Models, draw_text, visual_tokens
@@ -208,7 +209,7 @@ def _second_question(models, name, inputs, case) -> Task:
 
 
 def _decode(models, name, inputs, case) -> Task:
-    model, cache = model_of(models, name), _prefill(models, name, inputs, case).call().past_key_values
+    model, cache = model_of(models, name), _prefill(models, name, inputs, case).call()[CACHE]
     token = inputs.text_ids[:, -1:]
     pictures = inputs.features(name) if name == "flamingo" else {}
     if pictures:
@@ -216,7 +217,7 @@ def _decode(models, name, inputs, case) -> Task:
 
     def call():
         for _ in range(case.tokens):
-            model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1, **pictures)
+            model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **pictures)
         cache.crop(-case.tokens)
 
     return Task(call, 0)

@@ -201,7 +201,7 @@ def _runs_as_rows(visibility: Visibility):
     documents_BS = None if visibility.document_BS is None else visibility.document_BS.cpu()
     by_sample = []
     for b, visual_S in enumerate(visual_BS):
-        rank_S, runs = (~visual_S).cumsum(0) - 1, []
+        column_S, runs = layout.column_BS[b], []
         # packed samples follow each other without a cache, so that places of keys are positions
         for start, end in _text_segments(visual_S, None if documents_BS is None else documents_BS[b]):
             position_R = torch.arange(start, end)
@@ -210,7 +210,7 @@ def _runs_as_rows(visibility: Visibility):
             if documents_BS is not None:
                 seen_L = seen_L & (documents_BS[b] == documents_BS[b, start])
             if len(position_R):
-                runs.append((b * layout.longest + rank_S[position_R], b * length + seen_L.nonzero().squeeze(1)))
+                runs.append((b * layout.longest + column_S[position_R], b * length + seen_L.nonzero().squeeze(1)))
         by_sample.append(runs)
     for number in range(max(map(len, by_sample))):
         queries, keys = zip(*(runs[number] for runs in by_sample if len(runs) > number))

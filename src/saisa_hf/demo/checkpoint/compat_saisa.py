@@ -17,6 +17,7 @@ from transformers.masking_utils import (
     create_masks_for_generate,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import ProcessorMixin
 
@@ -101,7 +102,46 @@ def comparable_config_dict(config: dict) -> dict:
 
 # --- caches and masks -------------------------------------------------------------------------------------------------
 
+# what the installed release calls a cache, in outputs and in arguments: 5.24 renamed it
+CACHE = "past_key_values" if "past_key_values" in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
+
+
+class EitherCacheName:
+    """A part of output classes: the cache is there under both of its names, which are `past_key_values` up to 5.23."""
+
+    if CACHE == "past_key_values":
+
+        @property
+        def cache(self):
+            return self.past_key_values
+
+        def __getitem__(self, key):
+            return super().__getitem__(CACHE if key == "cache" else key)
+
+
+def one_cache(past_key_values, cache):
+    """The cache, which may be handed in under either of its names.
+
+    Raises:
+        ValueError: there are two.
+    """
+    if past_key_values is None or cache is None or past_key_values is cache:
+        return cache if past_key_values is None else past_key_values
+    raise ValueError("Expected past_key_values or cache, got both: they are two names of one argument.")
+
+
+def is_paged(cache) -> bool:
+    """Whether this is the cache of continuous batching, which knows nothing of lengths: masks and places come with it."""
+    return cache is not None and not hasattr(cache, "get_mask_sizes")
+
+
+def is_quantized(cache) -> bool:
+    """Whether a cache gives back other keys than it got."""
+    return any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
+
+
 _CAUSAL_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+_CACHE_ARGUMENT = "past_key_values" if "past_key_values" in _CAUSAL_MASK_ARGUMENTS else "cache"
 _EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _CAUSAL_MASK_ARGUMENTS else "input_embeds"
 _MASKS_TAKE_CACHE_POSITION = (
     "cache_position" in _CAUSAL_MASK_ARGUMENTS
@@ -112,7 +152,7 @@ _LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in inspect.signature(DynamicLa
 _MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
 
 
-def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, past_key_values, position_ids):
+def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, cache, position_ids):
     """The mask that transformers' own decoders use: a tensor, or None where the attention needs none.
 
     Args:
@@ -123,43 +163,48 @@ def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, pa
         slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
     """
     create = create_causal_mask if attention_type == "full_attention" else create_sliding_window_causal_mask
-    arguments = {_EMBEDS_ARGUMENT: inputs_embeds}
+    arguments = {_EMBEDS_ARGUMENT: inputs_embeds, _CACHE_ARGUMENT: cache}
     if _MASKS_TAKE_CACHE_POSITION:
         arguments["cache_position"] = slots
     return create(
         config=config,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=position_ids,
         **arguments,
     )
 
 
-def cached_key_range(past_key_values, layer_idx, slots) -> tuple[int, int]:
+def cached_key_range(cache, layer_idx, slots) -> tuple[int, int]:
     """(length, offset) of the keys that `layer_idx` will attend to once the tokens at `slots` (S,) are in the cache."""
-    if past_key_values is None:
+    if cache is None:
         return slots.shape[0], 0
     query = slots if _MASK_SIZES_TAKE_CACHE_POSITION else slots.shape[0]
-    return past_key_values.get_mask_sizes(query, layer_idx)
+    return cache.get_mask_sizes(query, layer_idx)
 
 
-def update_cache(past_key_values, key_BKSH, value_BKSH, layer_idx, slots):
-    """Appends keys and values to the cache and returns all of those to attend to."""
-    layers = getattr(past_key_values, "layers", ())
+def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_arguments: dict):
+    """Appends keys and values to the cache and returns all of those to attend to. A paged cache changes what the attention
+    function is told; up to 5.23 it is that function which asks the cache."""
+    if is_paged(cache):
+        if "kwargs" in inspect.signature(cache.update).parameters:
+            return cache.update(key_BKSH, value_BKSH, layer_idx, kwargs=attention_arguments)
+        attention_arguments["cache"] = cache
+        return key_BKSH, value_BKSH
+    layers = getattr(cache, "layers", ())
     layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if type(layer) is DynamicLayer and not layer.is_initialized and not past_key_values.offloading:
+    if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
         # what `update` does to an empty layer, but for a copy: behind a picture these are large
         layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
         layer.keys, layer.values = key_BKSH, value_BKSH
         return key_BKSH, value_BKSH
     if _UPDATE_TAKES_CACHE_POSITION:
-        return past_key_values.update(key_BKSH, value_BKSH, layer_idx, {"cache_position": slots})
-    return past_key_values.update(key_BKSH, value_BKSH, layer_idx)
+        return cache.update(key_BKSH, value_BKSH, layer_idx, {"cache_position": slots})
+    return cache.update(key_BKSH, value_BKSH, layer_idx)
 
 
-def has_empty_places(past_key_values) -> bool:
+def has_empty_places(cache) -> bool:
     """Whether a cache hands out all of its places, also those that nothing was written to: those of a fixed size do."""
-    return past_key_values is not None and past_key_values.is_compileable
+    return cache is not None and cache.is_compileable
 
 
 def decoding_masks(config, attention_mask, **kwargs):

@@ -45,35 +45,35 @@ class EmbeddingSpaceLayer(SaisaDecoderLayer):
 
     def forward(
         self,
-        text_PD: torch.Tensor,
-        visual_VD: torch.Tensor | None,
-        layout: TokenLayout,
-        rotation: Rotation | RotationOfAll,
+        text_BTD: torch.Tensor,
+        visual_VD: torch.Tensor | None = None,
+        layout: TokenLayout | None = None,
+        rotation: Rotation | RotationOfAll | None = None,
         **attention_arguments,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
-            text_PD, visual_VD: hidden states; None in place of the latter: the input has no visual token.
+            text_BTD, visual_VD: hidden states; None in place of the latter: the input has no visual token.
 
         Returns:
             both past the layer, and (B, N, S, L) attention probabilities or None.
         """
         if visual_VD is not None and self.visual_tokens_attend:
-            x_BSD = layout.joined(text_PD, visual_VD)
+            x_BSD = layout.joined(text_BTD, visual_VD)
             as_text = {"layout": TokenLayout(None), "rotation": Rotation(rotation.all, None)}
             x_BSD, probabilities_BNSL = self._attended(x_BSD, None, **as_text, **attention_arguments)
-            text_PD, visual_VD = layout.text(x_BSD), layout.visual(x_BSD)
+            text_BTD, visual_VD = layout.text(x_BSD), layout.visual(x_BSD)
         else:
-            visual = None if visual_VD is None else self.visual_keys_and_values(visual_VD)
-            text_PD, probabilities_BNSL = self._attended(
-                text_PD, visual, layout=layout, rotation=rotation, **attention_arguments
+            visual = None if visual_VD is None else self.visual_keys_and_values(visual_VD, layout)
+            text_BTD, probabilities_BNSL = self._attended(
+                text_BTD, visual, layout=layout, rotation=rotation, **attention_arguments
             )
             if probabilities_BNSL is not None:
                 probabilities_BNSL = layout.align_queries(probabilities_BNSL)
         if visual_VD is None or not self.visual_tokens_are_fed:
-            return self._fed(text_PD), visual_VD, probabilities_BNSL
-        both_RD = self._fed(torch.cat([text_PD, visual_VD]))
-        return *both_RD.split([len(text_PD), len(visual_VD)]), probabilities_BNSL
+            return self._fed(text_BTD), visual_VD, probabilities_BNSL
+        x_BSD = self._fed(layout.joined(text_BTD, visual_VD))
+        return layout.text(x_BSD), layout.visual(x_BSD), probabilities_BNSL
 
 
 class EmbeddingSpaceLanguageModel(SaisaLanguageModel):
@@ -82,42 +82,42 @@ class EmbeddingSpaceLanguageModel(SaisaLanguageModel):
     layer_class = EmbeddingSpaceLayer
     _no_split_modules = ["EmbeddingSpaceLayer"]
 
-    def _through_layers(self, text_PD, visual, layout, rotations, masks, wanted, **cache) -> dict:
+    def _through_layers(self, text_BTD, visual, layout, rotations, masks, wanted, **kwargs) -> dict:
         visual_VD = visual
         if visual_VD is not None:
-            visual_VD = self.family.scaled_input(visual_VD.to(text_PD.device, text_PD.dtype))
+            visual_VD = self.family.scaled_input(visual_VD.to(text_BTD.device, text_BTD.dtype))
         if visual_VD is not None and layout.visual_BS is None:
             # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
-            text_PD, visual_VD = text_PD + visual_VD.sum(), None
+            text_BTD, visual_VD = text_BTD + visual_VD.sum(), None
         hidden_states, attentions = [], []
         luggage = Luggage(rotations, masks)
         for layer in self.layers:
             if wanted["hidden_states"]:
-                hidden_states.append(_joined(layout, text_PD, visual_VD))
+                hidden_states.append(_joined(layout, text_BTD, visual_VD))
             rotations, masks = luggage.at(layer.device)
-            text_PD, visual_VD, probabilities_BNSL = layer(
-                text_PD,
+            text_BTD, visual_VD, probabilities_BNSL = layer(
+                text_BTD,
                 visual_VD,
                 layout=layout,
                 rotation=rotations[layer.attention_type],
                 attention_mask=masks[layer.mask_kind],
-                **cache,
+                **kwargs,
             )
             if wanted["attentions"] and probabilities_BNSL is not None:
                 attentions.append(probabilities_BNSL)
-        return self._collected(self.norm(_joined(layout, text_PD, visual_VD)), hidden_states, attentions, wanted)
+        return self._collected(self.norm(_joined(layout, text_BTD, visual_VD)), hidden_states, attentions, wanted)
 
-    def _attention_mask(self, index, layer, layout, text_PD, *arguments):
+    def _attention_mask(self, index, layer, layout, text_BTD, *arguments):
         if layer.visual_tokens_attend and layout.visual_BS is not None:  # visual tokens are tokens like all others
-            layout, text_PD = TokenLayout(None), text_PD.new_empty(*layout.visual_BS.shape, 0)
-        return super()._attention_mask(index, layer, layout, text_PD, *arguments)
+            layout, text_BTD = TokenLayout(None), text_BTD.new_empty(*layout.visual_BS.shape, 0)
+        return super()._attention_mask(index, layer, layout, text_BTD, *arguments)
 
-    def _rotation(self, layout, text_PD, position_ids, attention_type):
-        rotation = super()._rotation(layout, text_PD, position_ids, attention_type)
+    def _rotation(self, layout, text_BTD, position_ids, attention_type):
+        rotation = super()._rotation(layout, text_BTD, position_ids, attention_type)
         if layout.visual_BS is None:
             return rotation
-        return RotationOfAll(*rotation, self.rotary_emb(text_PD, position_ids, attention_type))
+        return RotationOfAll(*rotation, self.rotary_emb(text_BTD, position_ids, attention_type))
 
 
-def _joined(layout: TokenLayout, text_PD: torch.Tensor, visual_VD: torch.Tensor | None) -> torch.Tensor:
-    return text_PD if visual_VD is None else layout.joined(text_PD, visual_VD)
+def _joined(layout: TokenLayout, text_BTD: torch.Tensor, visual_VD: torch.Tensor | None) -> torch.Tensor:
+    return text_BTD if visual_VD is None else layout.joined(text_BTD, visual_VD)

@@ -37,17 +37,27 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
     return out
 
 
+def real_tokens(attention_mask, length: int) -> torch.Tensor | None:
+    """bool (B, length), False where `attention_mask` tells that one of the last `length` tokens is padding; None where it
+    tells of none: it is missing, prepared for the attention function, or all ones."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].bool()
+
+
 class TokenLayout:
     """Which positions of an input are text and which are visual, and every move between the two.
 
-    Made once per forward pass; nothing else in the model indexes. Text tokens are packed: the P text tokens of all
-    samples stand in one row after the other, so that samples with unlike numbers of pictures waste nothing. Where all
-    samples have their pictures at the same positions, as a single sample does, rows are joined without an index.
+    Made once per forward pass; nothing else in the model indexes. The text tokens of each sample stand in T columns, T being
+    those of the sample that has most: padding is left out, and the last column is each sample's last text token. Columns in
+    front of a shorter sample's text repeat its first token; nothing reads what becomes of them. Where all samples have their
+    pictures at the same positions and no padding, as a single sample does, rows are joined without an index.
 
     Args:
         visual_BS: bool, True at visual positions. None: the input has no visual token, and nothing is moved.
         visual_rows: (V,) where the visual tokens find their rows among stored ones. None: one row for each, in order.
         position_ids: (B or 1, S) positions, or None where they count from 0 in every sample.
+        real_BS: bool, False at padding. None: there is none.
     """
 
     def __init__(
@@ -55,30 +65,31 @@ class TokenLayout:
         visual_BS: torch.Tensor | None,
         visual_rows: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        real_BS: torch.Tensor | None = None,
     ):
         self.visual_BS = visual_BS
         if visual_BS is None:
             return
         device = visual_BS.device
         visual_BS = visual_BS.cpu()
-        text_BS = ~visual_BS
+        text_BS = ~visual_BS if real_BS is None else ~visual_BS & real_BS.cpu()
         self.batch_size, self.length = visual_BS.shape
         lengths_B = text_BS.sum(1)
         self.longest = int(lengths_B.max())
-        self.segments = segments_of(visual_BS[0]) if all_equal(visual_BS) else None
-        first_row_B = lengths_B.cumsum(0) - lengths_B
-        packed_BS = first_row_B[:, None] + text_BS.cumsum(1) - 1
-        rows = int(lengths_B.sum())
-        self._text_positions = text_BS.flatten().nonzero().squeeze(1).to(device)
-        # where query (b, t) finds its packed row; samples with fewer text tokens are filled up with row 0
-        rank_T = torch.arange(self.longest)
-        real_BT = rank_T < lengths_B[:, None]
-        self.evenly_long = bool(real_BT.all())
-        query_source_BT = torch.where(real_BT, first_row_B[:, None] + rank_T, 0)
-        self._query_source = query_source_BT.flatten().to(device)
-        self._packed_queries = real_BT.flatten().nonzero().squeeze(1).to(device)
-        # position of query (b, t) in its sample
-        self.query_position_BT = (self._text_positions % self.length)[query_source_BT.to(device)]
+        has_padding = bool((text_BS == visual_BS).any())
+        self.segments = segments_of(visual_BS[0]) if all_equal(visual_BS) and not has_padding else None
+        # the column of each text token; before the first one of a sample it is the one that this will have
+        column_BS = (text_BS.cumsum(1) - 1).clamp(min=0) + (self.longest - lengths_B)[:, None]
+        self.column_BS = column_BS.clamp(max=max(self.longest - 1, 0))
+        # position of column (b, t) in its sample
+        first_B1 = text_BS.int().argmax(1, keepdim=True)
+        position_BT = first_B1.repeat(1, self.longest)
+        sample_R, position_R = text_BS.nonzero(as_tuple=True)
+        position_BT[sample_R, self.column_BS[sample_R, position_R]] = position_R
+        self.query_position_BT = position_BT.to(device)
+        self.is_text_BT = (torch.arange(self.longest) >= (self.longest - lengths_B)[:, None]).to(device)
+        sample_B1 = torch.arange(self.batch_size)[:, None]
+        self._text_positions = (sample_B1 * self.length + position_BT).flatten().to(device)
         self._visual_positions = visual_BS.flatten().nonzero().squeeze(1).to(device)
         self._visual_rows = None if visual_rows is None else visual_rows.to(device)
         # the same pictures at the same positions in every sample: their rows are kept once
@@ -98,20 +109,30 @@ class TokenLayout:
             if torch.equal(visual_rows[:count].cpu(), torch.arange(first, first + count)):
                 self._stored_slice = slice(first, first + count)
         if self.segments is None:
-            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, one row of zeros]
-            visual_rank_BS = visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
-            self._key_source = torch.where(visual_BS, rows + visual_rank_BS, packed_BS).flatten().to(device)
-            self._aligned_source = torch.where(visual_BS, rows, packed_BS).flatten().to(device)
+            # where position (b, s) finds its row in [text rows, visual rows, zeros], and in [text rows, zeros]
+            rows, visual = self.batch_size * self.longest, int(visual_BS.sum())
+            text_row_BS = sample_B1 * self.longest + self.column_BS
+            visual_row_BS = rows + visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
+            key_source_BS = torch.where(visual_BS, visual_row_BS, torch.where(text_BS, text_row_BS, rows + visual))
+            self._key_source = key_source_BS.flatten().to(device)
+            self._aligned_source = torch.where(text_BS, text_row_BS, rows).flatten().to(device)
 
-    def text(self, x_BS: torch.Tensor) -> torch.Tensor:
-        """(B, S, ...) -> (P, ...): the rows of the text positions."""
+    def text(self, x_BSX: torch.Tensor) -> torch.Tensor:
+        """(B, S, ...) -> (B, T, ...): the rows of the text positions."""
         if self.visual_BS is None:
-            return x_BS
-        return x_BS.flatten(0, 1).index_select(0, self._text_positions.to(x_BS.device))
+            return x_BSX
+        x_RX = x_BSX.flatten(0, 1).index_select(0, self._text_positions.to(x_BSX.device))
+        return x_RX.unflatten(0, (self.batch_size, self.longest))
 
     def visual(self, x_BSX: torch.Tensor) -> torch.Tensor:
-        """(B, S, X) -> (V, X): the rows of the visual positions; those of the first sample alone where they are shared."""
+        """(B, S, ...) -> (V, ...): the rows of the visual positions; of the first sample alone where they are shared."""
         return x_BSX.flatten(0, 1).index_select(0, self._visual_positions.to(x_BSX.device))
+
+    def in_input_order(self, x_VX: torch.Tensor) -> torch.Tensor:
+        """(V, X) -> (B, S, X): visual rows at their positions, zeros elsewhere. The inverse of `visual`."""
+        x_RX = x_VX.new_zeros(self.batch_size * self.length, x_VX.shape[-1])
+        x_RX = x_RX.index_copy(0, self._visual_positions.to(x_VX.device), x_VX)
+        return x_RX.view(self.batch_size, self.length, -1)
 
     def placed(self, stored_VX: torch.Tensor) -> torch.Tensor:
         """Stored rows -> (V, X), the rows of the visual tokens in input order; those of the first sample alone where they are
@@ -122,60 +143,47 @@ class TokenLayout:
             return stored_VX[self._stored_slice]
         return stored_VX.index_select(0, self._visual_rows.to(stored_VX.device))
 
-    def queries(self, x_PX: torch.Tensor) -> torch.Tensor:
-        """(P, X) -> (B, T, X): text rows by sample."""
-        if self.visual_BS is None:
-            return x_PX
-        if not self.evenly_long:
-            x_PX = x_PX.index_select(0, self._query_source.to(x_PX.device))
-        return self._by_sample(x_PX)
-
-    def pack(self, x_BTX: torch.Tensor) -> torch.Tensor:
-        """(B, T, X) -> (P, X): the inverse of `queries`."""
-        if self.visual_BS is None:
-            return x_BTX
-        x_RX = x_BTX.flatten(0, 1)
-        return x_RX if self.evenly_long else x_RX.index_select(0, self._packed_queries.to(x_RX.device))
-
     def keys(
         self,
-        text_PKH: torch.Tensor,
+        text_BTKH: torch.Tensor,
         visual_VKH: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """(P, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order.
-        `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are still to be rotated.
+        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order, zeros at
+        padding. `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are still to be
+        rotated.
         """
         if self.visual_BS is None:
-            return text_PKH.transpose(1, 2)
+            return text_BTKH.transpose(1, 2)
         if visual_VKH is None:
-            visual_VKH = text_PKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_PKH.shape[1:])
+            visual_VKH = text_BTKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_BTKH.shape[2:])
         cos_sin_V1H = () if rotation is None else tuple(x_VH[:, None] for x_VH in rotation)
         if self.segments is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._written(text_PKH, visual_VKH, *cos_sin_V1H)
+            return self._written(text_BTKH, visual_VKH, *cos_sin_V1H)
         if rotation is not None:
             visual_VKH = rotated(visual_VKH, *cos_sin_V1H)
         if self.segments is not None:
             visual_BKVH = self._visual_by_sample(visual_VKH).expand(self.batch_size, -1, -1, -1)
-            return self._join(self._by_sample(text_PKH).transpose(1, 2), visual_BKVH, dim=2)
-        rows = torch.cat([text_PKH, visual_VKH])
+            return self._join(text_BTKH.transpose(1, 2), visual_BKVH, dim=2)
+        text_RKH = text_BTKH.flatten(0, 1)
+        rows = torch.cat([text_RKH, visual_VKH, text_RKH.new_zeros(1, *text_RKH.shape[1:])])
         rows = rows.index_select(0, self._key_source.to(rows.device))
         return rows.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
 
-    def align(self, x_PX: torch.Tensor) -> torch.Tensor:
-        """(P, X) -> (B, S, X): text rows at their positions, zeros at visual positions."""
+    def align(self, x_BTX: torch.Tensor) -> torch.Tensor:
+        """(B, T, X) -> (B, S, X): text rows at their positions, zeros at visual positions and at padding."""
         if self.visual_BS is None:
-            return x_PX
+            return x_BTX
         if self.segments is not None:
-            zeros_11X = x_PX.new_zeros(1, 1, x_PX.shape[-1])
+            zeros_11X = x_BTX.new_zeros(1, 1, x_BTX.shape[-1])
             zeros_BVX = zeros_11X.expand(self.batch_size, self.length - self.longest, -1)
-            return self._join(self._by_sample(x_PX), zeros_BVX, dim=1)
-        rows = torch.cat([x_PX, x_PX.new_zeros(1, x_PX.shape[-1])])
+            return self._join(x_BTX, zeros_BVX, dim=1)
+        rows = torch.cat([x_BTX.flatten(0, 1), x_BTX.new_zeros(1, x_BTX.shape[-1])])
         return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
 
-    def joined(self, text_PX: torch.Tensor, visual_VX: torch.Tensor) -> torch.Tensor:
-        """(P, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order."""
-        return self.keys(text_PX[:, None], visual_VX[:, None])[:, 0]
+    def joined(self, text_BTX: torch.Tensor, visual_VX: torch.Tensor) -> torch.Tensor:
+        """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order, zeros at padding."""
+        return self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
 
     def query_rows(self, x_BNSX: torch.Tensor) -> torch.Tensor:
         """(B or 1, N, S, X) -> (B, N, T, X): the rows of the queries' positions."""
@@ -189,22 +197,18 @@ class TokenLayout:
         if self.visual_BS is None:
             return x_BNTL
         batch_size, heads, _, keys = x_BNTL.shape
-        rows_PX = self.pack(x_BNTL.transpose(1, 2).flatten(2))
-        return self.align(rows_PX).view(batch_size, self.length, heads, keys).transpose(1, 2)
-
-    def _by_sample(self, x_PX: torch.Tensor) -> torch.Tensor:
-        """(P, ...) -> (B, T, ...) where all samples have T text tokens."""
-        return x_PX.view(self.batch_size, self.longest, *x_PX.shape[1:])
+        aligned_BSX = self.align(x_BNTL.transpose(1, 2).flatten(2))
+        return aligned_BSX.view(batch_size, self.length, heads, keys).transpose(1, 2)
 
     def _visual_by_sample(self, x_VKH: torch.Tensor) -> torch.Tensor:
         """(V, K, H) -> (B, K, visual tokens of a sample, H), or (1, ...) where all samples share them."""
         return x_VKH.unflatten(0, (1 if self.shared else self.batch_size, -1)).transpose(1, 2)
 
-    def _written(self, text_PKH, visual_VKH, *cos_sin_V1H) -> torch.Tensor:
+    def _written(self, text_BTKH, visual_VKH, *cos_sin_V1H) -> torch.Tensor:
         """As `keys`: each row is written to its place straight away, the rotated ones a few heads at a time on a CPU."""
-        heads, head_size = text_PKH.shape[1:]
-        joined_BKSH = text_PKH.new_empty(self.batch_size, heads, self.length, head_size)
-        text_BKTH = self._by_sample(text_PKH).transpose(1, 2)
+        heads, head_size = text_BTKH.shape[2:]
+        joined_BKSH = text_BTKH.new_empty(self.batch_size, heads, self.length, head_size)
+        text_BKTH = text_BTKH.transpose(1, 2)
         visual_BKVH, *cos_sin_B1VH = map(self._visual_by_sample, (visual_VKH, *cos_sin_V1H))
         taken = {False: 0, True: 0}
         for is_visual, start, end in self.segments:
