@@ -151,6 +151,7 @@ class OtherMemory:
 
     def offload(self, layer):
         if layer.is_initialized:
+            layer.dtype = layer.keys.dtype  # which not all releases keep
             layer.keys, layer.values = layer.keys.double(), layer.values.double()
             self.moves += 1
 

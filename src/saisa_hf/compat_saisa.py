@@ -1,28 +1,83 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know."""
+"""Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know.
+
+What the model cannot be without, it imports by name: few public classes. All else goes through `optional`, with what takes
+its place where a release has no such thing, or through `needed`, inside the feature that it serves. So a release that moves
+a name costs that feature, and not the model. docs/compatibility.md lists the names.
+"""
 
 import contextlib
 import copy
-import importlib.util
+import functools
+import importlib
 import inspect
+import logging
 import re
 
 import torch
 import transformers
 from torch import nn
-from transformers import image_utils
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_masks_for_generate,
-    create_sliding_window_causal_mask,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.auto import modeling_auto
-from transformers.processing_utils import ProcessorMixin
 
 
-TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+# The minor releases that the test suites and `make compat` have run on: the oldest, the newest, and all between. This is the
+# one place that names them.
+OLDEST_TESTED = (4, 57)
+NEWEST_TESTED = (5, 24)
+
+VERSION = tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:2])
+TRANSFORMERS_5 = VERSION >= (5,)
+
+
+# --- names that a release may not have --------------------------------------------------------------------------------
+
+
+def tested_releases() -> str:
+    """The minor releases that were tested, in words."""
+    return " to ".join(".".join(map(str, minor)) for minor in (OLDEST_TESTED, NEWEST_TESTED))
+
+
+def optional(module: str, name: str, default=None):
+    """`name` of `module`, or `default` where the installed release has no such thing."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return default
+
+
+def needed(feature: str, module: str, name: str):
+    """`name` of `module`, without which there is no `feature`.
+
+    Raises:
+        ImportError: the installed release has no such thing.
+    """
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"{feature}: this needs {module}.{name}, which transformers {transformers.__version__} does not have. Everything "
+            f"else works. Take a release from {tested_releases()}, on which saisa_hf was tested, or a newer saisa_hf."
+        ) from error
+
+
+def get_logger(name: str):
+    """transformers' logger of that name, which has `warning_once`."""
+    module = optional("transformers.utils", "logging")
+    if module is not None:
+        return module.get_logger(name)
+    logger = logging.getLogger(name)
+    logger.warning_once = functools.lru_cache(None)(logger.warning)
+    return logger
+
+
+def warn_if_untested() -> None:
+    """Logs a line where the installed transformers is newer than all that were tested."""
+    if VERSION > NEWEST_TESTED:
+        get_logger(__name__).warning(
+            f"saisa_hf was tested with transformers {tested_releases()}; {transformers.__version__} is newer. If something "
+            "fails, take one of those or a newer saisa_hf."
+        )
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -140,16 +195,33 @@ def is_quantized(cache) -> bool:
     return any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
 
 
-_CAUSAL_MASK_ARGUMENTS = inspect.signature(create_causal_mask).parameters
+def _parameters(function) -> dict:
+    return {} if function is None else inspect.signature(function).parameters
+
+
+# Where one of these is missing, the model's own masks, or the padding mask, take its place.
+create_causal_mask = optional("transformers.masking_utils", "create_causal_mask")
+create_sliding_window_causal_mask = optional("transformers.masking_utils", "create_sliding_window_causal_mask")
+create_masks_for_generate = optional("transformers.masking_utils", "create_masks_for_generate")
+# What an empty layer of a cache is. Without it, `Cache.update` makes a copy.
+DynamicLayer = optional("transformers.cache_utils", "DynamicLayer")
+
+_CAUSAL_MASK_ARGUMENTS = _parameters(create_causal_mask)
 _CACHE_ARGUMENT = "past_key_values" if "past_key_values" in _CAUSAL_MASK_ARGUMENTS else "cache"
 _EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _CAUSAL_MASK_ARGUMENTS else "input_embeds"
 _MASKS_TAKE_CACHE_POSITION = (
     "cache_position" in _CAUSAL_MASK_ARGUMENTS
     and _CAUSAL_MASK_ARGUMENTS["cache_position"].default is inspect.Parameter.empty
 )
-_UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in inspect.signature(Cache.update).parameters
-_LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in inspect.signature(DynamicLayer.lazy_initialization).parameters
-_MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters
+_UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in _parameters(DynamicCache.update)
+_LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in _parameters(getattr(DynamicLayer, "lazy_initialization", None))
+_MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in _parameters(DynamicCache.get_mask_sizes)
+
+
+def makes_causal_masks(attention_type: str) -> bool:
+    """Whether the installed transformers has the function that `causal_mask` asks for this kind of layer."""
+    kinds = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+    return create_causal_mask is not None and kinds[attention_type] is not None
 
 
 def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, cache, position_ids):
@@ -193,7 +265,8 @@ def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_argume
     layers = getattr(cache, "layers", ())
     layer = layers[layer_idx] if layer_idx < len(layers) else None
     if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
-        # what `update` does to an empty layer, but for a copy: behind a picture these are large
+        # what `update` does to an empty layer, but for a copy of what lies as in a cache: behind a picture these are large
+        key_BKSH, value_BKSH = key_BKSH.contiguous(), value_BKSH.contiguous()
         layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
         layer.keys, layer.values = key_BKSH, value_BKSH
         return key_BKSH, value_BKSH
@@ -215,8 +288,11 @@ def decoding_masks(config, attention_mask, **kwargs):
     over a block mask on every release, and one that is made here moves on with the cache before it is used.
     """
     config = config.get_text_config()
+    embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
+    if create_masks_for_generate is None:
+        return attention_mask
     # for flash attention transformers would cut the padding mask to the places of the cache, whichever tokens these hold
-    if kwargs[_EMBEDS_ARGUMENT].shape[1] > 1 or "flash" in (config._attn_implementation or ""):
+    if embeds.shape[1] > 1 or "flash" in (config._attn_implementation or ""):
         return attention_mask
     if config._attn_implementation == "flex_attention":
         config = copy.copy(config)
@@ -234,19 +310,139 @@ def tied_weights(target: str, source: str):
     return {target: source} if TRANSFORMERS_5 else [target]
 
 
-if importlib.util.find_spec("transformers.initialization"):
-    from transformers import initialization as init  # leaves alone what was loaded
-else:
+def _copy(tensor, other):
+    with torch.no_grad():
+        return tensor.copy_(other)
 
-    class init:
-        """What 5.x calls `transformers.initialization`. 4.x asks for new weights only where none were loaded."""
 
-        zeros_ = staticmethod(nn.init.zeros_)
+class init:
+    """What 5.x calls `transformers.initialization`, which leaves alone what was loaded. 4.x asks for new weights only where
+    none were loaded."""
 
-        @staticmethod
-        def copy_(tensor, other):
-            with torch.no_grad():
-                return tensor.copy_(other)
+    zeros_ = staticmethod(optional("transformers.initialization", "zeros_", nn.init.zeros_))
+    copy_ = staticmethod(optional("transformers.initialization", "copy_", _copy))
+
+
+class PlainActivations(dict):
+    """Activations by the names that they have in configs: those that encoders, language models and projectors mostly use."""
+
+    def __init__(self):
+        tanh = functools.partial(nn.GELU, approximate="tanh")
+        kinds = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh}
+        super().__init__(kinds, sigmoid=nn.Sigmoid, gelu_new=tanh, gelu_pytorch_tanh=tanh)
+
+    def __getitem__(self, name):
+        return super().__getitem__(name)()
+
+
+class PlainAttention(dict):
+    """PyTorch's fused attention, called as attention implementations are; all others are transformers' own."""
+
+    def __missing__(self, name):
+        return needed(f"attn_implementation={name!r}", "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")[name]
+
+    @staticmethod
+    def sdpa(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        """(B, T, N, H), and None in place of probabilities."""
+        is_causal = attention_mask is None and query_BNTH.shape[2] > 1 and kwargs.get("is_causal", True)
+        output_BNTH = nn.functional.scaled_dot_product_attention(
+            query_BNTH,
+            key_BKLH,
+            value_BKLH,
+            attention_mask,
+            dropout,
+            is_causal,
+            scale=scaling,
+            enable_gqa=query_BNTH.shape[1] != key_BKLH.shape[1],
+        )
+        return output_BNTH.transpose(1, 2), None
+
+
+def plain_eager_attention(
+    module, query_BNTH, key_BKLH, value_BKLH, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs
+):
+    """(B, T, N, H), and (B, N, T, L) probabilities: attention as it is written down."""
+    groups = query_BNTH.shape[1] // key_BKLH.shape[1]
+    key_BNLH, value_BNLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
+    scores_BNTL = query_BNTH @ key_BNLH.mT * scaling
+    if softcap is not None:
+        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
+    if attention_mask is not None:
+        scores_BNTL = scores_BNTL + attention_mask
+    probabilities_BNTL = scores_BNTL.softmax(-1, dtype=torch.float32).to(query_BNTH.dtype)
+    probabilities_BNTL = nn.functional.dropout(probabilities_BNTL, dropout, module.training)
+    return (probabilities_BNTL @ value_BNLH).transpose(1, 2), probabilities_BNTL
+
+
+def plain_rotate_half(x: torch.Tensor) -> torch.Tensor:
+    """(..., H), the second half with its sign changed in front of the first."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+class PlainCheckpointingLayer(nn.Module):
+    """A layer that is computed again in backward where `gradient_checkpointing` asks for that."""
+
+    gradient_checkpointing = False
+
+    def __call__(self, *args, **kwargs):
+        if not (self.gradient_checkpointing and self.training):
+            return super().__call__(*args, **kwargs)
+        return self._gradient_checkpointing_func(functools.partial(super().__call__, **kwargs), *args)
+
+
+def plain_can_return_tuple(forward):
+    """A `forward` that returns a tuple where `return_dict=False`, an argument or the config's, says so."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args, return_dict=None, **kwargs):
+        output = forward(self, *args, **kwargs)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict or isinstance(output, tuple) else output.to_tuple()
+
+    return wrapper
+
+
+ACT2FN = optional("transformers.activations", "ACT2FN", PlainActivations())
+ALL_ATTENTION_FUNCTIONS = optional(
+    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", PlainAttention(sdpa=PlainAttention.sdpa)
+)
+GradientCheckpointingLayer = optional(
+    "transformers.modeling_layers", "GradientCheckpointingLayer", PlainCheckpointingLayer
+)
+can_return_tuple = optional("transformers.utils", "can_return_tuple", plain_can_return_tuple)
+
+# what takes the place of parts of a language model that no release has under other names
+PLAIN_PARTS = {"rotate_half": plain_rotate_half, "eager_attention_forward": plain_eager_attention}
+
+
+def part_of_language_model(model_type: str, name: str):
+    """transformers' class or function `name` of the language model `model_type`."""
+    folder = model_type.removesuffix("_text")
+    module = f"transformers.models.{folder}.modeling_{folder}"
+    if name in PLAIN_PARTS:
+        return optional(module, name, PLAIN_PARTS[name])
+    return needed(f"Language models of type {model_type}", module, name)
+
+
+def model_class_of(config):
+    """The class that `AutoModel` makes of `config`; None where the installed release does not tell."""
+    mapping = getattr(AutoModel, "_model_mapping", None)
+    return None if mapping is None else mapping[type(config)]
+
+
+def config_from_dict(config: dict):
+    """The config object of a sub-config.
+
+    Raises:
+        ValueError: transformers knows no such `model_type`.
+    """
+    return AutoConfig.for_model(**config)
+
+
+def known_model_types() -> tuple[str, ...]:
+    """Every `model_type` that the installed release knows, or none where it does not tell."""
+    return tuple(optional("transformers", "CONFIG_MAPPING", ()))
 
 
 class RotaryByLayerType(nn.Module):
@@ -301,13 +497,14 @@ def readable_tp_plan(plan: dict[str, str]) -> dict[str, str]:
     """`plan`, {module: style}, as the installed release reads it. Two styles had other names in 4.57 and 5.0. 4.57 reads any
     number in a name as a layer's, and does not tell `linear_1` from `linear_2`: both are shared out by columns there, and
     their products gathered."""
-    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES  # heavy
-
+    styles = optional("transformers.integrations.tensor_parallel", "ALL_PARALLEL_STYLES")
+    if styles is None:  # then there is no tensor parallelism, see `check_tensor_parallelism`
+        return plan
     if not TRANSFORMERS_5:
         digits = re.compile(r"\d+")
         plan = {digits.sub("*", x): "colwise_rep" if digits.search(x) else style for x, style in plan.items()}
     names = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
-    return {x: style if style in ALL_PARALLEL_STYLES else names.get(style, style) for x, style in plan.items()}
+    return {x: style if style in styles else names.get(style, style) for x, style in plan.items()}
 
 
 def load_options(quantized: bool, given: dict) -> dict:
@@ -336,13 +533,23 @@ def encoder_names_of_all_releases(model):
         model._weight_conversions = before
 
 
+# encoders whose tensors have names in checkpoints that every release reads and writes, but for what the model sees to itself
+UNCHANGED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
+
+
 def _encoder_conversions(model) -> list:
     """5.x's conversions between the names in checkpoints and in memory of the module `vision_tower`."""
+    encoder = getattr(model.config, "vision_config", None)
+    if encoder is None or encoder.model_type in UNCHANGED_ENCODERS:
+        return []
+    if VERSION < (5, 6):  # not renamed yet, nor does every release have the function
+        mapping = optional("transformers.conversion_mapping", "get_model_conversion_mapping")
+    else:
+        feature = f"Saving a model with an encoder of type {encoder.model_type}"
+        mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        found = get_model_conversion_mapping(model, add_legacy=False)
-    except (ImportError, TypeError):  # of the first releases, which had not renamed anything in an encoder yet
+        found = [] if mapping is None else mapping(model, add_legacy=False)
+    except TypeError:  # of the first releases, which had not renamed anything in an encoder yet
         return []
     return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
 
@@ -352,29 +559,27 @@ def as_saved(model) -> dict[str, torch.Tensor]:
     with encoder_names_of_all_releases(model) as options:
         if not options.get("save_original_format"):
             return model.state_dict()
-        from transformers.core_model_loading import revert_weight_conversion
-
+        feature = f"The names in checkpoints of an encoder of type {model.config.vision_config.model_type}"
+        revert_weight_conversion = needed(feature, "transformers.core_model_loading", "revert_weight_conversion")
         return revert_weight_conversion(model, model.state_dict())
 
 
-if hasattr(transformers, "AutoModelForVision2Seq"):
-    AutoModelForVision2Seq = transformers.AutoModelForVision2Seq
-else:
+AutoModelForVision2Seq = optional("transformers", "AutoModelForVision2Seq")
+if AutoModelForVision2Seq is None:
 
-    class AutoModelForVision2Seq(transformers.AutoModelForImageTextToText):
+    class AutoModelForVision2Seq(AutoModelForImageTextToText):
         """transformers 4's auto class, which 5.x no longer has. It finds what `AutoModelForImageTextToText` finds."""
 
 
 # the auto classes of models that answer about pictures with text
-AUTO_CLASSES = {transformers.AutoModelForImageTextToText, AutoModelForVision2Seq}
-if hasattr(transformers, "AutoModelForMultimodalLM"):
-    AUTO_CLASSES.add(transformers.AutoModelForMultimodalLM)
+AUTO_CLASSES = {AutoModelForImageTextToText, AutoModelForVision2Seq}
+AUTO_CLASSES |= {optional("transformers", "AutoModelForMultimodalLM", AutoModelForImageTextToText)}
 
 
 def name_for_serving(model_type: str, class_name: str) -> None:
     """Puts a model into the table of names by which `transformers serve` (5.6 and later) finds out how to load it and that it
     takes pictures. `AutoModelForMultimodalLM.register` and a checkpoint's `auto_map` do not reach that table."""
-    names = getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", None)
+    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     if names is not None:
         names[model_type] = class_name
 
@@ -386,8 +591,7 @@ def training_arguments(warmup_ratio: float, checkpointing: dict | None, **argume
     """`TrainingArguments` whose warm-up is a share of the steps, which compute hidden states again in backward where
     `checkpointing` has arguments for that, and which leave the model's config as it is: 5.x has one name for shares and
     numbers of steps, a new one for checkpointing, and turns the cache off in the config that checkpoints are saved with."""
-    from transformers import TrainingArguments
-
+    TrainingArguments = needed("Training", "transformers", "TrainingArguments")
     fields = TrainingArguments.__dataclass_fields__
     if checkpointing is not None:
         name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
@@ -415,11 +619,52 @@ else:
         tokenizer_class = "AutoTokenizer"
 
 
+ProcessingKwargs = optional("transformers.processing_utils", "ProcessingKwargs")
+Unpack = optional("transformers.processing_utils", "Unpack")
+# the annotation by which serving engines find out what a processor takes
+CallArguments = None if None in (ProcessingKwargs, Unpack) else Unpack[ProcessingKwargs]
+
+TEXT_ARGUMENTS = (
+    *("add_special_tokens", "is_split_into_words", "max_length", "pad_to_multiple_of", "padding", "padding_side"),
+    *("return_attention_mask", "return_length", "return_mm_token_type_ids", "return_offsets_mapping"),
+    *("return_overflowing_tokens", "return_special_tokens_mask", "return_token_type_ids", "stride", "text_pair"),
+    *("text_pair_target", "text_target", "truncation", "verbose"),
+)
+IMAGE_ARGUMENTS = (
+    *("crop_size", "data_format", "device", "disable_grouping", "do_center_crop", "do_convert_rgb", "do_normalize"),
+    *("do_pad", "do_rescale", "do_resize", "image_mean", "image_std", "input_data_format", "pad_size", "resample"),
+    *("rescale_factor", "size"),
+)
+
+
+def call_arguments(part: str) -> set[str]:
+    """The names of a processor's arguments that belong to its `"text_kwargs"` or its `"images_kwargs"`."""
+    if ProcessingKwargs is None:
+        return set(TEXT_ARGUMENTS if part == "text_kwargs" else IMAGE_ARGUMENTS)
+    return set(ProcessingKwargs.__annotations__[part].__annotations__)
+
+
+def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
+    """A processor's arguments as `"text_kwargs"` and `"images_kwargs"`, with what either is set to take by default."""
+    merge = getattr(processor, "_merge_kwargs", None)
+    if merge is not None and ProcessingKwargs is not None:
+        return merge(ProcessingKwargs, **options, **kwargs)
+    flat = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
+    flat |= kwargs.get("common_kwargs", {})
+    text = {name: value for name, value in flat.items() if name in TEXT_ARGUMENTS or name == "return_tensors"}
+    images = {name: value for name, value in flat.items() if name not in TEXT_ARGUMENTS}
+    return {
+        "text_kwargs": text | kwargs.get("text_kwargs", {}),
+        "images_kwargs": images | kwargs.get("images_kwargs", {}),
+    }
+
+
 def read_url(url: str, timeout: float | None = None) -> bytes:
     """What is at an http(s) address, fetched with the client that the installed transformers itself loads images with."""
-    httpx = getattr(image_utils, "httpx", None)
+    httpx = optional("transformers.image_utils", "httpx")
     if httpx is None:
-        response = image_utils.requests.get(url, timeout=timeout)
+        requests = needed("Pictures from http(s) addresses", "transformers.image_utils", "requests")
+        response = requests.get(url, timeout=timeout)
     else:
         response = httpx.get(url, timeout=timeout, follow_redirects=True)
     response.raise_for_status()
@@ -440,7 +685,7 @@ def pillow_image_processor(image_processor):
     for name in (f"{plain}Pil", plain):
         if name == kind.__name__:
             break
-        sibling = getattr(transformers, name, None)
+        sibling = optional("transformers", name)
         if sibling is not None and not getattr(sibling, "is_dummy", False):
             return sibling.from_dict(image_processor.to_dict())
     return image_processor

@@ -23,30 +23,29 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel
-from transformers.activations import ACT2FN
-from transformers.cache_utils import DynamicCache
-from transformers.configuration_utils import PretrainedConfig
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModel, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, logging
 
 from .adapters_saisa import named_by, tells_samples_apart
 from .attention_saisa import HIDDEN_KEY, Runs, Visibility, hide_marked_keys, is_flash
 from .compat_saisa import (
+    ACT2FN,
+    ALL_ATTENTION_FUNCTIONS,
     CACHE,
     EitherCacheName,
     ForeignNames,
+    GradientCheckpointingLayer,
     cached_key_range,
+    can_return_tuple,
     causal_mask,
     decoding_masks,
     encoder_names_of_all_releases,
+    get_logger,
     has_empty_places,
     is_paged,
     is_quantized,
     load_options,
+    makes_causal_masks,
     one_cache,
     readable_tp_plan,
     tied_weights,
@@ -86,7 +85,7 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
 # there on every release, so that a checkpoint has one layout; one that was saved without is read by this renaming.
@@ -726,7 +725,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             return visibility.mask()
         unfilled = has_empty_places(cache) and (is_flash(implementation) or implementation == "flex_attention")
         packed = is_flash(implementation) and documents is not None and bool(documents.any())
-        if unfilled or packed:
+        if unfilled or packed or not makes_causal_masks(layer.attention_type):
             # transformers does not tell them which places of the cache are filled, or where a packed sample ends
             visibility.layout = TokenLayout(torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=slots.device))
             return visibility.for_implementation(implementation, text_BTD.dtype)
@@ -945,7 +944,12 @@ class SaisaModel(SaisaPreTrainedModel):
         encoder_arguments = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
         if pixel_values is not None and kwargs:
             encoder_arguments |= named_by(self.vision_tower, kwargs)
-        real_BS = real_tokens(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        # in embedding space visual tokens are tokens like others, and so is padding, as in a LLaVA
+        real_BS = (
+            None
+            if self.config.in_embedding_space
+            else real_tokens(attention_mask, (input_ids if inputs_embeds is None else inputs_embeds).shape[1])
+        )
 
         layout, visual, features = TokenLayout(None), None, None
         if pixel_values is not None and visual_states is not None:
@@ -1199,8 +1203,16 @@ class SaisaHead(nn.Linear):
         return super().forward(hidden_BTD) if loss is None else loss(hidden_BTD, super().forward)
 
 
-class SuppressImageToken(SuppressTokensLogitsProcessor):
-    """A class of its own, since `generate` takes one of its own classes for the caller's `suppress_tokens`."""
+class SuppressImageToken:
+    """A logits processor: the image token is never written."""
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[..., self.image_token_id] = -float("inf")
+        return scores
 
 
 class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
@@ -1424,8 +1436,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
                 "Expected input_ids, or inputs_embeds, with placeholders for the pictures: got pictures alone."
             )
         if has_pictures:
-            never = SuppressImageToken([self.config.image_token_id], device=given.device)  # the model's may be the disk
-            logits_processor = LogitsProcessorList([*(logits_processor or []), never])
+            logits_processor = [*(logits_processor or []), SuppressImageToken(self.config.image_token_id)]
             kwargs["prefill_chunk_size"] = None
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
