@@ -8,7 +8,7 @@ import importlib
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq
+from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq, warn_if_untested
 from .configuration_saisa import SaisaConfig
 from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
 from .naavit import apply_naavit
@@ -28,6 +28,7 @@ __all__ = [
     "attend",
 ]
 
+warn_if_untested()
 AutoConfig.register("saisa", SaisaConfig)
 AutoModel.register(SaisaConfig, SaisaModel)
 AutoProcessor.register(SaisaConfig, SaisaProcessor)

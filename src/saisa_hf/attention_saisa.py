@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compat_saisa import ALL_ATTENTION_FUNCTIONS
 from .token_layout_saisa import TokenLayout, segments_of
 
 

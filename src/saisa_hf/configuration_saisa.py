@@ -4,11 +4,17 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import CONFIG_MAPPING, AutoConfig
-from transformers.activations import ACT2FN
-from transformers.configuration_utils import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from .compat_saisa import comparable_config_dict, name_for_serving, portable_config_dict, readable_config_dict
+from .compat_saisa import (
+    ACT2FN,
+    comparable_config_dict,
+    config_from_dict,
+    known_model_types,
+    name_for_serving,
+    portable_config_dict,
+    readable_config_dict,
+)
 from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states, picture_size
 from .hub_saisa import AUTO_MAP, write_code_files
 from .language_models_saisa import FAMILIES, LanguageModelFamily, language_model_family
@@ -445,16 +451,18 @@ def _is_count(value) -> bool:
 
 def _sub_config(field, value, default, allowed):
     """The config object for `value` (None, dict or config), its `model_type` checked against `allowed`, where given."""
-    allowed = tuple(CONFIG_MAPPING) if allowed is None else allowed
+    allowed = known_model_types() if allowed is None else allowed
     if value is None:
         value = dict(default)
     if isinstance(value, dict):
         value = readable_config_dict({"model_type": default["model_type"], **value})
-        _check_choice(f"{field}.model_type", value["model_type"], allowed)
-        return CONFIG_MAPPING[value["model_type"]](**value)
+        if allowed:
+            _check_choice(f"{field}.model_type", value["model_type"], allowed)
+        return config_from_dict(value)
     if not isinstance(value, PretrainedConfig):
         raise ValueError(f"{field} is a {type(value).__name__}: expected a dict or a transformers config.")
-    _check_choice(f"{field}.model_type", value.model_type, allowed)
+    if allowed:
+        _check_choice(f"{field}.model_type", value.model_type, allowed)
     return value
 
 

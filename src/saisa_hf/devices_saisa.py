@@ -8,6 +8,8 @@ import re
 import torch
 from torch import distributed, nn
 
+from .compat_saisa import needed
+
 
 DECODER_LAYER = re.compile(r"((?:model\.)?language_model\.layers\.\d+)\.")
 
@@ -78,7 +80,8 @@ def wants_tensor_parallelism(arguments: dict) -> bool:
 
 
 def check_tensor_parallelism(text_config, arguments: dict) -> None:
-    """Raises ValueError if the processes cannot have as many heads each."""
+    """Raises ValueError if the processes cannot have as many heads each, ImportError if transformers has no styles."""
+    needed("Tensor parallelism", "transformers.integrations.tensor_parallel", "ALL_PARALLEL_STYLES")
     config = arguments.get("distributed_config")
     named = config.get("tp_size") if isinstance(config, dict) else getattr(config, "tp_size", None)
     shards = arguments.get("tp_size") or named or (int(os.environ.get("WORLD_SIZE", 1)) if config is None else 1)

@@ -10,7 +10,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import AutoModel
+
+from .compat_saisa import model_class_of
 
 
 # encoder -> how many tokens in front of the patch tokens are no picture of a patch
@@ -45,7 +47,7 @@ def encoder_states(config) -> EncoderStates:
         ImportError: it needs a package that is not installed, timm for instance.
     """
     settings = {key: value for key, value in config.to_dict().items() if "attn_implementation" not in key}
-    return _asked(json.dumps(settings, sort_keys=True, default=str))
+    return _asked(type(config), json.dumps(settings, sort_keys=True, default=str))
 
 
 def picture_size(config) -> tuple[int, int]:
@@ -58,14 +60,17 @@ def picture_size(config) -> tuple[int, int]:
 
 def has_choice_of_attention(config) -> bool:
     """Whether the encoder of `config` has attention whose implementation can be chosen; a convolutional one has none."""
-    return bool(getattr(AutoModel._model_mapping[type(config)], "_supports_sdpa", False))
+    model_class = model_class_of(config)
+    if model_class is None:
+        return config.model_type not in ("convnext", "convnextv2", "regnet", "resnet")
+    return bool(getattr(model_class, "_supports_sdpa", False))
 
 
 @lru_cache(maxsize=32)
-def _asked(settings: str) -> EncoderStates:
+def _asked(config_class: type, settings: str) -> EncoderStates:
     settings = json.loads(settings)
     name = settings["model_type"]
-    config = CONFIG_MAPPING[name].from_dict(settings)
+    config = config_class.from_dict(settings)
     height, width = picture_size(config)
     try:
         with torch.device("meta"), torch.no_grad():

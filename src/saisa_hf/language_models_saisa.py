@@ -7,16 +7,14 @@ enter where the text enters self-attention: behind the norm in front of it, or, 
 leaves them.
 """
 
-import importlib
 import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 
-from .compat_saisa import RotaryByLayerType, init
+from .compat_saisa import ACT2FN, RotaryByLayerType, init, part_of_language_model
 
 
 class LayerNorms(NamedTuple):
@@ -60,9 +58,7 @@ class LanguageModelFamily:
 
     def part(self, name: str):
         """transformers' class `name` of this family, or its function."""
-        folder = self.config.model_type.removesuffix("_text")
-        module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
-        return getattr(module, name if name.islower() else self.prefix + name)
+        return part_of_language_model(self.config.model_type, name if name.islower() else self.prefix + name)
 
     def norm(self, size: int) -> nn.Module:
         return self.part("RMSNorm")(size, eps=self.config.rms_norm_eps)

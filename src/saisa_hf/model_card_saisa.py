@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
 
+from .compat_saisa import needed
 from .language_models_saisa import language_model_family
 
 
@@ -104,7 +104,8 @@ def model_card(
         tags: further tags for the metadata.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    metadata = ModelCardData(
+    card_data = needed("Model cards", "huggingface_hub", "ModelCardData")
+    metadata = card_data(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=list(

@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from .compat_saisa import model_class_of, needed
 from .language_models_saisa import FAMILIES, checkpoint_state_dict
 from .visual_reduction_saisa import SaisaVisualResampler
 
@@ -102,7 +103,8 @@ def _language_model(text_model, dtype) -> PreTrainedModel:
         raise ValueError(
             f"text_model is a {type(text_model).__name__}: expected a model of transformers, path or hub id."
         )
-    return AutoModelForCausalLM.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
+    auto_class = needed("from_parts with a language model by its path", "transformers", "AutoModelForCausalLM")
+    return auto_class.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
 
 
 def _encoder(vision_model, dtype) -> PreTrainedModel:
@@ -117,7 +119,9 @@ def _encoder(vision_model, dtype) -> PreTrainedModel:
         return vision_model if kept else copy.deepcopy(vision_model).to(dtype)
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
-    encoder_class = AutoModel._model_mapping[type(config)]
+    encoder_class = model_class_of(config) or needed(
+        "from_parts with a vision encoder by its path", "transformers.AutoModel", "_model_mapping"
+    )
     encoder, info = encoder_class.from_pretrained(vision_model, config=config, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(

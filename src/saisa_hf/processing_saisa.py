@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 import torch
-from transformers import AddedToken, BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import BatchFeature
 
 from .compat_saisa import (
+    CallArguments,
     ImageTextProcessorMixin,
+    call_arguments,
+    needed,
     pillow_image_processor,
     portable_image_processor_config,
     portable_tokenizer_config,
+    sorted_arguments,
 )
 from .hub_saisa import PROCESSOR_AUTO_MAP, write_code_files
 from .pictures_saisa import check_size, load_picture, pad_to_square
@@ -51,7 +53,8 @@ def add_image_token(tokenizer, image_token: str = "<image>") -> int:
     they are. A tokenizer that has the token keeps it. The id may be the old vocabulary size: the model's embeddings have
     to have that many rows.
     """
-    token = AddedToken(image_token, normalized=False, lstrip=False, rstrip=False, special=True)
+    token_class = needed("Adding an image token", "transformers", "AddedToken")
+    token = token_class(image_token, normalized=False, lstrip=False, rstrip=False, special=True)
     tokenizer.add_tokens([token], special_tokens=True)
     return tokenizer.convert_tokens_to_ids(image_token)
 
@@ -156,9 +159,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     # --- call ---
 
-    def __call__(
-        self, images=None, text=None, *, visual_states=None, **kwargs: Unpack[ProcessingKwargs]
-    ) -> BatchFeature:
+    def __call__(self, images=None, text=None, *, visual_states=None, **kwargs: CallArguments) -> BatchFeature:
         """Prepares texts, pictures or both.
 
         Texts are tokenized in pieces, the stretches between pictures, each as if it stood alone. This is how the authors
@@ -205,7 +206,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if "images_kwargs" in kwargs:
             kwargs["images_kwargs"] = dict(kwargs["images_kwargs"])
         explicit = {**kwargs, **kwargs.get("text_kwargs", {})}  # 4.57 takes what it merges out of the dicts
-        merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = sorted_arguments(self, kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         text_kwargs.pop("return_mm_token_type_ids", None)
         asked = {"max_length", "truncation", "padding"} & explicit.keys()
@@ -313,17 +314,18 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _reduced(self, tokens: int, grid: tuple[int, int]) -> int:
         return reduced_length(self.visual_token_reduction, self.reduced_visual_tokens, tokens, grid)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """Placeholders per picture for pictures of (height, width) `image_sizes`, as serving engines ask for them."""
+        data_class = needed("Numbers of placeholders, told by sizes", "transformers.processing_utils", "MultiModalData")
         if image_sizes is None:
-            return MultiModalData()
-        images_kwargs = self._merge_kwargs(ProcessingKwargs, **kwargs)["images_kwargs"]
+            return data_class()
+        images_kwargs = sorted_arguments(self, kwargs)["images_kwargs"]
         counts = {
             size: self._counts(self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs))[0]
             for size in {(int(height), int(width)) for height, width in image_sizes}
         }
         counts = [counts[int(height), int(width)] for height, width in image_sizes]
-        return MultiModalData(num_image_tokens=counts, num_image_patches=[1] * len(counts))
+        return data_class(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     # --- text ---
 
@@ -517,7 +519,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError("sanitize_control_tokens=True is not supported.")
         call_keys = {"return_tensors", "text_kwargs", "images_kwargs", "common_kwargs", "return_mm_token_type_ids"}
         for part in ("text_kwargs", "images_kwargs"):
-            call_keys |= set(ProcessingKwargs.__annotations__[part].__annotations__)
+            call_keys |= call_arguments(part)
         processor_kwargs.update({key: kwargs.pop(key) for key in list(kwargs) if key in call_keys})
         if processor_kwargs.get("return_tensors") == "auto":
             del processor_kwargs["return_tensors"]
@@ -532,7 +534,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = [_readable_messages(messages) for messages in (conversation if is_batch else [conversation])]
-        prompts, spans = render_jinja_template(
+        render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
+        prompts, spans = render(
             conversations=conversations,
             chat_template=self._template(chat_template),
             **{**self.tokenizer.special_tokens_map, **kwargs},

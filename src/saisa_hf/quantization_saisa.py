@@ -8,7 +8,8 @@ import importlib.util
 import torch
 from torch import nn
 from torch.torch_version import TorchVersion
-from transformers.quantizers import AutoQuantizationConfig
+
+from .compat_saisa import needed
 
 
 # By measurement (docs/hardware.md): a byte saved in one of these costs more than a byte saved in a decoder layer.
@@ -25,7 +26,8 @@ def with_precise_modules(quantization_config):
     """`quantization_config`, an object or a dict, as an object that names the modules to leave alone: itself where it does
     already, else a copy with `KEPT_PRECISE`."""
     if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+        kinds = needed("A quantization_config that is a dict", "transformers.quantizers", "AutoQuantizationConfig")
+        quantization_config = kinds.from_dict(quantization_config)
     for name, unsaid in SKIP_ARGUMENTS.items():
         if hasattr(quantization_config, name) and getattr(quantization_config, name) in (None, unsaid):
             quantization_config = copy.copy(quantization_config)
