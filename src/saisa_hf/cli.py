@@ -150,6 +150,18 @@ A picture costs three forward passes for each layer, and one more. With a folder
 layers, printed last, tells where ShortV (arXiv 2504.00502) would freeze visual tokens.
 """
 
+UPGRADE_HELP = """\
+Brings a checkpoint that was saved by an older release up to this one: the code files beside config.json, auto_map, and what
+this package wrote into the model card. Weights and settings stay as they are, byte for byte:
+
+  saisa upgrade ./saisa-vicuna --check
+  saisa upgrade ./saisa-vicuna
+  saisa upgrade me/saisa-vicuna --push-to-hub
+
+A folder loads at every moment, and a run that was interrupted is completed by the next. Of a repository only the small files
+are downloaded, and the changes are one commit. With --check the exit status is 1 if something would change, else 0.
+"""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: the process's own) and returns the exit status.
@@ -253,6 +265,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     command.set_defaults(run=_convert, parser=command)
 
     _add_build(commands)
+    _add_upgrade(commands)
 
     command = commands.add_parser(
         "chat",
@@ -428,6 +441,21 @@ def _add_build(commands) -> None:
     add("--device", default="auto", help=device)
     llava = [action.dest for action in group._group_actions]
     command.set_defaults(run=_build, parser=command, of_parts=parts, of_llava=llava)
+
+
+def _add_upgrade(commands) -> None:
+    command = commands.add_parser(
+        "upgrade",
+        help="bring the code of an older checkpoint up to this release",
+        description=UPGRADE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("target", metavar="FOLDER_OR_REPO", help="folder, or hub id, of a SAISA checkpoint")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="tell what would change, and change nothing")
+    how.add_argument("--push-to-hub", action="store_true", help="change the repository on the hub, in one commit")
+    command.set_defaults(run=_upgrade, parser=command)
 
 
 def _add_reduction(add, meaning: str) -> None:
@@ -762,3 +790,10 @@ def _build_from_llava(arguments: argparse.Namespace, projector_hidden_size: int 
         **options,
     )
     return 0
+
+
+def _upgrade(arguments: argparse.Namespace) -> int:
+    from .upgrade import upgrade
+
+    changes = upgrade(arguments.target, check=arguments.check, push_to_hub=arguments.push_to_hub)
+    return int(changes and arguments.check)
