@@ -22,6 +22,7 @@ from .visual_reduction_saisa import check_reduction, grid_of, reduced_length
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
+    from .adapters_saisa import named_by  # noqa: F401
     from .attention_saisa import Visibility  # noqa: F401
     from .devices_saisa import check_device_map  # noqa: F401
     from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
