@@ -42,6 +42,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "demo",
         "convert",
         "build",
+        "upgrade",
         "chat",
         "attend",
         "train",
