@@ -348,6 +348,7 @@ def test_what_is_no_checkpoint_is_one_line_of_error(tmp_path, monkeypatch, capsy
         (["file"], 1, "'file' is a file"),
         (["./no/where", "--push-to-hub"], 1, "'./no/where' is not a folder"),
         (["~/where", "--check"], 1, "is not a folder"),
+        (["~nobody-of-that-name/where", "--check"], 1, "is not a folder"),
         (["/no/where", "--check"], 1, "is not a folder"),
         (["a/b/c", "--check"], 1, "is not a folder"),
         (["name", "--check"], 1, "expected the folder of a checkpoint, or a repository 'user/name'"),

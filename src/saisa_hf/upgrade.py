@@ -97,7 +97,7 @@ def local_folder(target: str | os.PathLike) -> Path | None:
         FileNotFoundError: it is neither.
     """
     text = os.fspath(target)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_dir():
         return path
     is_path = path.exists() or text.startswith((".", "~", "/")) or text.count("/") != 1 or os.path.isabs(text)
@@ -141,7 +141,8 @@ def plan_upgrade(folder: Path, name: str, repo_id: str | None = None) -> Plan:
         path = folder / file
         if not path.is_file() or path.read_bytes() != content:
             plan.writes[file] = content
-    plan.removes = sorted(path.name for path in folder.iterdir() if CODE.fullmatch(path.name) and path.name not in code)
+    present = (path.name for path in folder.iterdir() if path.is_symlink() or path.is_file())
+    plan.removes = sorted(file for file in present if CODE.fullmatch(file) and file not in code)
     _plan_card(plan, folder / CARD, config, repo_id)
     return plan
 
