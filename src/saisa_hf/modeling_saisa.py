@@ -1335,7 +1335,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from, but in embedding space, where all labels count. Placeholders should be
+                token has no output to predict from, and beside images neither has padding. In embedding space all count. Placeholders should be
                 -100: `Trainer` divides by the number of labels that are not, and the text token in front of a picture would
                 learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
@@ -1369,7 +1369,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         layout = TokenLayout(None)
-        if (pixel_values is not None or visual_states is not None) and not self.config.in_embedding_space:
+        pictures = pixel_values if visual_states is None else visual_states
+        if pictures is not None and len(pictures) and not self.config.in_embedding_space:
             visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)
             real_BS = real_tokens(attention_mask, visual_BS.shape[1])
             layout = self.model._layout(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])

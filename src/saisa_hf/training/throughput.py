@@ -69,13 +69,17 @@ class StepFlops:
     def counts(self, inputs: dict) -> torch.Tensor:
         """`COUNTS` of a batch as the model takes it, float64 on its device."""
         ids, labels = inputs["input_ids"], inputs["labels"]
-        visual_B = (ids == self.image_token_id).sum(1)
-        visual, longest = visual_B.sum(), (ids.shape[1] - visual_B).max()
         pictures = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
-        predicts = (ids[:, :-1] != self.image_token_id) | self.visual_tokens_predict
-        learned = ((labels[:, 1:] != -100) & predicts).sum()
-        pairs = [longest * ids.numel(), torch.tensor(ids.shape[1] * ids.numel(), device=ids.device)]
-        return torch.stack([ids.numel() - visual, visual, learned, pictures, *pairs]).double()
+        visual = (ids == self.image_token_id).sum()
+        text_BS, text = ids != self.image_token_id, ids.numel() - visual
+        predicts_BS = text_BS | self.visual_tokens_predict
+        if pictures and not self.visual_tokens_predict:  # as many columns as the sample with most text has
+            if inputs.get("attention_mask") is not None:
+                text_BS = predicts_BS = text_BS & inputs["attention_mask"].bool()
+            text = len(ids) * text_BS.sum(1).max()
+        learned = ((labels[:, 1:] != -100) & predicts_BS[:, :-1]).sum()
+        pairs = [text_BS.sum(1).max() * ids.numel(), torch.tensor(ids.shape[1] * ids.numel(), device=ids.device)]
+        return torch.stack([text, visual, learned, pictures, *pairs]).double()
 
     def __call__(self, counts: torch.Tensor) -> float:
         """FLOPs of what `counts` counted, or a sum of such."""

@@ -16,6 +16,7 @@ An input without pictures is not moved: there, T is S.
 """
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
 
 logger = get_logger(__name__)
 
+# the arguments that pictures come in
+PICTURES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
 # The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
 # there on every release, so that a checkpoint has one layout; one that was saved without is read by this renaming.
 NESTED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
@@ -1332,7 +1335,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from, but in embedding space, where all labels count. Placeholders should be
+                token has no output to predict from, and beside images neither has padding. In embedding space all count. Placeholders should be
                 -100: `Trainer` divides by the number of labels that are not, and the text token in front of a picture would
                 learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
@@ -1366,7 +1369,8 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         layout = TokenLayout(None)
-        if (pixel_values is not None or visual_states is not None) and not self.config.in_embedding_space:
+        pictures = pixel_values if visual_states is None else visual_states
+        if pictures is not None and len(pictures) and not self.config.in_embedding_space:
             visual_BS = self.model.get_placeholder_mask(input_ids, inputs_embeds)
             real_BS = real_tokens(attention_mask, visual_BS.shape[1])
             layout = self.model._layout(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])
@@ -1510,8 +1514,7 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """transformers' own, but each row's pictures stay together, as rows may have different numbers of them."""
-        names = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
-        pictures = _given(**{name: model_kwargs.pop(name, None) for name in names})
+        pictures = _given(**{name: model_kwargs.pop(name, None) for name in PICTURES})
         if pictures and expand_size > 1:
             placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
             cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
@@ -1530,6 +1533,28 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **pictures}
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """transformers' own continuous batching, which is for text: it has no place for pictures.
+
+        Raises:
+            ValueError: a prompt holds the image token.
+        """
+        for index, ids in enumerate(inputs):
+            if self.config.image_token_id in torch.as_tensor(ids).flatten().tolist():
+                raise ValueError(
+                    f"inputs[{index}] holds the image token ({self.config.image_token_id}), but generate_batch carries no "
+                    "images. Use generate for prompts with images."
+                )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """transformers' own; a draft model that takes no pictures is not handed them."""
+        draft, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
+        if draft is not None and given is not None:
+            known = inspect.signature(draft.forward).parameters
+            kwargs["model_kwargs"] = {name: x for name, x in given.items() if name in known or name not in PICTURES}
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _visual_tokens(self, pictures: dict, *placeholders: int) -> list[int]:
         """How many visual tokens each picture has. Where the encoder does not tell, the numbers of placeholders do that they
