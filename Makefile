@@ -5,7 +5,7 @@ ENV5 := .venv/transformers-5
 PYTEST := -m pytest -n 2
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 test-slow compat lint format clean
+.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest compat lint format clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -27,6 +27,9 @@ test-4: $(ENV4)/.ready
 test-slow: $(ENV5)/.ready $(ENV4)/.ready  ## what takes a minute or more each, under both
 	OMP_NUM_THREADS=1 SAISA_OTHER_PYTHON=$(abspath $(ENV4)/bin/python) $(ENV5)/bin/python $(PYTEST) -m slow
 	OMP_NUM_THREADS=1 $(ENV4)/bin/python $(PYTEST) -m slow
+
+test-newest: $(ENV5)/.ready     ## a quick suite on the newest transformers, hub, peft and trl there are, unpinned
+	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/newest.py
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py

@@ -200,7 +200,7 @@ def _feature(name: str) -> str:
 
 def removable(found: dict) -> list[str]:
     """The names that a release may lack: what `optional` and `needed` are asked for by name."""
-    return [x for x, uses in found.items() if not is_core(uses) and "{" not in x and not x.startswith("super()")]
+    return [name for name, uses in found.items() if "{" not in name and not any(use.core for use in uses)]
 
 
 def serves(uses: list[Use]) -> str:
