@@ -1335,9 +1335,9 @@ class SaisaForConditionalGeneration(SaisaPreTrainedModel, GenerationMixin):
 
         Args:
             labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from, and beside images neither has padding. In embedding space all count. Placeholders should be
-                -100: `Trainer` divides by the number of labels that are not, and the text token in front of a picture would
-                learn to predict them.
+                token has no output to predict from, and beside images neither has padding. In embedding space all count.
+                Placeholders should be -100: `Trainer` divides by the number of labels that are not, and the text token in
+                front of a picture would learn to predict them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
                 time, and again in backward: training needs no memory for (B, S, vocabulary).
