@@ -37,7 +37,7 @@ def main() -> int:
         print(f"The package registry does not say which transformers is the newest:\n{asked.stdout}", file=sys.stderr)
         return 1
     upgrade = ["--upgrade", "--upgrade-strategy", "eager", "-c", "constraints/base.txt"]
-    installed = pip("install", "--quiet", *upgrade, *FOLLOWED, *TOOLS, "-e", ".")
+    installed = pip("install", "--quiet", *upgrade, *FOLLOWED, *TOOLS, "-e", ".[demo]")
     if installed.returncode:
         print(f"The newest releases could not be installed:\n{installed.stdout}", file=sys.stderr)
         return 1
