@@ -56,9 +56,9 @@ def test_names_that_are_missing_are_replaced_or_named():
 
 
 IMPORTED = """
-import sys, transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache, PreTrainedModel, ProcessorMixin
-transformers.__version__ = sys.argv[1]
+import sys
+from transformers import GenerationMixin, PreTrainedModel  # the module that is there once they are is a new one
+sys.modules["transformers"].__version__ = sys.argv[1]
 import saisa_hf
 """
 
