@@ -56,10 +56,13 @@ def test_names_that_are_missing_are_replaced_or_named():
 
 
 IMPORTED = """
-import sys
-from transformers import GenerationMixin, PreTrainedModel  # the module that is there once they are is a new one
-sys.modules["transformers"].__version__ = sys.argv[1]
+import contextlib, importlib, sys
 import saisa_hf
+from saisa_hf import compat_saisa
+compat_saisa.transformers.__version__ = sys.argv[1]
+compat_saisa.VERSION = tuple(map(int, sys.argv[1].split(".")[:2]))
+with contextlib.suppress(ValueError):  # the classes are registered already
+    importlib.reload(saisa_hf)
 """
 
 
