@@ -100,7 +100,7 @@ def test_loss_and_gradients_without_logits_equal_those_with(text, count, monkeyp
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         # sums in another order: what they round off adds up on the way back through the model
-        assert (found[name] - gradient).abs().max() <= 2e-6 * max(1.0, gradient.abs().max()), name
+        assert (found[name] - gradient).abs().max() <= 3e-6 * max(1.0, gradient.abs().max()), name
 
 
 def test_the_head_meets_labelled_rows_alone_and_few_at_a_time():

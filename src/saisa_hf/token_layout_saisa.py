@@ -109,12 +109,12 @@ class TokenLayout:
             if torch.equal(visual_rows[:count].cpu(), torch.arange(first, first + count)):
                 self._stored_slice = slice(first, first + count)
         if self.segments is None:
-            # where position (b, s) finds its row in [text rows, visual rows, zeros], and in [text rows, zeros]
-            rows, visual = self.batch_size * self.longest, int(visual_BS.sum())
+            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]; padding has the keys of
+            # a neighbour, since static caches of 4.57 count the keys that are not zero
+            rows = self.batch_size * self.longest
             text_row_BS = sample_B1 * self.longest + self.column_BS
             visual_row_BS = rows + visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
-            key_source_BS = torch.where(visual_BS, visual_row_BS, torch.where(text_BS, text_row_BS, rows + visual))
-            self._key_source = key_source_BS.flatten().to(device)
+            self._key_source = torch.where(visual_BS, visual_row_BS, text_row_BS).flatten().to(device)
             self._aligned_source = torch.where(text_BS, text_row_BS, rows).flatten().to(device)
 
     def text(self, x_BSX: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ class TokenLayout:
         visual_VKH: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order, zeros at
-        padding. `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are still to be
-        rotated.
+        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order; nobody looks at
+        those at padding. `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are
+        still to be rotated.
         """
         if self.visual_BS is None:
             return text_BTKH.transpose(1, 2)
@@ -165,8 +165,7 @@ class TokenLayout:
         if self.segments is not None:
             visual_BKVH = self._visual_by_sample(visual_VKH).expand(self.batch_size, -1, -1, -1)
             return self._join(text_BTKH.transpose(1, 2), visual_BKVH, dim=2)
-        text_RKH = text_BTKH.flatten(0, 1)
-        rows = torch.cat([text_RKH, visual_VKH, text_RKH.new_zeros(1, *text_RKH.shape[1:])])
+        rows = torch.cat([text_BTKH.flatten(0, 1), visual_VKH])
         rows = rows.index_select(0, self._key_source.to(rows.device))
         return rows.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
 
@@ -182,7 +181,7 @@ class TokenLayout:
         return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
 
     def joined(self, text_BTX: torch.Tensor, visual_VX: torch.Tensor) -> torch.Tensor:
-        """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order, zeros at padding."""
+        """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order."""
         return self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
 
     def query_rows(self, x_BNSX: torch.Tensor) -> torch.Tensor:
