@@ -109,8 +109,8 @@ class TokenLayout:
             if torch.equal(visual_rows[:count].cpu(), torch.arange(first, first + count)):
                 self._stored_slice = slice(first, first + count)
         if self.segments is None:
-            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]; padding has the keys of
-            # a neighbour, since static caches of 4.57 count the keys that are not zero
+            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]; padding has a
+            # neighbour's keys, since static caches of 4.57 count the keys that are not zero
             rows = self.batch_size * self.longest
             text_row_BS = sample_B1 * self.longest + self.column_BS
             visual_row_BS = rows + visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
@@ -149,9 +149,9 @@ class TokenLayout:
         visual_VKH: torch.Tensor | None,
         rotation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order; nobody looks at
-        those at padding. `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are
-        still to be rotated.
+        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order; padding has
+        a neighbour's. `visual_VKH=None` leaves zeros. `rotation`: cosines and sines (V, H) by which the visual ones are still
+        to be rotated.
         """
         if self.visual_BS is None:
             return text_BTKH.transpose(1, 2)
