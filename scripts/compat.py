@@ -27,6 +27,8 @@ import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from saisa_hf.compat_saisa import OLDEST_TESTED
+
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".compat"
@@ -34,7 +36,6 @@ RUN = WORK / "run"
 # copies, so that all processes of a run see the same code whatever is edited meanwhile
 ROUND_TRIP = RUN / "roundtrip.py"
 CODE = RUN / "src" / "saisa_hf"
-OLDEST = (4, 57)
 BASE = ["torch", "numpy", "pillow", "jinja2", "psutil", "pyyaml", "regex", "requests", "httpx", "typer", "tqdm"]
 BASE += ["filelock", "fsspec", "packaging", "safetensors", "hf-xet", "sentencepiece", "protobuf"]
 START, END = "<!-- compat: start -->", "<!-- compat: end -->"
@@ -62,10 +63,10 @@ def base_python() -> Path:
 
 
 def minor_releases(python: Path) -> list[str]:
-    """Minor releases of transformers from `OLDEST` to the newest, oldest first: "4.57", "5.0", ..."""
+    """Minor releases of transformers from `OLDEST_TESTED` to the newest, oldest first: "4.57", "5.0", ..."""
     listed = re.search(r"Available versions: (.*)", pip(python, "index", "versions", "transformers"))[1]
     minors = sorted({tuple(map(int, version.split(".")[:2])) for version in listed.split(", ")})
-    return [f"{major}.{minor}" for major, minor in minors if (major, minor) >= OLDEST]
+    return [f"{major}.{minor}" for major, minor in minors if (major, minor) >= OLDEST_TESTED]
 
 
 def install(python: Path, minor: str) -> str:
