@@ -39,7 +39,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
 
 def real_tokens(attention_mask, length: int) -> torch.Tensor | None:
     """bool (B, length), False where `attention_mask` tells that one of the last `length` tokens is padding; None where it
-    tells of none: it is missing, prepared for the attention function, or all ones."""
+    does not tell: it is missing, or prepared for the attention function."""
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:].bool()
