@@ -32,11 +32,11 @@ from learning import DEPTH, EXERCISES, MEASURES, TASKS, Examination, Mixture, av
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
+from saisa_hf.checkpoints.from_llava import saisa_from_llava
+from saisa_hf.common.plots import drawing
+from saisa_hf.common.tables import fill_blocks, table
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
-from saisa_hf.from_llava import saisa_from_llava
-from saisa_hf.plots import drawing
-from saisa_hf.tables import fill_blocks, table
 from saisa_hf.visual_reduction_saisa import SaisaVisualResampler
 
 

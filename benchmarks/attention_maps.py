@@ -17,10 +17,10 @@ import transformers
 from PIL import Image
 
 from saisa_hf import attend
-from saisa_hf.attention_pages import contact_sheet
+from saisa_hf.common.tables import fill_blocks, table
 from saisa_hf.demo.run import load
 from saisa_hf.demo.scenes import GRID, PLACES, Question, Scene, draw, make_scene, questions_in_turn
-from saisa_hf.tables import fill_blocks, table
+from saisa_hf.inspection.attention_pages import contact_sheet
 
 
 KINDS = ("digit at a place", "digit of a colour")

@@ -136,7 +136,7 @@ def run_conversion(source: Path, destination: Path, dtype: str | None) -> dict:
             anonymous[0] = max(anonymous[0], status("RssAnon"))
 
     threading.Thread(target=watch, daemon=True).start()
-    from saisa_hf.convert import convert
+    from saisa_hf.checkpoints.convert import convert
 
     before, start = status("VmHWM"), time.perf_counter()
     convert(source, destination, dtype=dtype, log=lambda line: None, progress=False)

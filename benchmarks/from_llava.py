@@ -25,11 +25,7 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from saisa_hf.bench import measure
-from saisa_hf.demo import train as demo
-from saisa_hf.demo.language import Conversation
-from saisa_hf.demo.run import ask_model
-from saisa_hf.demo.scenes import LISTS, draw, held_out_questions, make_scene
-from saisa_hf.from_llava import (
+from saisa_hf.checkpoints.from_llava import (
     Fit,
     LayerFit,
     Teacher,
@@ -40,8 +36,12 @@ from saisa_hf.from_llava import (
     fit_projectors,
     saisa_from_llava,
 )
-from saisa_hf.plots import drawing
-from saisa_hf.tables import fill_blocks, table
+from saisa_hf.common.plots import drawing
+from saisa_hf.common.tables import fill_blocks, table
+from saisa_hf.demo import train as demo
+from saisa_hf.demo.language import Conversation
+from saisa_hf.demo.run import ask_model
+from saisa_hf.demo.scenes import LISTS, draw, held_out_questions, make_scene
 
 
 STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists

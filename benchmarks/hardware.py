@@ -28,8 +28,8 @@ from transformers import BitsAndBytesConfig
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
-from saisa_hf.fit import use_bytes, weight_bytes
-from saisa_hf.tables import fill_blocks, table
+from saisa_hf.common.tables import fill_blocks, table
+from saisa_hf.costs.memory import use_bytes, weight_bytes
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}

@@ -25,12 +25,12 @@ from digit_models import RATE, VISUAL_TOKENS, keep, new_llava, optimizer_of, tra
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
+from saisa_hf.checkpoints.from_llava import saisa_from_llava
+from saisa_hf.common.plots import drawing
+from saisa_hf.common.tables import fill_blocks, table
 from saisa_hf.demo import scenes
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
-from saisa_hf.from_llava import saisa_from_llava
-from saisa_hf.plots import drawing
-from saisa_hf.tables import fill_blocks, table
 
 
 DEPTH, BATCH = 4, 16

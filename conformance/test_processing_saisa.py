@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from saisa_hf import SaisaProcessor
-from saisa_hf.chat_templates import chat_template
+from saisa_hf.chat.templates import chat_template
 from saisa_hf.processing_saisa import add_image_token
 
 from ...test_processing_common import ProcessorTesterMixin

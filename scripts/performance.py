@@ -15,7 +15,7 @@ from pathlib import Path
 from saisa_hf.bench import measure
 from saisa_hf.bench.run import show_ratios, show_slopes
 from saisa_hf.bench.targets import show_targets
-from saisa_hf.tables import fill_blocks
+from saisa_hf.common.tables import fill_blocks
 
 
 ROOT = Path(__file__).parent.parent

@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitImageProcessor, CLIPImageProcessor, ConvNextImageProcessor, SiglipImageProcessor
 
 import saisa_hf
-from saisa_hf import SaisaProcessor, attend, attention_maps
-from saisa_hf.attention_maps import AttentionMaps, PictureMaps, grouped_words, seen_part, visual_attention
-from saisa_hf.attention_pages import contact_sheet, overlay, page
+from saisa_hf import SaisaProcessor, attend
 from saisa_hf.cli import main
 from saisa_hf.demo.run import CHECKPOINT
+from saisa_hf.inspection import attention_maps
+from saisa_hf.inspection.attention_maps import AttentionMaps, PictureMaps, grouped_words, seen_part, visual_attention
+from saisa_hf.inspection.attention_pages import contact_sheet, overlay, page
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -38,7 +39,7 @@ ROW = [BOS, 5, "image", 6, 7, "image", "image", 8, 9, 10]
 
 def test_the_name_is_there_and_costs_nothing_until_it_is_asked_for():
     assert saisa_hf.attend is attention_maps.attend
-    assert "saisa_hf.attention_maps" not in modules_after("import saisa_hf")
+    assert "saisa_hf.inspection.attention_maps" not in modules_after("import saisa_hf")
     with pytest.raises(AttributeError, match="no attribute 'attends'"):
         saisa_hf.attends  # noqa: B018
 

@@ -18,7 +18,7 @@ from saisa_hf.bench.run import CURVE, add_arguments, cases, names_for, prepared,
 from saisa_hf.bench.targets import CPU, H200, show_targets
 from saisa_hf.bench.work import MODELS, WORKS, Case, model_of, tasks
 from saisa_hf.cli import main
-from saisa_hf.flops import Step, step_flops
+from saisa_hf.costs.flops import Step, step_flops
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))

@@ -40,10 +40,10 @@ from transformers import (
 )
 from transformers.utils.chat_template_utils import render_jinja_template
 
-import saisa_hf.build as build_module
+import saisa_hf.checkpoints.build as build_module
 from saisa_hf import SaisaForConditionalGeneration
-from saisa_hf.build import build, prepare_tokenizer
-from saisa_hf.chat_templates import chat_template, with_pictures
+from saisa_hf.chat.templates import chat_template, with_pictures
+from saisa_hf.checkpoints.build import build, prepare_tokenizer
 from saisa_hf.cli import main
 from saisa_hf.language_models_saisa import FAMILIES, checkpoint_state_dict
 
@@ -511,7 +511,7 @@ def test_the_result_is_uploaded_on_request(tmp_path, monkeypatch):
             self.uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
             return SimpleNamespace(commit_url="https://hub/commit")
 
-    monkeypatch.setattr("saisa_hf.destination.HfApi", Hub)
+    monkeypatch.setattr("saisa_hf.common.destination.HfApi", Hub)
     quietly(*parts_on_disk(tmp_path), tmp_path / "out", push_to_hub="someone/tiny", private=True)
     assert Hub.uploaded == {"someone/tiny, private: True": {path.name for path in (tmp_path / "out").iterdir()}}
 

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
-from saisa_hf.chat import Conversation
-from saisa_hf.chat_templates import chat_template
+from saisa_hf.chat.conversation import Conversation
+from saisa_hf.chat.templates import chat_template
 from saisa_hf.cli import main
 from saisa_hf.demo.run import CHECKPOINT
 from saisa_hf.processing_saisa import add_image_token

@@ -7,7 +7,7 @@ import pytest
 from jinja2.exceptions import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from saisa_hf.chat_templates import chat_template, chat_template_names
+from saisa_hf.chat.templates import chat_template, chat_template_names
 
 
 PROMPTS = json.loads((Path(__file__).parent / "fixtures" / "reference" / "tokenizer" / "prompts.json").read_text())

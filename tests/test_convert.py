@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-import saisa_hf.convert as convert_module
+import saisa_hf.checkpoints.convert as convert_module
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
-from saisa_hf.convert import convert
+from saisa_hf.checkpoints.convert import convert
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"

@@ -23,7 +23,7 @@ from test_convert import (
     write_weights,
 )
 
-from saisa_hf.convert import convert
+from saisa_hf.checkpoints.convert import convert
 
 
 QUIET = {"log": lambda line: None}
@@ -82,7 +82,7 @@ def complete(source, tmp_path_factory):
 JOBS = """
 import json, os, resource, signal, sys
 from pathlib import Path
-from saisa_hf.convert import convert
+from saisa_hf.checkpoints.convert import convert
 
 source, jobs = sys.argv[1], json.loads(sys.argv[2])
 steps = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "shutil.rmtree"}
@@ -177,7 +177,7 @@ def test_what_appears_in_the_destination_meanwhile_is_not_overwritten(tmp_path, 
 
 
 def test_where_folders_cannot_be_swapped_the_old_one_is_moved_aside_and_back(tmp_path, source, complete, monkeypatch):
-    monkeypatch.setattr("saisa_hf.destination._exchange", lambda first, second: False)
+    monkeypatch.setattr("saisa_hf.common.destination._exchange", lambda first, second: False)
     before, rename = old_result(tmp_path / "dst"), os.rename
 
     def fail(old, new):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from test_convert import REFERENCE, authors_checkpoint
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from saisa_hf.checkpoints.convert import convert
 from saisa_hf.compat_saisa import pillow_image_processor
-from saisa_hf.convert import convert
 
 
 FIXTURES = json.loads((REFERENCE / "tokenizer" / "prompts.json").read_text())

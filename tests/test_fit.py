@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench.measure import peak_memory
 from saisa_hf.cli import main
-from saisa_hf.fit import WAYS, bytes_of, fit, use_bytes, weight_bytes
+from saisa_hf.costs.memory import WAYS, bytes_of, fit, use_bytes, weight_bytes
 
 
 pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="the same on every release: runs under 5.x")

@@ -17,8 +17,7 @@ from saisa_hf.bench.models import build
 from saisa_hf.bench.run import add_arguments, prepared
 from saisa_hf.bench.work import Case, model_of, tasks
 from saisa_hf.cli import main
-from saisa_hf.encoders_saisa import picture_size
-from saisa_hf.flops import (
+from saisa_hf.costs.flops import (
     ARCHITECTURES,
     Step,
     account,
@@ -30,8 +29,9 @@ from saisa_hf.flops import (
     step_flops,
     training_flops,
 )
+from saisa_hf.costs.presets import LANGUAGE_MODELS
+from saisa_hf.encoders_saisa import picture_size
 from saisa_hf.model_card_saisa import flops as card_flops
-from saisa_hf.presets import LANGUAGE_MODELS
 
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "layers": 4, "heads": 4, "kv_heads": 4}

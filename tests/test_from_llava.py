@@ -37,11 +37,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor, from_llava
-from saisa_hf.cli import _parser, main
-from saisa_hf.demo import scenes
-from saisa_hf.demo.language import CHAT_TEMPLATE, make_tokenizer
-from saisa_hf.from_llava import (
+from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf.checkpoints import from_llava
+from saisa_hf.checkpoints.from_llava import (
     Fit,
     LayerFit,
     Teacher,
@@ -53,6 +51,9 @@ from saisa_hf.from_llava import (
     processor_from_llava,
     saisa_from_llava,
 )
+from saisa_hf.cli import _parser, main
+from saisa_hf.demo import scenes
+from saisa_hf.demo.language import CHAT_TEMPLATE, make_tokenizer
 from saisa_hf.processing_saisa import add_image_token
 
 

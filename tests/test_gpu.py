@@ -11,7 +11,7 @@ from tiny_models import BOS, TEXT_CONFIGS, prompts_from_rows, random_prompts, ti
 from transformers import BitsAndBytesConfig
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaVisualStates, attention_saisa
-from saisa_hf.fit import use_bytes, weight_bytes
+from saisa_hf.costs.memory import use_bytes, weight_bytes
 
 
 pytestmark = [

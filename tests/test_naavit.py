@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import saisa_hf
 from saisa_hf import SaisaForConditionalGeneration, apply_naavit
 from saisa_hf.cli import main
-from saisa_hf.redundancy import KINDS, contributions, redundancy, show
+from saisa_hf.inspection.redundancy import KINDS, contributions, redundancy, show
 
 
 LAYERS = 3

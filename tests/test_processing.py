@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
-from saisa_hf.chat_templates import chat_template
+from saisa_hf.chat.templates import chat_template
 from saisa_hf.compat_saisa import pillow_image_processor
 from saisa_hf.pictures_saisa import load_picture
 from saisa_hf.processing_saisa import SaisaProcessor, add_image_token

@@ -36,7 +36,7 @@ from test_convert import old_words_tokenizer
 from tiny_models import randomize
 from transformers import CLIPImageProcessor
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
-from saisa_hf.chat_templates import chat_template
+from saisa_hf.chat.templates import chat_template
 
 tokenizer = old_words_tokenizer(40)
 tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})

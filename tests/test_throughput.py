@@ -6,7 +6,7 @@ import transformers
 from tiny_models import OTHER_VISION_CONFIGS, VISION_CONFIGS, random_prompts, tiny_config, tiny_model, vision_features
 from torch.utils.flop_counter import FlopCounterMode
 
-from saisa_hf.flops import encoder_flops
+from saisa_hf.costs.flops import encoder_flops
 from saisa_hf.training import add_lora, freeze_all_but
 from saisa_hf.training.throughput import StepFlops, peak_tflops
 

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 from training_parts import TOKENS, character_tokenizer, conversation, picture, processor_for
 
-from saisa_hf.chat_templates import chat_template_names, with_pictures
+from saisa_hf.chat.templates import chat_template_names, with_pictures
 from saisa_hf.cli import main
 from saisa_hf.training import (
     BadSample,

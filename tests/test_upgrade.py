@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from hub_standin import HubStandIn
 
-from saisa_hf import SaisaConfig, upgrade
+from saisa_hf import SaisaConfig
+from saisa_hf.checkpoints import upgrade
 from saisa_hf.cli import main
 from saisa_hf.hub_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.model_card_saisa import _flop_table, _usage, model_card

@@ -31,8 +31,8 @@ from transformers import (
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor, attend
 from saisa_hf import cli as command_line
 from saisa_hf.cli import main
-from saisa_hf.flops import Step, account, training_flops
-from saisa_hf.tables import table
+from saisa_hf.common.tables import table
+from saisa_hf.costs.flops import Step, account, training_flops
 from saisa_hf.training import add_lora, freeze_all_but
 from saisa_hf.training.throughput import StepFlops
 from saisa_hf.visual_reduction_saisa import REDUCTIONS, class_attention

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
-from saisa_hf.chat_templates import chat_template
+from saisa_hf.chat.templates import chat_template
 from saisa_hf.processing_saisa import add_image_token
 
 

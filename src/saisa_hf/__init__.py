@@ -1,22 +1,26 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """SAISA vision-language models for Hugging Face transformers.
 
-Importing the package registers its config, models and processor with transformers' Auto classes.
+The model is in `modeling_saisa.py`. Importing the package imports neither torch nor transformers: its names are imported when
+they are first used, and its classes join transformers' Auto classes when these are (see `_registration.py`).
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel, AutoProcessor
-
-from .compat_saisa import AUTO_CLASSES, AutoModelForVision2Seq, warn_if_untested
-from .configuration_saisa import SaisaConfig
-from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
-from .naavit import apply_naavit
-from .processing_saisa import SaisaProcessor
-from .visual_states_saisa import SaisaVisualStates
+from . import _moved, _registration
+from ._version import __version__ as __version__
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .compat_saisa import AutoModelForVision2Seq
+    from .configuration_saisa import SaisaConfig
+    from .inspection.attention_maps import attend
+    from .inspection.naavit import apply_naavit
+    from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
+    from .processing_saisa import SaisaProcessor
+    from .visual_states_saisa import SaisaVisualStates
+
 __all__ = [
     "AutoModelForVision2Seq",
     "SaisaConfig",
@@ -28,17 +32,28 @@ __all__ = [
     "attend",
 ]
 
-warn_if_untested()
-AutoConfig.register("saisa", SaisaConfig)
-AutoModel.register(SaisaConfig, SaisaModel)
-AutoProcessor.register(SaisaConfig, SaisaProcessor)
-for auto_class in AUTO_CLASSES:
-    auto_class.register(SaisaConfig, SaisaForConditionalGeneration)
+_MODULE_OF = {
+    "AutoModelForVision2Seq": "compat_saisa",
+    "SaisaConfig": "configuration_saisa",
+    "SaisaForConditionalGeneration": "modeling_saisa",
+    "SaisaModel": "modeling_saisa",
+    "SaisaProcessor": "processing_saisa",
+    "SaisaVisualStates": "visual_states_saisa",
+    "apply_naavit": "inspection.naavit",
+    "attend": "inspection.attention_maps",
+}
 
-LAZY = {"attend": "attention_maps"}  # imported when asked for, from these modules
+_moved.install()
+_registration.install()
 
 
 def __getattr__(name: str):
-    if name not in LAZY:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .presets import LANGUAGE_MODELS
+from .costs.presets import LANGUAGE_MODELS
 
 
 # of visual tokens; `visual_reduction_saisa` has the same, and is slow to import
@@ -413,7 +413,7 @@ def _add_build(commands) -> None:
     add("--pad-to-square", action="store_true", help="pad pictures to squares, as LLaVA-1.5 does")
     parts = [action.dest for action in group._group_actions]
 
-    # the defaults are those of `saisa_hf.from_llava.Fit`
+    # the defaults are those of `saisa_hf.checkpoints.from_llava.Fit`
     group = command.add_argument_group("a LLaVA as a starting point")
     add = group.add_argument
     add("--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
@@ -586,7 +586,7 @@ def _temperature(text: str) -> float:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from .chat import chat
+    from .chat.terminal import chat
 
     return chat(
         arguments.model,
@@ -601,7 +601,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _attend(arguments: argparse.Namespace) -> int:
-    from .attention_pages import attend_and_draw
+    from .inspection.attention_pages import attend_and_draw
 
     return attend_and_draw(
         arguments.model,
@@ -629,8 +629,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _fit(arguments: argparse.Namespace) -> int:
     import json
 
-    from .fit import bytes_of, fit, show
-    from .flops import read_config
+    from .costs.flops import read_config
+    from .costs.memory import bytes_of, fit, show
 
     memory = bytes_of(arguments.gpu_memory) - bytes_of(arguments.reserve)
     text, images = arguments.text, arguments.images
@@ -640,11 +640,11 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _redundancy(arguments: argparse.Namespace) -> int:
-    from .chat import device_named
-    from .destination import check_file
-    from .from_llava import load_llava, picture_files
-    from .plots import drawing
-    from .redundancy import PROMPT, plot, redundancy, show
+    from .checkpoints.from_llava import load_llava, picture_files
+    from .common.destination import check_file
+    from .common.loading import device_named
+    from .common.plots import drawing
+    from .inspection.redundancy import PROMPT, plot, redundancy, show
 
     pictures = picture_files(arguments.images)[: arguments.pictures]
     if arguments.plot is not None:  # not to be found out behind hours of work
@@ -667,7 +667,7 @@ def _redundancy(arguments: argparse.Namespace) -> int:
 
 
 def _flops(arguments: argparse.Namespace) -> int:
-    from .flops import Step, account, read_config, show
+    from .costs.flops import Step, account, read_config, show
 
     config = read_config(arguments.model)
     if arguments.visual_token_reduction is None and arguments.reduced_visual_tokens is not None:
@@ -723,7 +723,7 @@ def _data_digits(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from .convert import convert
+    from .checkpoints.convert import convert
 
     convert(
         arguments.source,
@@ -754,7 +754,7 @@ def _build(arguments: argparse.Namespace) -> int:
     options = {name: getattr(arguments, name) for name in shared}
     if from_llava:
         return _build_from_llava(arguments, **options)
-    from .build import build
+    from .checkpoints.build import build
 
     settings = {name: getattr(arguments, name) for name in arguments.of_parts}
     settings = {name: value for name, value in (settings | options).items() if value is not None}
@@ -765,8 +765,8 @@ def _build(arguments: argparse.Namespace) -> int:
 
 
 def _build_from_llava(arguments: argparse.Namespace, projector_hidden_size: int | None, seed: int, **options) -> int:
-    from .chat import device_named
-    from .from_llava import PROMPTS, Fit, from_llava, read_prompts
+    from .checkpoints.from_llava import PROMPTS, Fit, from_llava, read_prompts
+    from .common.loading import device_named
 
     if arguments.images is None:
         arguments.parser.error("--from-llava needs --images FOLDER, pictures to fit the projectors on")
@@ -793,7 +793,7 @@ def _build_from_llava(arguments: argparse.Namespace, projector_hidden_size: int 
 
 
 def _upgrade(arguments: argparse.Namespace) -> int:
-    from .upgrade import upgrade
+    from .checkpoints.upgrade import upgrade
 
     changes = upgrade(arguments.target, check=arguments.check, push_to_hub=arguments.push_to_hub)
     return int(changes and arguments.check)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saisa_hf
 
-from ..tables import table  # noqa: F401
+from ..common.tables import table  # noqa: F401
 
 
 def machine(device: str) -> dict:

@@ -23,7 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .. import SaisaConfig, SaisaForConditionalGeneration
 from ..cli import positive
-from ..presets import CLIP_336, LANGUAGE_MODELS
+from ..costs.presets import CLIP_336, LANGUAGE_MODELS
 
 
 def _sizes(name: str) -> dict:

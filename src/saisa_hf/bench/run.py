@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..chat import device_named
 from ..cli import positive
-from ..destination import check_file
-from ..plots import drawing
+from ..common.destination import check_file
+from ..common.loading import device_named
+from ..common.plots import drawing
 from . import measure
 from .models import PRESETS, Models, add_size_options, build, with_sizes
 from .work import MODELS, TRAINED, WITHOUT_PICTURE, WORKS, Case, tasks

@@ -16,7 +16,7 @@ import torch
 from transformers import IdeficsForVisionText2Text
 
 from ..compat_saisa import CACHE
-from ..flops import Step, encoder_flops, step_flops, training_flops
+from ..costs.flops import Step, encoder_flops, step_flops, training_flops
 from ..training.stages import LORA_TARGETS
 from .models import GivenFeatures, Models, draw_text, visual_tokens
 

@@ -8,8 +8,8 @@ import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
 
-from ..chat_templates import chat_template as packaged_template
-from ..chat_templates import chat_template_names
+from ..chat.templates import chat_template as packaged_template
+from ..chat.templates import chat_template_names
 from ..loss_saisa import IGNORED
 from ..processing_saisa import begins_with_bos
 from .samples import BadSample

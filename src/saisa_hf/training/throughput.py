@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..flops import encoder_flops
+from ..costs.flops import encoder_flops
 
 
 # what the FLOPs of a batch are linear in: text tokens (padding too), visual tokens, tokens learned, pictures, and pairs of

@@ -18,10 +18,9 @@ from huggingface_hub import snapshot_download
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, LlamaConfig
 
-from .chat_templates import chat_template as chat_template_source
-from .chat_templates import chat_template_names
-from .configuration_saisa import SaisaConfig
-from .destination import (
+from ..chat.templates import chat_template as chat_template_source
+from ..chat.templates import chat_template_names
+from ..common.destination import (
     check_destination,
     check_hub,
     check_outside,
@@ -30,9 +29,10 @@ from .destination import (
     size_in_bytes,
     upload,
 )
-from .model_card_saisa import licence_in_card, write_model_card
-from .modeling_saisa import SaisaForConditionalGeneration
-from .processing_saisa import SaisaProcessor, add_image_token, prepare_padding
+from ..configuration_saisa import SaisaConfig
+from ..model_card_saisa import licence_in_card, write_model_card
+from ..modeling_saisa import SaisaForConditionalGeneration
+from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .weight_files import (
     DTYPES,
     STORED_DTYPES,

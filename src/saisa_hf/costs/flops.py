@@ -22,11 +22,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-from .configuration_saisa import SaisaConfig
-from .encoders_saisa import has_choice_of_attention, picture_size
-from .language_models_saisa import language_model_family
+from ..common.tables import table
+from ..configuration_saisa import SaisaConfig
+from ..encoders_saisa import has_choice_of_attention, picture_size
+from ..language_models_saisa import language_model_family
 from .presets import CLIP_336, LANGUAGE_MODELS
-from .tables import table
 
 
 NOTES = """\
@@ -301,7 +301,7 @@ def parameters(config, architecture: str, cross_every: int = 4) -> dict[str, int
 
 @lru_cache(maxsize=8)
 def _saisa_parameters(settings: str) -> tuple[tuple[str, int], ...]:
-    from .modeling_saisa import SaisaForConditionalGeneration
+    from ..modeling_saisa import SaisaForConditionalGeneration
 
     plain = {key: value for key, value in json.loads(settings).items() if key != "quantization_config"}
     with torch.device("meta"):

@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .chat import Conversation
-from .visual_reduction_saisa import OF_CELLS, grid_of
+from ..chat.conversation import Conversation
+from ..visual_reduction_saisa import OF_CELLS, grid_of
 
 
 SCORES_AT_ONCE = 2**22  # 16 MiB in float32

@@ -29,14 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessor
 
-from .configuration_saisa import SaisaConfig
-from .destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
-from .encoders_saisa import CLASS_TOKENS
-from .language_models_saisa import LanguageModelFamily, checkpoint_state_dict
-from .model_card_saisa import write_model_card
-from .modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
-from .pictures_saisa import load_picture
-from .processing_saisa import SaisaProcessor
+from ..common.destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
+from ..configuration_saisa import SaisaConfig
+from ..encoders_saisa import CLASS_TOKENS
+from ..language_models_saisa import LanguageModelFamily, checkpoint_state_dict
+from ..model_card_saisa import write_model_card
+from ..modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
+from ..pictures_saisa import load_picture
+from ..processing_saisa import SaisaProcessor
 
 
 PROMPTS = (

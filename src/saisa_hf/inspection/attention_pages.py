@@ -12,10 +12,10 @@ import numpy as np
 import PIL.Image
 from PIL import Image, ImageDraw, ImageFont
 
+from ..common.destination import check_file, write_file
+from ..common.loading import load_model, quiet_transformers, read_picture
+from ..common.tables import table
 from .attention_maps import AttentionMaps, PictureMaps, attend
-from .chat import load_model, quiet_transformers, read_picture
-from .destination import check_file, write_file
-from .tables import table
 
 
 PANEL, COLUMNS, GAP, BELOW = 176, 6, 14, 20

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..common.tables import table
+from ..modeling_saisa import SaisaForConditionalGeneration
+from ..quantization_saisa import KEPT_PRECISE
 from .flops import Step, activation_bytes, cache_bytes
-from .modeling_saisa import SaisaForConditionalGeneration
-from .quantization_saisa import KEPT_PRECISE
-from .tables import table
 
 
 # dtype of what is not quantized, and the quantization of the decoder layers' linear maps

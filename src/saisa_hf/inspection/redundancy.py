@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..common.plots import drawing
+from ..common.tables import table
 from .naavit import NaavitHandle
-from .plots import drawing
-from .tables import table
 
 
 PROMPT = "Describe this image in detail."
@@ -75,8 +75,8 @@ def redundancy(
     Raises:
         ValueError: another kind of model; a picture that cannot be read; no pictures.
     """
-    from .pictures_saisa import load_picture
-    from .processing_saisa import begins_with_bos
+    from ..pictures_saisa import load_picture
+    from ..processing_saisa import begins_with_bos
 
     if not pictures:
         raise ValueError("pictures is empty: expected at least one.")

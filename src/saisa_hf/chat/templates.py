@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 
-_FOLDER = Path(__file__).with_suffix("")
+_FOLDER = Path(__file__).parent
 
 # In front of a template that reads contents as strings: lists of parts become strings, a picture on a line of its own.
 _PARTS_AS_STRINGS = """\

@@ -1,0 +1,46 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Modules under the names that they had before each got its room: `saisa_hf.flops` is `saisa_hf.costs.flops`."""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+
+
+MOVED = {
+    "attention_maps": "inspection.attention_maps",
+    "attention_pages": "inspection.attention_pages",
+    "build": "checkpoints.build",
+    "chat_templates": "chat.templates",
+    "convert": "checkpoints.convert",
+    "destination": "common.destination",
+    "fit": "costs.memory",
+    "flops": "costs.flops",
+    "from_llava": "checkpoints.from_llava",
+    "naavit": "inspection.naavit",
+    "plots": "common.plots",
+    "presets": "costs.presets",
+    "redundancy": "inspection.redundancy",
+    "tables": "common.tables",
+    "upgrade": "checkpoints.upgrade",
+    "weight_files": "checkpoints.weight_files",
+}
+
+
+class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module under its former name, and hands out the one that there is."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        package, _, name = fullname.rpartition(".")
+        if package != __package__ or name not in MOVED:
+            return None
+        return importlib.util.spec_from_loader(fullname, self)
+
+    def exec_module(self, module):
+        name = module.__name__.rpartition(".")[2]
+        sys.modules[module.__name__] = importlib.import_module(f".{MOVED[name]}", __package__)
+
+
+def install() -> None:
+    """Lets the former names be imported."""
+    sys.meta_path.append(_MovedModules())
