@@ -43,4 +43,4 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install() -> None:
     """Lets the former names be imported."""
-    sys.meta_path.append(_MovedModules())
+    sys.meta_path.insert(0, _MovedModules())
