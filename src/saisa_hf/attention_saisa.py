@@ -19,10 +19,14 @@ import torch
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import DynamicCache
 
-from .compat_saisa import ALL_ATTENTION_FUNCTIONS
+from .compat_saisa import ALL_ATTENTION_FUNCTIONS, cached_key_range, causal_mask, get_logger, has_empty_places, is_paged
+from .compat_saisa import is_quantized, makes_causal_masks
 from .token_layout_saisa import TokenLayout, segments_of
 
+
+logger = get_logger(__name__)
 
 # A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
 # that gives back the keys it got. No text token has it: all of its components are the smallest normal float16.
@@ -239,8 +243,117 @@ def _varlen_arguments(queries: list[torch.Tensor], keys: list[torch.Tensor]) -> 
     return arguments
 
 
-def hide_marked_keys(attention_mask, key_BKLH, query_BNTH):
+# --- what the decoder asks for ----------------------------------------------------------------------------------------
+
+
+def implementation_of(attention) -> str:
+    """The name of a layer's attention implementation. Keys that are hidden one by one need a mask tensor."""
+    chosen = attention.config._attn_implementation
+    if attention.sees_image or chosen in ("eager", "sdpa"):
+        return chosen
+    return "sdpa" if attention.softcap is None else "eager"
+
+
+def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
+    """(B, T, N, H) and, where the implementation has them, (B, N, T, L) probabilities."""
+    implementation = implementation_of(attention)
+    if attention.softcap is not None:
+        options["softcap"] = attention.softcap
+    inputs = (attention, query_BNTH, key_BKLH, value_BKLH)
+    if isinstance(mask, Runs):
+        return mask.attend(implementation, *inputs, **options), None
+    # a chunk of visual tokens alone has no query, which fused kernels do not expect
+    if implementation == "eager" or query_BNTH.shape[2] == 0:
+        return attention.eager_attention(*inputs, mask, **options)
+    if is_flash(implementation):
+        options["sliding_window"] = attention.window
+    return ALL_ATTENTION_FUNCTIONS[implementation](*inputs, mask, **options)
+
+
+def cache_of_pass(decoder, use_cache: bool | None, cache):
+    """Whether to return a cache, and the one that a forward pass of `decoder` writes into.
+
+    Raises:
+        ValueError: the cache does not give back the keys that it got, and some layers do not see the image.
+    """
+    use_cache = decoder.config.use_cache if use_cache is None else use_cache
+    checkpointing = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
+    if checkpointing and (use_cache or cache is not None):
+        # the layers run again in backward, and would write into it a second time
+        logger.warning_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
+        return False, None
+    if use_cache and cache is None:
+        cache = DynamicCache(config=decoder.config)
+    if is_quantized(cache) and not all(layer.sees_image for layer in decoder.layers):
+        raise ValueError(
+            "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
+            "there: a quantized cache changes them. Use a dynamic or static cache."
+        )
+    return use_cache, cache
+
+
+def slots_of(cache, length: int, device) -> torch.Tensor:
+    """(S,) places of `length` new tokens in the cache."""
+    past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
+    return torch.arange(length, device=device) + past
+
+
+def packed_documents(position_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
+    """(B, S) which of several packed samples a position belongs to: one begins wherever `position_ids` do not go up by one."""
+    if position_ids is None:
+        return None
+    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+    return starts.cumsum(-1).expand(batch_size, -1)
+
+
+def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids, documents) -> dict:
+    """What the layers' attention implementations take as masks, by kind of layer."""
+    masks = {}
+    for index, layer in enumerate(decoder.layers):
+        if layer.mask_kind not in masks:
+            given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
+            own_layout, queries = layer.queries_of(layout, text_BTD)
+            key_range = (0, 0) if is_paged(cache) else cached_key_range(cache, index, slots)
+            visibility = Visibility(own_layout, slots, key_range, layer.self_attn.window, given, documents)
+            masks[layer.mask_kind] = _mask(decoder.config, layer, visibility, queries, cache, position_ids)
+    return masks
+
+
+def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids):
+    """The mask of one kind of layer: as transformers makes it for an input without images, else by `visibility`."""
+    given, documents, layout = visibility.attention_mask, visibility.document_BS, visibility.layout
+    implementation, usual = implementation_of(layer.self_attn), config._attn_implementation
+    if is_paged(cache):
+        return given
+    if isinstance(given, torch.Tensor) and given.ndim == 4:
+        return layout.query_rows(given)
+    if layout.visual_BS is not None or implementation == "eager" != usual:
+        return visibility.for_implementation(implementation, text_BTD.dtype)
+    if implementation != usual:
+        return visibility.mask()
+    unfilled = has_empty_places(cache) and (is_flash(implementation) or implementation == "flex_attention")
+    packed = is_flash(implementation) and documents is not None and bool(documents.any())
+    if unfilled or packed or not makes_causal_masks(layer.attention_type):
+        # transformers' masks do not say which places of the cache are filled, or where a packed sample ends
+        visibility.layout = TokenLayout(torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device))
+        return visibility.for_implementation(implementation, text_BTD.dtype)
+    return causal_mask(layer.attention_type, config, text_BTD, given, visibility.slots, cache, position_ids)
+
+
+# --- layers that do not see the image ---------------------------------------------------------------------------------
+
+
+def mark_hidden(key_BKSH: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Keys with `HIDDEN_KEY` at visual positions."""
+    if layout.visual_BS is None:
+        return key_BKSH
+    return key_BKSH.masked_fill(layout.visual_BS[:, None, :, None].to(key_BKSH.device), HIDDEN_KEY)
+
+
+def hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout: TokenLayout, cache):
     """`attention_mask` without the keys that are marked as visual tokens which the layer does not see."""
+    if is_paged(cache) or (cache is None and layout.visual_BS is None):
+        return attention_mask
     if attention_mask is None and query_BNTH.shape[2] > 1:
         return None  # plain causal attention over text alone: nothing is in the cache yet
     marked_B11L = (key_BKLH[:, 0] == HIDDEN_KEY).all(-1)[:, None, None, :]

@@ -13,28 +13,16 @@ paper (arXiv 2502.02458); neither, in some layers, is what ShortV (arXiv 2504.00
 Shape suffixes as in `modeling_saisa.py`.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from .configuration_saisa import SaisaConfig
-from .devices_saisa import Luggage
-from .modeling_saisa import Rotation, SaisaDecoderLayer, SaisaLanguageModel
-from .token_layout_saisa import TokenLayout
+from .hardware_saisa import Luggage
+from .token_layout_saisa import TokenLayout, Rotation
 
 
-class RotationOfAll(NamedTuple):
-    """`Rotation`, and the cosines and sines (B or 1, S, H) of all tokens in input order."""
+class VisualTokensAmongWords:
+    """The part of a decoder layer through which visual tokens pass as well; it stands in front of `SaisaDecoderLayer`."""
 
-    text: tuple[torch.Tensor, torch.Tensor]
-    visual: tuple[torch.Tensor, torch.Tensor]
-    all: tuple[torch.Tensor, torch.Tensor]
-
-
-class EmbeddingSpaceLayer(SaisaDecoderLayer):
-    """A decoder layer through which visual tokens pass as well."""
-
-    def __init__(self, config: SaisaConfig, layer_idx: int):
+    def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.visual_tokens_attend = config.visual_tokens_attend(layer_idx)
         self.visual_tokens_are_fed = config.visual_tokens_are_fed(layer_idx)
@@ -43,51 +31,52 @@ class EmbeddingSpaceLayer(SaisaDecoderLayer):
     def mask_kind(self) -> tuple:
         return self.attention_type, self.visual_tokens_attend
 
+    def queries_of(self, layout: TokenLayout, text_BTD: torch.Tensor) -> tuple[TokenLayout, torch.Tensor]:
+        if not self.visual_tokens_attend or layout.visual_BS is None:
+            return layout, text_BTD
+        return TokenLayout(None), text_BTD.new_empty(*layout.visual_BS.shape, 0)  # they are tokens like all others
+
     def forward(
         self,
         text_BTD: torch.Tensor,
         visual_VD: torch.Tensor | None = None,
         layout: TokenLayout | None = None,
-        rotation: Rotation | RotationOfAll | None = None,
+        rotation: Rotation | None = None,
         **attention_arguments,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
-            text_BTD, visual_VD: hidden states; None in place of the latter: the input has no visual token.
+            text_BTD, visual_VD: hidden states; without visual tokens in the input the latter is None.
 
         Returns:
             both past the layer, and (B, N, S, L) attention probabilities or None.
         """
         if visual_VD is not None and self.visual_tokens_attend:
             x_BSD = layout.joined(text_BTD, visual_VD)
-            as_text = {"layout": TokenLayout(None), "rotation": Rotation(rotation.all, None)}
-            x_BSD, probabilities_BNSL = self._attended(x_BSD, None, **as_text, **attention_arguments)
+            as_text = {"layout": TokenLayout(None), "rotation": rotation.as_text()}
+            x_BSD, probabilities_BNSL = self.attended(x_BSD, None, **as_text, **attention_arguments)
             text_BTD, visual_VD = layout.text(x_BSD), layout.visual(x_BSD)
         else:
             visual = None if visual_VD is None else self.visual_keys_and_values(visual_VD, layout)
-            text_BTD, probabilities_BNSL = self._attended(
-                text_BTD, visual, layout=layout, rotation=rotation, **attention_arguments
-            )
+            arguments = {"layout": layout, "rotation": rotation, **attention_arguments}
+            text_BTD, probabilities_BNSL = self.attended(text_BTD, visual, **arguments)
             if probabilities_BNSL is not None:
                 probabilities_BNSL = layout.align_queries(probabilities_BNSL)
         if visual_VD is None or not self.visual_tokens_are_fed:
-            return self._fed(text_BTD), visual_VD, probabilities_BNSL
-        x_BSD = self._fed(layout.joined(text_BTD, visual_VD))
+            return self.fed(text_BTD), visual_VD, probabilities_BNSL
+        x_BSD = self.fed(layout.joined(text_BTD, visual_VD))
         return layout.text(x_BSD), layout.visual(x_BSD), probabilities_BNSL
 
 
-class EmbeddingSpaceLanguageModel(SaisaLanguageModel):
-    """The decoder of a model whose visual tokens stand among the embeddings of the words."""
+class ThroughEveryLayer:
+    """The part of a decoder whose layers hand visual tokens on; it stands in front of `SaisaLanguageModel`."""
 
-    layer_class = EmbeddingSpaceLayer
-    _no_split_modules = ["EmbeddingSpaceLayer"]
-
-    def _through_layers(self, text_BTD, visual, layout, rotations, masks, wanted, **kwargs) -> dict:
+    def through_layers(self, text_BTD, visual, layout, rotations, masks, wanted, **kwargs):
         visual_VD = visual
         if visual_VD is not None:
             visual_VD = self.family.scaled_input(visual_VD.to(text_BTD.device, text_BTD.dtype))
         if visual_VD is not None and layout.visual_BS is None:
-            # a sum of no numbers is zero, as is its gradient (see `SaisaModel._no_features`)
+            # a sum of no numbers is zero, as is its gradient (see `EncodesImages.no_features`)
             text_BTD, visual_VD = text_BTD + visual_VD.sum(), None
         hidden_states, attentions = [], []
         luggage = Luggage(rotations, masks)
@@ -105,18 +94,7 @@ class EmbeddingSpaceLanguageModel(SaisaLanguageModel):
             )
             if wanted["attentions"] and probabilities_BNSL is not None:
                 attentions.append(probabilities_BNSL)
-        return self._collected(self.norm(_joined(layout, text_BTD, visual_VD)), hidden_states, attentions, wanted)
-
-    def _attention_mask(self, index, layer, layout, text_BTD, *arguments):
-        if layer.visual_tokens_attend and layout.visual_BS is not None:  # visual tokens are tokens like all others
-            layout, text_BTD = TokenLayout(None), text_BTD.new_empty(*layout.visual_BS.shape, 0)
-        return super()._attention_mask(index, layer, layout, text_BTD, *arguments)
-
-    def _rotation(self, layout, text_BTD, position_ids, attention_type):
-        rotation = super()._rotation(layout, text_BTD, position_ids, attention_type)
-        if layout.visual_BS is None:
-            return rotation
-        return RotationOfAll(*rotation, self.rotary_emb(text_BTD, position_ids, attention_type))
+        return self.norm(_joined(layout, text_BTD, visual_VD)), hidden_states, attentions
 
 
 def _joined(layout: TokenLayout, text_BTD: torch.Tensor, visual_VD: torch.Tensor | None) -> torch.Tensor:

@@ -4,9 +4,12 @@
 Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a given order.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 # Keys are rotated so many bytes at a time on a CPU: they stay in a core's own cache from the first pass to the last.
@@ -137,7 +140,7 @@ class TokenLayout:
     def placed(self, stored_VX: torch.Tensor) -> torch.Tensor:
         """Stored rows -> (V, X), the rows of the visual tokens in input order; those of the first sample alone where they are
         shared."""
-        if self._visual_rows is None:
+        if self.visual_BS is None or self._visual_rows is None:
             return stored_VX
         if self._stored_slice is not None:
             return stored_VX[self._stored_slice]
@@ -154,6 +157,8 @@ class TokenLayout:
         to be rotated.
         """
         if self.visual_BS is None:
+            if visual_VKH is not None:  # of no images: a sum of no numbers is zero, as is its gradient
+                text_BTKH = text_BTKH + visual_VKH.sum()
             return text_BTKH.transpose(1, 2)
         if visual_VKH is None:
             visual_VKH = text_BTKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_BTKH.shape[2:])
@@ -179,6 +184,13 @@ class TokenLayout:
             return self._join(x_BTX, zeros_BVX, dim=1)
         rows = torch.cat([x_BTX.flatten(0, 1), x_BTX.new_zeros(1, x_BTX.shape[-1])])
         return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
+
+    def targets(self, targets_BS: torch.Tensor, ignored: int) -> torch.Tensor:
+        """(B, S) -> (B, T): what the text tokens are to predict; `ignored` in columns that are none of a sample's."""
+        targets_BT = self.text(targets_BS).contiguous()
+        if self.visual_BS is None:
+            return targets_BT
+        return targets_BT.masked_fill(~self.is_text_BT.to(targets_BT.device), ignored)
 
     def joined(self, text_BTX: torch.Tensor, visual_VX: torch.Tensor) -> torch.Tensor:
         """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order."""
@@ -234,3 +246,64 @@ class TokenLayout:
             pieces.append((visual if is_visual else text).narrow(dim, taken[is_visual], end - start))
             taken[is_visual] += end - start
         return torch.cat(pieces, dim)
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary embedding, (B, T, H) each for the text tokens, (V, H) each for the visual ones and (B or
+    1, S, H) each for all in input order."""
+
+    text: tuple[torch.Tensor, torch.Tensor]
+    visual: tuple[torch.Tensor, torch.Tensor] | None
+    all: tuple[torch.Tensor, torch.Tensor]
+
+    def of_text(self, x_BTNH: torch.Tensor, attention) -> torch.Tensor:
+        """Queries or keys of text tokens in a layer's `attention`, rotated."""
+        return _rotated_as_trained(x_BTNH, *self.text, attention.rotate_half) if attention.rotates else x_BTNH
+
+    def of_visual(self, key_VKH: torch.Tensor | None, attention):
+        """Keys of visual tokens, and the rotation that is left to `TokenLayout.keys`, which does an ordinary one in fewer
+        passes over memory; any other is done here, and None is left."""
+        if key_VKH is None or self.visual is None or not attention.rotates:
+            return key_VKH, None
+        cos_VH = self.visual[0]
+        if cos_VH.shape[-1] == key_VKH.shape[-1] and cos_VH.dtype == key_VKH.dtype:
+            return key_VKH, self.visual
+        return _rotated_as_trained(key_VKH, *self.visual, attention.rotate_half), None
+
+    def as_text(self) -> "Rotation":
+        """Of an input in which visual tokens are tokens like all others."""
+        return Rotation(self.all, None, self.all)
+
+
+def rotations_of(decoder, layout: TokenLayout, text_BTD: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Rotation]:
+    """For each kind of layer the rotation of the positions `position_ids` (B or 1, S), visual ones included."""
+
+    def rotation(kind):
+        cos_sin = decoder.rotary_emb(text_BTD, position_ids, kind)
+        if layout.visual_BS is None:
+            return Rotation(cos_sin, None, cos_sin)
+        by_sample = [x_BSH.expand(layout.batch_size, -1, -1) for x_BSH in cos_sin]
+        return Rotation(tuple(map(layout.text, by_sample)), tuple(map(layout.visual, by_sample)), cos_sin)
+
+    kinds = decoder.family.attention_types
+    if decoder.rotary_emb.differs:
+        return {kind: rotation(kind) for kind in set(kinds)}
+    return dict.fromkeys(kinds, rotation(kinds[0]))
+
+
+def _rotated_as_trained(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotate_half) -> torch.Tensor:
+    """(..., heads, H) by cosines and sines (..., H), as the language model does it, to the last bit. As much of each head is
+    rotated as the cosines are for."""
+    size, dtype = cos.shape[-1], x.dtype
+    if size < x.shape[-1]:
+        return torch.cat([_rotated_as_trained(x[..., :size], cos, sin, rotate_half), x[..., size:]], dim=-1)
+    return (x * cos[..., None, :] + rotate_half(x) * sin[..., None, :]).to(dtype)
+
+
+def tells_samples_apart(modules: Iterable[nn.Module]) -> bool:
+    """Whether a hook adds arguments to a call of one of `modules`, as PEFT does with `adapter_names` and the offsets of
+    activated LoRA: these are one for each sample, so that the module's input has to be (B, S, ...)."""
+    return any(one._forward_pre_hooks_with_kwargs for module in modules for one in module.modules())

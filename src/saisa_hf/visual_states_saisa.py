@@ -1,13 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""SaisaVisualStates: pictures as the decoder layers see them, computed once and used with any number of prompts.
+"""SaisaVisualStates: images as the decoder layers see them, computed once and used with any number of prompts.
 
-The keys (before rotation) and values of a picture are functions of the picture alone: they depend neither on the text nor
-on where in it the picture stands.
+The keys (before rotation) and values of an image are functions of the image alone: they depend neither on the text nor
+on where in it the image stands.
 
-Shape suffixes: V visual tokens of all stored pictures, K key/value heads, H head size, C width of the encoder's features.
+Shape suffixes: V visual tokens of all stored images, K key/value heads, H head size, C width of the encoder's features.
 """
 
-import hashlib
 import json
 import operator
 import os
@@ -16,13 +15,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .quantization_saisa import stored_tensors
+from .compat_saisa import get_logger
+from .hardware_saisa import weights_fingerprint, with_all_heads
+from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
+from .vision_saisa import named_by_encoder
 
+
+logger = get_logger(__name__)
 
 FORMAT = "saisa visual states 1"
 
@@ -32,10 +37,10 @@ class VisualStore:
     """The tensors behind one or several `SaisaVisualStates`.
 
     Attributes:
-        lengths: visual tokens of each picture.
+        lengths: visual tokens of each image.
         features: (V, C) of the encoder, or None.
         keys_values: for each decoder layer the keys before rotation and the values, (V, K, H) each, or None for a layer that
-            does not see the picture; None where `features` are stored instead.
+            does not see the image; None where `features` are stored instead.
         fingerprint: digest of the weights that they were computed with.
 
     In memory keys and values lie head by head, as in a cache, so that they go there in long stretches.
@@ -59,7 +64,7 @@ class VisualStore:
         return {f"{name}.{index}": x for index, pair in pairs for name, x in zip(("keys", "values"), pair)}
 
     def bounds(self) -> list[tuple[int, int]]:
-        """First row and end of each picture."""
+        """First row and end of each image."""
         return list(pairwise(accumulate(self.lengths, initial=0)))
 
     def map(self, function, lengths: list[int] | None = None) -> "VisualStore":
@@ -72,15 +77,15 @@ class VisualStore:
 
 
 class SaisaVisualStates:
-    """Pictures as the decoder layers see them. `model.get_visual_states(pixel_values)` makes them, `forward` and `generate`
-    take them as `visual_states` in place of `pixel_values`, the pictures in the order of their placeholders, row by row.
+    """Images as the decoder layers see them. `model.get_visual_states(pixel_values)` makes them, `forward` and `generate`
+    take them as `visual_states` in place of `pixel_values`, the images in the order of their placeholders, row by row.
 
-    A sequence of pictures: `len(states)` of them; `states[i]`, `states[a:b]` and `states[[2, 0, 0]]` select without a copy.
+    A sequence of images: `len(states)` of them; `states[i]`, `states[a:b]` and `states[[2, 0, 0]]` select without a copy.
     Nothing in it changes once it is made. It takes part in no gradient.
 
     Args:
         stored: the tensors.
-        order: which of the stored pictures it consists of, in which order. None: all of them.
+        order: which of the stored images it consists of, in which order. None: all of them.
     """
 
     def __init__(self, stored: VisualStore, order: Iterable[int] | None = None):
@@ -96,8 +101,8 @@ class SaisaVisualStates:
 
     @property
     def lengths(self) -> list[int]:
-        """Visual tokens of each picture, which is how many placeholders it takes."""
-        return [self.stored.lengths[picture] for picture in self.order]
+        """Visual tokens of each image, which is how many placeholders it takes."""
+        return [self.stored.lengths[image] for image in self.order]
 
     @property
     def num_layers(self) -> int | None:
@@ -121,7 +126,7 @@ class SaisaVisualStates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors that these pictures keep in memory, each counted once."""
+        """Bytes of all tensors that these images keep in memory, each counted once."""
         return sum(x.numel() * x.element_size() for x in self.stored.tensors().values())
 
     @property
@@ -143,10 +148,10 @@ class SaisaVisualStates:
     def __getitem__(self, index: "int | slice | Sequence[int] | torch.Tensor") -> "SaisaVisualStates":
         """
         Args:
-            index: an integer (one picture), a slice, or a sequence or 1-D tensor of integers, in which pictures may repeat.
+            index: an integer (one image), a slice, or a sequence or 1-D tensor of integers, in which images may repeat.
 
         Raises:
-            IndexError: there is no such picture.
+            IndexError: there is no such image.
             TypeError: the index is none of these.
         """
         if isinstance(index, slice):
@@ -155,14 +160,14 @@ class SaisaVisualStates:
             index = index.tolist()
         indices = index if isinstance(index, Iterable) and not isinstance(index, str) else [index]
         if any(isinstance(i, bool) for i in indices):
-            raise TypeError(f"{index!r} holds booleans: expected the indices of pictures.")
+            raise TypeError(f"{index!r} holds booleans: expected the indices of images.")
         try:
             return SaisaVisualStates(self.stored, [self.order[operator.index(i)] for i in indices])
         except IndexError:
-            raise IndexError(f"{index!r} is out of range: there are {len(self)} pictures.") from None
+            raise IndexError(f"{index!r} is out of range: there are {len(self)} images.") from None
 
     def expand(self, n: int) -> "SaisaVisualStates":
-        """These pictures for each of `n` prompts, without a copy.
+        """These images for each of `n` prompts, without a copy.
 
         Raises:
             ValueError: `n` is no positive integer.
@@ -173,7 +178,7 @@ class SaisaVisualStates:
 
     @staticmethod
     def cat(states: "Sequence[SaisaVisualStates]") -> "SaisaVisualStates":
-        """The pictures of several, one after the other. Their tensors are copied, each picture once.
+        """The images of several, one after the other. Their tensors are copied, each image once.
 
         Raises:
             ValueError: `states` is empty, or they do not belong to the same model, differ in what they store, or in dtype.
@@ -186,11 +191,11 @@ class SaisaVisualStates:
             if len(values) > 1:
                 raise ValueError(f"states differ in {name} ({', '.join(sorted(values))}): they cannot be joined.")
         if all(one.stored is states[0].stored for one in states):
-            return SaisaVisualStates(states[0].stored, [picture for one in states for picture in one.order])
+            return SaisaVisualStates(states[0].stored, [image for one in states for image in one.order])
         parts = [one.compact() for one in states]
         order, first = [], 0
         for part in parts:
-            order += [first + picture for picture in part.order]
+            order += [first + image for image in part.order]
             first += len(part.stored.lengths)
         lengths = [length for part in parts for length in part.stored.lengths]
         tensors = [iter(part.stored.tensors().values()) for part in parts]
@@ -201,7 +206,7 @@ class SaisaVisualStates:
         return SaisaVisualStates(parts[0].stored.map(join, lengths), order)
 
     def to(self, *args, **kwargs) -> "SaisaVisualStates":
-        """Moves and casts, with the arguments of `torch.Tensor.to`; each picture once."""
+        """Moves and casts, with the arguments of `torch.Tensor.to`; each image once."""
         compact = self.compact()
         return SaisaVisualStates(compact.stored.map(lambda x: x.to(*args, **kwargs)), compact.order)
 
@@ -211,7 +216,7 @@ class SaisaVisualStates:
     # --- on disk ---
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, each picture once. An interrupted write leaves what was there before."""
+        """Writes a safetensors file, each image once. An interrupted write leaves what was there before."""
         path, compact = Path(path), self.compact()
         metadata = {
             "format": FORMAT,
@@ -261,23 +266,23 @@ class SaisaVisualStates:
         if self.order == tuple(range(len(self.stored.lengths))):
             return None
         bounds = self.stored.bounds()
-        return torch.cat([torch.arange(*bounds[picture]) for picture in self.order])
+        return torch.cat([torch.arange(*bounds[image]) for image in self.order])
 
     def _any_tensor(self) -> torch.Tensor:
         return next(iter(self.stored.tensors().values()))
 
     def compact(self) -> "SaisaVisualStates":
-        """The same pictures without stored ones that are not among them."""
+        """The same images without stored ones that are not among them."""
         used = list(dict.fromkeys(self.order))
         if used == list(range(len(self.stored.lengths))):
             return self
         all_bounds = self.stored.bounds()
-        bounds = [all_bounds[picture] for picture in used]
+        bounds = [all_bounds[image] for image in used]
         stored = self.stored.map(
             lambda x: torch.cat([x[first:end] for first, end in bounds]) if bounds else x[:0],
-            [self.stored.lengths[picture] for picture in used],
+            [self.stored.lengths[image] for image in used],
         )
-        return SaisaVisualStates(stored, [used.index(picture) for picture in self.order])
+        return SaisaVisualStates(stored, [used.index(image) for image in self.order])
 
 
 def _head_by_head(x_VKH: torch.Tensor) -> torch.Tensor:
@@ -285,65 +290,231 @@ def _head_by_head(x_VKH: torch.Tensor) -> torch.Tensor:
     return x_VKH.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torch.nn.Module], settings: list) -> str:
-    """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
-
-    Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest. Weights that accelerate keeps
-    elsewhere are read once.
-
-    Raises:
-        ValueError: a weight is on the meta device, and nothing tells where its values are.
-    """
-    # names are made for the digest alone: this is asked at every use; the encoder's differ between transformers releases
-    found = []
-    for module in parts.values():
-        _collect_parameters(module, found)
-    state = [_identity(p) for p in found if p is not None]
-    remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
-    if name in remembered and remembered[name][0] == (state, settings):
-        return remembered[name][1]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for part, module in parts.items():
-        pieces = []
-        for prefix, child in module.named_modules(prefix=part):
-            for key, p in child._parameters.items():
-                if p is None:
-                    continue
-                tensors = stored_tensors(child, key)
-                if tensors is None:
-                    raise ValueError(
-                        f"{prefix}.{key} is on the meta device, and no hook of accelerate tells where its values are: visual "
-                        "states cannot be told from those of another model. Load the weights with from_pretrained."
-                    )
-                shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-                shown = part if part == "vision_tower" else f"{prefix}.{key}"
-                pieces.append(f"{shown} {tuple(shape)} ".encode() + b"".join(map(_sums, tensors)))
-        for piece in sorted(pieces) if part == "vision_tower" else pieces:
-            digest.update(piece)
-    remembered[name] = ((state, settings), digest.hexdigest())
-    return digest.hexdigest()
+def check_one_of(pixel_values, visual_states) -> None:
+    """Raises ValueError if both are given."""
+    if pixel_values is not None and visual_states is not None:
+        raise ValueError("Expected pixel_values or visual_states, got both: the states stand in place of the images.")
 
 
-def _identity(p: torch.Tensor) -> tuple:
-    """What changes when a parameter gets other values; nothing does for one that is kept elsewhere, of which there is a new
-    stand-in at each use."""
-    if p.is_meta:
-        return ()
-    has_storage = not hasattr(p, "__tensor_flatten__")
-    return id(p), p.data_ptr() if has_storage else 0, 0 if p.is_inference() else p._version
+class VisualInput(NamedTuple):
+    """What a forward pass knows of its images: where they stand, what the decoder reads, and the encoder's features (V, C)."""
+
+    layout: TokenLayout
+    visual: torch.Tensor | tuple | None = None
+    features: torch.Tensor | None = None
 
 
-def _collect_parameters(module: torch.nn.Module, found: list):
-    found += module._parameters.values()
-    for child in module._modules.values():
-        if child is not None:
-            _collect_parameters(child, found)
+class UsesVisualStates:
+    """The part of `SaisaModel` that makes `SaisaVisualStates` and takes them."""
 
+    @torch.no_grad()
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
+        """
+        What the decoder layers make of a batch of images, to be used with any number of prompts and anywhere in them
+        as `visual_states`. It is computed without gradients.
 
-def _sums(p: torch.Tensor) -> bytes:
-    """Sums of the bits of `p` along the rows and along the columns of a table: quick on any device, and every bit counts."""
-    flat = p.detach().flatten()
-    flat = flat.to(torch.bfloat16).view(torch.int16) if flat.is_floating_point() else flat.view(torch.uint8)
-    table = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024)
-    sums = [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64)]
-    return b"".join(s.cpu().numpy().tobytes() for s in sums)
+        Args:
+            pixel_values: (images, channels, height, width), any floating dtype.
+            store: `"keys_values"` for the keys before rotation and the values of each layer that sees the image,
+                2 * V * h_kv numbers a layer, or `"features"` for the encoder's features alone, V * C numbers, which are
+                projected at each use. None: `"keys_values"`; in embedding space `"features"`, as visual tokens have hidden
+                states there, which depend on what stands around them.
+            kwargs: handed on to the encoder.
+
+        Returns:
+            `SaisaVisualStates` of as many images, in the language model's dtype.
+
+        Raises:
+            ValueError: `store` is neither of the two, or `"keys_values"` in embedding space; `pixel_values` is not a batch of
+                images.
+        """
+        store = self.checked_store(store)
+        images = list(self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output)
+        dtype = self.get_input_embeddings().weight.dtype
+        features, keys_values = torch.cat(images).to(dtype), None
+        if store == "keys_values":
+            visual, features = self.for_layers(features), None
+            keys_values = tuple(
+                with_all_heads(layer.visual_keys_and_values(visual), layer.self_attn) if layer.sees_image else None
+                for layer in self.language_model.layers
+            )
+        stored = VisualStore(list(map(len, images)), features, keys_values, self.visual_fingerprint(store))
+        return SaisaVisualStates(stored.map(lambda x: x.to(dtype)))  # under autocast, products have another one
+
+    def checked_store(self, store: str | None) -> str:
+        """`store`, or what None stands for.
+
+        Raises:
+            ValueError: there is no such store, or not in embedding space.
+        """
+        if store is None:
+            store = "features" if self.config.in_embedding_space else "keys_values"
+        if store not in ("keys_values", "features"):
+            raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
+        if store == "keys_values" and self.config.in_embedding_space:
+            raise ValueError(
+                "visual states of store='keys_values' do not go with alignment='embedding_space': visual tokens have hidden "
+                "states of their own there. Use store='features'."
+            )
+        return store
+
+    def visual_fingerprint(self, store: str) -> str:
+        """A digest of the weights and settings on which visual states that `store` `"keys_values"` or `"features"` depend.
+
+        Weights are compared as bfloat16, so that a model has one fingerprint in float32 and in bfloat16.
+        """
+        config, parts = self.config, {"vision_tower": self.vision_tower}
+        settings = [config.vision_feature_layers, config.vision_feature_select_strategy]
+        if config.visual_token_reduction is not None:
+            settings += [config.visual_token_reduction, config.reduced_visual_tokens]
+        if hasattr(self, "visual_resampler"):
+            parts["visual_resampler"] = self.visual_resampler
+        if store == "keys_values":
+            settings += [config.projector_hidden_act, config.text_config.rms_norm_eps, config.visual_layers]
+            if config.projector_sharing == "shared":
+                parts["visual_projector"] = self.visual_projector
+            for index, layer in enumerate(self.language_model.layers):
+                if layer.sees_image:
+                    parts.update({f"{index}.{name}": module for name, module in layer.visual_modules().items()})
+        return weights_fingerprint(self, store, parts, settings)
+
+    def check_visual_states(self, states: SaisaVisualStates) -> None:
+        """Raises ValueError, or TypeError, if `states` are not what this model's `get_visual_states` makes."""
+        if not isinstance(states, SaisaVisualStates):
+            raise TypeError(
+                f"visual_states is a {type(states).__name__}: expected the SaisaVisualStates that model.get_visual_states "
+                f"returns."
+            )
+        again = "Compute them with this model: model.get_visual_states(pixel_values)."
+        self.checked_store(states.store)
+        layers, token_shape = self.language_model.layers, (self.config.vision_feature_size,)
+        if states.store == "keys_values":
+            if states.num_layers != len(layers):
+                raise ValueError(f"visual_states has {states.num_layers} layers, the model {len(layers)}. {again}")
+            token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
+        if states.token_shape != token_shape:
+            raise ValueError(
+                f"visual_states has {states.token_shape} numbers a token, the model {token_shape}. {again}"
+            )
+        dtype = self.get_input_embeddings().weight.dtype
+        if states.dtype != dtype:
+            raise ValueError(
+                f"visual_states is {states.dtype}, the model {dtype}: cast them with visual_states.to({dtype})."
+            )
+        fingerprint = self.visual_fingerprint(states.store)
+        if states.fingerprint != fingerprint:
+            raise ValueError(
+                f"visual_states was computed with other weights than this model's (fingerprint {states.fingerprint[:12]}, "
+                f"here {fingerprint[:12]}). {again}"
+            )
+
+    def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> torch.Tensor:
+        """bool (B, S), True where the row of `inputs_embeds` is the image token's, or where `input_ids` is, without them."""
+        if inputs_embeds is None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
+
+    def visual_input(
+        self, input_ids, inputs_embeds, attention_mask, position_ids, images: dict, further: dict
+    ) -> VisualInput:
+        """What `forward`'s arguments say about images: `pixel_values` and what goes with them, or `visual_states`.
+
+        Raises:
+            ValueError: both are given, or visual tokens and placeholders differ in number, or the states are not this model's.
+        """
+        images = {name: x for name, x in images.items() if x is not None}
+        check_one_of(images.get("pixel_values"), states := images.pop("visual_states", None))
+        if states is None and "pixel_values" not in images:
+            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+                self._warn_if_images_are_missing(input_ids)
+            return VisualInput(TokenLayout(None))
+        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+        # in embedding space visual tokens are tokens like others, and so is padding, as in a LLaVA
+        real_BS = None if self.config.in_embedding_space else real_tokens(attention_mask, visual_BS.shape[1])
+        if states is not None:
+            return self._from_states(states, visual_BS, real_BS, position_ids)
+        return self._from_pixels(images, visual_BS, real_BS, further)
+
+    def layout_of_outputs(
+        self, kept, input_ids, inputs_embeds, attention_mask, pixel_values=None, visual_states=None
+    ) -> TokenLayout:
+        """The layout of those outputs (B, S, ...) that the index `kept` leaves of the S of an input."""
+        images = pixel_values if visual_states is None else visual_states
+        if images is None or not len(images) or self.config.in_embedding_space:
+            return TokenLayout(None)
+        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+        real_BS = real_tokens(attention_mask, visual_BS.shape[1])
+        return self.layout_of(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])
+
+    def _from_pixels(self, images: dict, visual_BS, real_BS, further: dict) -> VisualInput:
+        """What `pixel_values`, and the arguments that go with them, are to the decoder."""
+        images |= named_by_encoder(self.vision_tower, further) if further else {}
+        features = []
+        if len(images["pixel_values"]):
+            # the encoder's other states are let go of
+            features = list(self.get_image_features(return_dict=True, **images).pooler_output)
+        layout = self.layout_of(visual_BS, None, None, real_BS, pixel_values=[len(image) for image in features])
+        if features:
+            features = torch.cat(features)
+            return VisualInput(layout, self.for_layers(features, layout), features)
+        layout = TokenLayout(None)
+        learns = self.training and torch.is_grad_enabled()
+        return VisualInput(layout, self.for_layers(self.no_features(**images)) if learns else None)
+
+    def _from_states(self, states: SaisaVisualStates, visual_BS, real_BS, position_ids) -> VisualInput:
+        """What `visual_states` are to the decoder."""
+        self.check_visual_states(states)
+        keeps_features = states.store == "features"
+        if keeps_features:
+            states = states.compact()  # what is not asked for need not be projected
+        if not len(states):
+            self.layout_of(visual_BS, None, None, real_BS, visual_states=[])
+            return VisualInput(TokenLayout(None))
+        # what becomes of a visual token may depend on the sample that it stands in
+        spread = self.config.in_embedding_space or (keeps_features and self.tells_samples_apart())
+        rows, features = states.rows(), states.stored.features
+        places = (None, None) if spread else (rows, position_ids)
+        layout = self.layout_of(visual_BS, *places, real_BS, visual_states=states.lengths)
+        if not keeps_features:
+            return VisualInput(layout, states.stored.keys_values)
+        return VisualInput(layout, self.for_layers(features[rows] if spread and rows is not None else features, layout))
+
+    def for_layers(self, features: torch.Tensor, layout: TokenLayout | None = None) -> torch.Tensor:
+        """What the decoder reads of the encoder's features (V, C): these, or (V, D) past the projector if all layers share
+        one."""
+        features = features.to(self.get_input_embeddings().weight.dtype)
+        if self.config.projector_sharing != "shared":
+            return features
+        if layout is None or not tells_samples_apart([self.visual_projector]):
+            return self.visual_projector(features)
+        return layout.visual(self.visual_projector(layout.in_input_order(features)))
+
+    def tells_samples_apart(self) -> bool:
+        """Whether a hook of a module on the visual path wants to know which sample a row belongs to."""
+        modules = [module for layer in self.language_model.layers for module in layer.visual_modules().values()]
+        return tells_samples_apart([*modules, *([self.visual_projector] if hasattr(self, "visual_projector") else [])])
+
+    @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
+    def layout_of(self, visual_BS: torch.Tensor, *places, **lengths_by_name: list[int]) -> TokenLayout:
+        """The layout of an input with these visual positions, which the images in the arguments named have to fill."""
+        for name, lengths in lengths_by_name.items():
+            self.check_visual_tokens(name, lengths, int(visual_BS.sum()))
+        return TokenLayout(visual_BS, *places)
+
+    def check_visual_tokens(self, name: str, lengths: list[int], placeholders: int):
+        """Raises ValueError if images of `lengths` visual tokens, the argument `name`, do not fill `placeholders`."""
+        if sum(lengths) != placeholders:
+            raise ValueError(
+                f"{name} holds {len(lengths)} images with {sum(lengths)} visual tokens in all, but the input has "
+                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
+                f"as visual tokens: let the processor expand the prompt, and pass each image once."
+            )
+
+    def _warn_if_images_are_missing(self, input_ids):
+        placeholders = int((input_ids == self.config.image_token_id).sum())
+        if placeholders >= max(self.config.image_seq_length, 2):
+            logger.warning_once(
+                f"input_ids has {placeholders} placeholders (image_token_id={self.config.image_token_id}), but pixel_values "
+                f"is None: they are read as text. Pass the images, or a prompt without them."
+            )

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .compat_saisa import model_class_of, needed
-from .language_models_saisa import FAMILIES, checkpoint_state_dict
-from .visual_reduction_saisa import SaisaVisualResampler
+from ..compat_saisa import model_class_of, needed
+from ..language_models_saisa import FAMILIES, checkpoint_state_dict
+from ..vision_saisa import SaisaVisualResampler
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"

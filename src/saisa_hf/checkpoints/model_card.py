@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from .compat_saisa import needed
-from .language_models_saisa import language_model_family
+from ..compat_saisa import needed
+from ..language_models_saisa import language_model_family
 
 
 TEXT_TOKENS = 64
@@ -69,7 +69,7 @@ def parameter_counts(config) -> dict[str, int]:
 
     Counted on a model without memory, so quantized or sharded weights do not change the numbers.
     """
-    from .modeling_saisa import SaisaForConditionalGeneration
+    from ..modeling_saisa import SaisaForConditionalGeneration
 
     plain = config.to_dict()
     for key in ("quantization_config", "attn_implementation", "_attn_implementation"):

@@ -1,0 +1,337 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What becomes of the last hidden states: a loss in training, the next token in generation.
+
+Next-token cross-entropy comes without a tensor of all logits: they exist for some labelled rows at a time. A vocabulary is
+ten to a hundred times as wide as the hidden states, so that logits of all positions are the largest tensor in training, most
+of them for positions that no label asks for. Backward computes them again.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .compat_saisa import CACHE, decoding_masks, one_cache
+from .vision_saisa import reduced_length
+from .visual_states_saisa import check_one_of
+
+
+IGNORED = -100
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; each chunk is one such tensor, its copy in float32 and its gradient
+# arguments of `forward` that are the loss's
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
+# the arguments that images come in
+IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
+
+
+def chunked_cross_entropy(
+    hidden_PD: torch.Tensor,
+    targets_P: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    logits_at_once: int = LOGITS_AT_ONCE,
+) -> torch.Tensor:
+    """The loss of transformers' causal language models, as a float32 scalar.
+
+    Args:
+        hidden_PD: rows that predict, with any number of leading axes.
+        targets_P: what each should predict; -100 is ignored, and the head is not applied to these rows.
+        head: hidden rows (n, D) -> logits (n, vocab_size). Its weights get their gradients.
+        vocab_size: width of the logits.
+        num_items_in_batch: what the sum is divided by; None is the number of targets.
+        logits_at_once: most logits, rows times `vocab_size`, that exist at a time.
+    """
+    hidden_PD, targets_P = hidden_PD.flatten(0, -2), targets_P.flatten().to(hidden_PD.device)
+    rows = (targets_P != IGNORED).nonzero().flatten()
+    hidden_RD, targets_R = hidden_PD.index_select(0, rows), targets_P.index_select(0, rows)
+
+    def chunk_loss(hidden_ND, targets_N):
+        return nn.functional.cross_entropy(head(hidden_ND).float(), targets_N, reduction="sum")
+
+    size = max(1, logits_at_once // vocab_size)
+    # with nothing to learn from the loss is zero, and still reaches the weights: processes that train together expect it
+    total = 0.0 if len(rows) else head(hidden_PD[:1]).float().sum() * 0.0
+    for part_ND, part_N in zip(hidden_RD.split(size), targets_R.split(size)):
+        if torch.is_grad_enabled():
+            total = total + checkpoint(chunk_loss, part_ND, part_N, use_reentrant=False)
+        else:
+            total = total + chunk_loss(part_ND, part_N)
+    count = len(rows) if num_items_in_batch is None else num_items_in_batch
+    if isinstance(count, torch.Tensor):
+        return total / count.to(total.device).clamp(min=1)
+    return total.float() / max(count, 1)
+
+
+class SaisaHead(nn.Linear):
+    """The language model's head. A loss whose logits exist for some rows at a time is made in one call of this module:
+    processes that share its weights gather them for each call, but have unlike numbers of rows."""
+
+    def forward(self, hidden_BTD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
+        """Logits (B, T, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
+        return super().forward(hidden_BTD) if loss is None else loss(hidden_BTD, super().forward)
+
+
+def loss_without_logits(lm_head, scaled: Callable, hidden_BTD, targets_BT, vocab_size: int, num_items_in_batch):
+    """`chunked_cross_entropy` of `scaled(lm_head(hidden rows))`, in one call of `lm_head` if that is a `SaisaHead`."""
+
+    def loss(hidden_BTD, head):
+        return chunked_cross_entropy(hidden_BTD, targets_BT, lambda x: scaled(head(x)), vocab_size, num_items_in_batch)
+
+    # whoever has put another head in its place, adapters for instance, does not know of losses
+    return lm_head(hidden_BTD, loss) if isinstance(lm_head, SaisaHead) else loss(hidden_BTD, lm_head)
+
+
+def targets_of(labels_BS, loss_arguments: dict, shape: tuple[int, int]) -> torch.Tensor | None:
+    """(B, S) what each position is to predict, or None without labels. Takes `shift_labels` out of `loss_arguments`, and sets
+    `ignore_index` in it.
+
+    Raises:
+        ValueError: `labels` or `shift_labels` do not have the input's `shape`.
+    """
+    if labels_BS is None:
+        return None
+    ignored = loss_arguments.setdefault("ignore_index", IGNORED)
+    targets_BS = loss_arguments.pop("shift_labels", None)
+    for name, given in (("labels", labels_BS), ("shift_labels", targets_BS)):
+        if given is not None and tuple(given.shape) != tuple(shape):
+            raise ValueError(f"{name} is {tuple(given.shape)}: expected {tuple(shape)}, one for each input token.")
+    return nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:] if targets_BS is None else targets_BS
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+class SuppressImageToken:
+    """A logits processor: the image token is never written."""
+
+    def __init__(self, image_token_id: int):
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[..., self.image_token_id] = -float("inf")
+        return scores
+
+
+class AnswersAboutImages:
+    """The part of `SaisaForConditionalGeneration` that makes logits, losses and answers; it stands in front of transformers'
+    `GenerationMixin`, and tells that what images are."""
+
+    def logits_and_loss(self, hidden_BTD, targets_BT, skip_logits: bool, labels, loss_arguments: dict, kwargs: dict):
+        """(B, T, vocabulary) logits, or None where they are skipped, and the loss, or None without targets."""
+        family, vocab_size = self.language_model.family, self.config.text_config.vocab_size
+        if skip_logits and targets_BT is not None:
+            targets_BT = targets_BT.masked_fill(targets_BT == loss_arguments.get("ignore_index", IGNORED), IGNORED)
+            count = loss_arguments.get("num_items_in_batch")
+            return None, loss_without_logits(
+                self.lm_head, family.scaled_logits, hidden_BTD, targets_BT, vocab_size, count
+            )
+        logits_BTX = family.scaled_logits(self.lm_head(hidden_BTD))
+        if targets_BT is None:
+            return logits_BTX, None
+        loss_arguments |= {**kwargs, "shift_labels": targets_BT}
+        return logits_BTX, self.loss_function(
+            logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments
+        )
+
+    @property
+    def vision_tower(self):
+        return self.model.vision_tower
+
+    @property
+    def language_model(self):
+        return self.model.language_model
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings):
+        self.lm_head = new_embeddings
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
+        """See `SaisaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs):
+        """See `SaisaModel.get_visual_states`."""
+        return self.model.get_visual_states(pixel_values, store, **kwargs)
+
+    def unshare_projectors(self) -> None:
+        """See `SaisaModel.unshare_projectors`."""
+        self.model.unshare_projectors()
+
+    create_masks_for_generate = staticmethod(decoding_masks)
+
+    def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
+        """transformers' own, with two differences for images. It never answers with the image token, which stands for visual
+        tokens alone, and it reads the prompt at once: `prefill_chunk_size` is for text.
+        """
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        check_one_of(kwargs.get("pixel_values"), kwargs.get("visual_states"))
+        given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
+        has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_states") is not None
+        if has_images and given is None:
+            raise ValueError("Expected input_ids, or inputs_embeds, with placeholders for the images: got images alone.")
+        if not has_images and given is not None and not given.is_floating_point():  # they may be in the cache
+            has_images = bool((given == self.config.image_token_id).any())
+        if has_images:
+            logits_processor = [*(logits_processor or []), SuppressImageToken(self.config.image_token_id)]
+            kwargs["prefill_chunk_size"] = None
+        return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        pixel_values=None,
+        pixel_attention_mask=None,
+        spatial_shapes=None,
+        visual_states=None,
+        cache=None,
+        **kwargs,
+    ):
+        """transformers' own, and the images whose placeholders are among the tokens that are not in the cache yet.
+
+        Raises:
+            ValueError: the last token of a prompt is visual, so that nothing can be predicted from it (but in embedding
+                space).
+        """
+        cache = one_cache(past_key_values, cache)
+        kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        images = _given(
+            pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            visual_states=visual_states,
+        )
+        if pixel_values is None and visual_states is None:
+            return model_inputs
+        new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
+        length = (new_ids if new_embeds is None else new_embeds).shape[1]
+        if length == 1 and cache is not None and input_ids.shape[1] > 1:
+            # a decoding step; in embedding space a prompt may end in an image, which may be of one token
+            if not self.config.in_embedding_space or not (input_ids[:, -1] == self.config.image_token_id).any():
+                return model_inputs
+        visual_BS = self.model.get_placeholder_mask(new_ids, new_embeds)
+        if not visual_BS.any():
+            return model_inputs
+        if not self.config.in_embedding_space:
+            _check_last_token(visual_BS, attention_mask)
+        new_B = visual_BS.sum(1).tolist()
+        all_B = new_B if new_embeds is not None else self.model.get_placeholder_mask(input_ids).sum(1).tolist()
+        tokens = self._visual_tokens(images, sum(new_B), sum(all_B))
+        if sum(tokens) == sum(all_B) != sum(new_B):  # the images of the whole conversation, of which some are cached
+            wanted = _last_images(images_by_row(all_B, tokens), tokens, new_B)
+            images = {name: value[wanted] for name, value in images.items()}
+        return {**model_inputs, **images}
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """transformers' own, but each row's images stay together, as rows may have different numbers of them."""
+        images = _given(**{name: model_kwargs.pop(name, None) for name in IMAGES})
+        if images and expand_size > 1:
+            placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
+            cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
+            cached = 0 if cache is None else int(cache.get_seq_length())
+            new_B, all_B = (mask_BS.sum(1).tolist() for mask_BS in (placeholders_BS[:, cached:], placeholders_BS))
+            tokens = self._visual_tokens(images, sum(new_B), sum(all_B))
+            if sum(tokens) != sum(all_B):  # then they are those of the new turn
+                name = "visual_states" if "visual_states" in images else "pixel_values"
+                self.model.check_visual_tokens(name, tokens, sum(new_B))
+            rows = images_by_row(all_B if sum(tokens) == sum(all_B) else new_B, tokens)
+            order = [image for row in rows for _ in range(expand_size) for image in row]
+            if "pixel_values" in images and order:  # an image is encoded once for all sequences of its row
+                images = {"visual_states": self.model.get_visual_states(**images)}
+            images = {name: value[order] for name, value in images.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **images}
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """transformers' own continuous batching, which is for text: it has no place for images.
+
+        Raises:
+            ValueError: a prompt holds the image token.
+        """
+        for index, ids in enumerate(inputs):
+            if self.config.image_token_id in torch.as_tensor(ids).flatten().tolist():
+                raise ValueError(
+                    f"inputs[{index}] holds the image token ({self.config.image_token_id}), but generate_batch carries no "
+                    "images. Use generate for prompts with images."
+                )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """transformers' own; a draft model that takes no images does not get them."""
+        draft, given = kwargs.get("assistant_model"), kwargs.get("model_kwargs")
+        if draft is not None and given is not None:
+            known = inspect.signature(draft.forward).parameters
+            kwargs["model_kwargs"] = {name: x for name, x in given.items() if name in known or name not in IMAGES}
+        return super()._get_candidate_generator(*args, **kwargs)
+
+    def _visual_tokens(self, images: dict, *placeholders: int) -> list[int]:
+        """How many visual tokens each image has. Where the encoder does not tell, the numbers of placeholders do that they
+        may be meant for."""
+        if "visual_states" in images:
+            return images["visual_states"].lengths
+        if "spatial_shapes" in images:
+            kind, count = self.config.visual_token_reduction, self.config.reduced_visual_tokens
+            return [reduced_length(kind, count, h * w, (h, w)) for h, w in images["spatial_shapes"].tolist()]
+        count, size = len(images["pixel_values"]), tuple(getattr(images["pixel_values"], "shape", ())[2:])
+        each = self.config.visual_tokens_of(*size) if len(size) == 2 else None
+        if each is None:
+            each = self.config.image_seq_length
+            if count and count * each not in placeholders and placeholders[-1] % count == 0:
+                each = placeholders[-1] // count
+        return [each] * count
+
+
+def _given(**arguments) -> dict:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _check_last_token(visual_BS: torch.Tensor, attention_mask) -> None:
+    """Raises ValueError if the last real token of a sample is visual."""
+    length, device = visual_BS.shape[1], visual_BS.device
+    real_BS = torch.ones_like(visual_BS)
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real_BS = attention_mask[:, -length:].bool().to(device)  # transformers may have moved the ids
+    last_B1 = (real_BS * torch.arange(1, length + 1, device=device)).argmax(1, keepdim=True)
+    if visual_BS.gather(1, last_B1).any():
+        raise ValueError(
+            "The last token of a prompt is a visual token, and visual tokens predict nothing. Put a text token, a newline "
+            "for instance, behind the image."
+        )
+
+
+def images_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int]]:
+    """The indices of the images that belong to each row, whose placeholders take them up in order."""
+    rows, image = [], 0
+    for placeholders in placeholders_B:
+        row = []
+        while placeholders > 0 and image < len(tokens):
+            row.append(image)
+            placeholders -= tokens[image]
+            image += 1
+        rows.append(row)
+    return rows
+
+
+def _last_images(rows: list[list[int]], tokens: list[int], new_B: list[int]) -> list[int]:
+    """Of each row's images the last ones, which fill its `new` placeholders."""
+    wanted = []
+    for row, new in zip(rows, new_B):
+        first = len(row)
+        while new > 0 and first > 0:
+            first -= 1
+            new -= tokens[row[first]]
+        wanted.extend(row[first:])
+    return wanted

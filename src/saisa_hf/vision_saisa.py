@@ -1,0 +1,452 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""From pixels to the features that the projectors read: the vision encoder, and what may make fewer visual tokens of its output.
+
+For the encoders in `CLASS_TOKENS` the config says how many states there are, how wide, and of how many tokens. Any other that
+`AutoModel` builds is asked: it is built on the meta device and run on an image there.
+
+Visual tokens cost a SAISA keys and values in each layer. `visual_token_reduction` names four ways to have fewer of them:
+
+- `"avg_pool"`: the mean of each 2 x 2 patches;
+- `"pixel_unshuffle"`: the features of each 2 x 2 patches side by side, four times as wide (InternVL, Idefics 3);
+- `"resampler"`: learned queries that attend to the features (Flamingo, Qwen-VL), trained with the projectors;
+- `"class_attention"`: the patches that the encoder's class token attends to most, in the layer that the features are taken
+  from (FasterVLM, VisionZip).
+
+Shape suffixes: I images, V visual tokens of an image before and R after the reduction, C width of the features.
+"""
+
+import inspect
+import json
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .compat_saisa import can_return_tuple, model_class_of
+
+
+# encoder -> how many tokens stand in front of its patch tokens
+CLASS_TOKENS = {
+    "clip_vision_model": 1,
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "dinov2": 1,
+    "convnext": 0,
+}
+# The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
+# there on every release, so that a checkpoint has one layout.
+NESTED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+OF_CELLS = ("avg_pool", "pixel_unshuffle")  # one token for 2 x 2
+OF_A_NUMBER = ("resampler", "class_attention")  # as many as `reduced_visual_tokens` says
+REDUCTIONS = OF_CELLS + OF_A_NUMBER
+# encoders with a class token in front, blocks that normalise first, and no rotation of queries and keys
+CLASS_ATTENTION_ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+
+
+# --- what an encoder yields -------------------------------------------------------------------------------------------
+
+
+class EncoderStates(NamedTuple):
+    """Of each state in an encoder's `hidden_states`, for images of the size that its config names.
+
+    Attributes:
+        widths: channels.
+        tokens: tokens, class and register tokens included; of a feature map, height times width.
+        prefix: how many tokens stand in front of the patches.
+    """
+
+    widths: tuple[int, ...]
+    tokens: tuple[int, ...]
+    prefix: int
+
+
+def encoder_states(config) -> EncoderStates:
+    """What the encoder of `config`, which is none of `CLASS_TOKENS`, yields.
+
+    Raises:
+        ValueError: it cannot be built, or yields no states for an image.
+        ImportError: it needs a package that is not installed, timm for instance.
+    """
+    settings = {key: value for key, value in config.to_dict().items() if "attn_implementation" not in key}
+    return _asked(type(config), json.dumps(settings, sort_keys=True, default=str))
+
+
+def image_size(config) -> tuple[int, int]:
+    """(height, width) of the images that an encoder is made for."""
+    size = (
+        getattr(config, "image_size", None) or (getattr(config, "pretrained_cfg", None) or {}).get("input_size") or 224
+    )
+    return (size, size) if isinstance(size, int) else tuple(size[-2:])
+
+
+def has_choice_of_attention(config) -> bool:
+    """Whether the encoder of `config` has attention whose implementation can be chosen; a convolutional one has none."""
+    model_class = model_class_of(config)
+    if model_class is None:
+        return config.model_type not in ("convnext", "convnextv2", "regnet", "resnet")
+    return bool(getattr(model_class, "_supports_sdpa", False))
+
+
+@lru_cache(maxsize=32)
+def _asked(config_class: type, settings: str) -> EncoderStates:
+    settings = json.loads(settings)
+    name = settings["model_type"]
+    refused = f"vision_config.model_type={name!r} is not supported: "
+    config = config_class.from_dict(settings)
+    height, width = image_size(config)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            encoder = AutoModel.from_config(config).eval()
+            pixel_values = torch.empty(1, getattr(config, "num_channels", 3), height, width)
+            pixel_values = pixel_values.to(next(encoder.parameters()).dtype)
+            states = encoder(pixel_values=pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    except ImportError as error:
+        extra = ": pip install timm" if name == "timm_wrapper" else ""
+        raise ImportError(
+            f"vision_config.model_type={name!r} needs a package that is not installed{extra}. {error}"
+        ) from error
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"{refused}expected an encoder that takes images of {height} x {width} pixels as `pixel_values`, such as "
+            f"{', '.join(CLASS_TOKENS)} or vit ({type(error).__name__}: {reason})."
+        ) from error
+    if not states or any(state.ndim not in (3, 4) for state in states):
+        raise ValueError(f"{refused}it yields no hidden states of patches.")
+    hidden_size = getattr(config, "hidden_size", None)
+    if any(state.ndim == 4 and state.shape[-1] == hidden_size != state.shape[1] for state in states):
+        raise ValueError(f"{refused}its feature maps have channels last.")
+    widths = tuple(state.shape[1 if state.ndim == 4 else 2] for state in states)
+    tokens = tuple(state.shape[2] * state.shape[3] if state.ndim == 4 else state.shape[1] for state in states)
+    return EncoderStates(widths, tokens, _prefix(config, states, tokens))
+
+
+def _prefix(config, states, tokens: tuple[int, ...]) -> int:
+    """Tokens beyond those of a grid of patches, where all states have the same number."""
+    patch = getattr(config, "patch_size", None)
+    if patch is None or len(set(tokens)) > 1 or states[0].ndim == 4:
+        return 0
+    rows, columns = (patch, patch) if isinstance(patch, int) else patch
+    height, width = image_size(config)
+    return max(tokens[0] - (height // rows) * (width // columns), 0)
+
+
+# --- the encoder in the model -----------------------------------------------------------------------------------------
+
+
+class NestedEncoder(nn.Module):
+    """An encoder one level down, under the name `vision_model` (see `NESTED_ENCODERS`), which it looks like from outside."""
+
+    def __init__(self, vision_model: PreTrainedModel):
+        super().__init__()
+        self.vision_model = vision_model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") and not name.startswith("_supports"):
+                raise  # transformers keeps its own records on a module, of this one too
+            return getattr(super().__getattr__("vision_model"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.vision_model(*args, **kwargs)
+
+
+def build_vision_tower(config) -> nn.Module:
+    """The encoder for `config`, with the parameter names of transformers up to 5.5."""
+    # transformers refuses any other choice for an encoder without attention
+    choice = {} if has_choice_of_attention(config) else {"attn_implementation": "eager"}
+    return as_vision_tower(AutoModel.from_config(config, **choice))
+
+
+def as_vision_tower(encoder: PreTrainedModel) -> nn.Module:
+    """`encoder` with the parameter names of transformers up to 5.5."""
+    if encoder.config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
+        return NestedEncoder(encoder)
+    return encoder
+
+
+@dataclass
+class SaisaImageFeatures(BaseModelOutputWithPooling):
+    """
+    Output of `get_image_features`: the encoder's, with the features as `pooler_output`, and
+
+    Attributes:
+        kept_tokens: (images, visual tokens), which of the patches the features are of, where
+            `visual_token_reduction="class_attention"` chose among them.
+    """
+
+    kept_tokens: torch.Tensor | None = None
+
+
+class EncodesImages:
+    """The part of `SaisaModel` that runs its `vision_tower`."""
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> SaisaImageFeatures:
+        """
+        The encoder's features of a batch of images, before any projector.
+
+        Args:
+            pixel_values: (images, channels, height, width), any floating dtype.
+            kwargs: handed on to the encoder.
+
+        Returns:
+            the encoder's output, whose `pooler_output` is (images, visual tokens per image, C): the states of
+            `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`,
+            feature maps flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where
+            images differ in size (SigLIP 2).
+        """
+        self.check_features_asked_for(kwargs)
+        is_siglip2 = self.config.vision_config.model_type == "siglip2_vision_model"
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim not in ((3, 4) if is_siglip2 else (4,)):
+            seen = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise ValueError(f"pixel_values is {seen}: expected a tensor (images, channels, height, width).")
+        if is_siglip2 and pixel_values.ndim == 4:
+            pixel_values, kwargs = _patchify(pixel_values, self.config.vision_config.patch_size, kwargs)
+        dtype = next(p.dtype for p in self.vision_tower.parameters() if p.is_floating_point())
+        # gradient checkpointing of 5.x asks for gradients of all embeddings, a frozen encoder's too
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        kwargs |= {"output_hidden_states": True, "return_dict": True}
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), **kwargs)
+        states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
+        grid = states[0].shape[2:] if states[0].ndim == 4 else None
+        states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
+        features, kept = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1), None
+        if is_siglip2:
+            features = self._of_each_grid(features, [(int(h), int(w)) for h, w in kwargs["spatial_shapes"]])
+        elif self.config.visual_token_reduction == "class_attention":
+            attention = class_attention(self.vision_tower, self.config, outputs.hidden_states)
+            kept = most_attended(attention, self.config.reduced_visual_tokens, features)
+            features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+        elif self.config.visual_token_reduction is not None:
+            features = self._reduced(features, grid or grid_of(features.shape[1], *pixel_values.shape[-2:]))
+        return SaisaImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=features,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.get("attentions"),  # a convolutional encoder has none
+            kept_tokens=kept,
+        )
+
+    def check_features_asked_for(self, kwargs: dict) -> None:
+        """Takes transformers' arguments for other features out of `kwargs`: the projectors are made for those of the config.
+
+        Raises:
+            ValueError: they ask for others.
+        """
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            asked, own = kwargs.pop(name, None), getattr(self.config, name)
+            if asked is not None and asked != own:
+                raise ValueError(
+                    f"{name}={asked!r}, but the projectors are made for {own!r}, as the config says. Load a model with "
+                    f"from_pretrained(..., {name}={asked!r}) to get others."
+                )
+
+    def no_features(self, **no_images) -> torch.Tensor:
+        """Features (0, C) of no images, through which gradients of zero reach the projectors: processes that share weights
+        or gradients wait for one another, also where one has no image. An encoder that takes part in that, since it is
+        trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank image."""
+        if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
+            none = no_images["pixel_values"].new_zeros(0, self.config.vision_feature_size)
+            if hasattr(self, "visual_resampler"):  # attention kernels want an image
+                none = self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]
+            return none
+        blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_images.items()}
+        return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
+
+    def _of_each_grid(self, features: torch.Tensor, grids: list[tuple[int, int]]):
+        """Features of images of unlike shapes (SigLIP 2), without padding: a tensor where all have as many, else a list."""
+        each = [image[: h * w] for image, (h, w) in zip(features, grids)]
+        if self.config.visual_token_reduction is not None:
+            each = [self._reduced(x[None], grid)[0] for x, grid in zip(each, grids)]
+        return torch.stack(each) if len({len(image) for image in each}) == 1 else each
+
+    def _reduced(self, features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(I, V, C) of patches in `grid` -> (I, R, C)."""
+        kind = self.config.visual_token_reduction
+        if kind == "resampler":
+            return self.visual_resampler(features_IVC)
+        return (pooled if kind == "avg_pool" else unshuffled)(features_IVC, tuple(grid))
+
+
+def named_by_encoder(encoder: nn.Module, arguments: dict) -> dict:
+    """Those of `arguments` that the encoder's `forward` has a parameter for."""
+    forward = getattr(encoder, "vision_model", encoder).forward
+    return {name: arguments[name] for name in inspect.signature(forward).parameters if name in arguments}
+
+
+def _patchify(pixel_values, patch_size: int, kwargs: dict):
+    """Images (n, channels, height, width) as SigLIP 2 takes them: (n, patches, patch * patch * channels)."""
+    n, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
+    patches = patches.reshape(n, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
+    patches = patches.reshape(n, rows * columns, patch_size * patch_size * channels)
+    shapes = torch.tensor([[rows, columns]] * n, device=pixel_values.device)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixel_values.device)
+    return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+# --- fewer visual tokens ----------------------------------------------------------------------------------------------
+
+
+def check_reduction(config) -> None:
+    """Raises ValueError if `visual_token_reduction` and `reduced_visual_tokens` do not fit the rest of a `SaisaConfig`."""
+    kind, count, vision = config.visual_token_reduction, config.reduced_visual_tokens, config.vision_config.model_type
+    check_choice(kind, count, config.image_seq_length)
+    kept = config.kept_prefix_tokens
+    if kind not in (None, "resampler") and kept:
+        raise ValueError(
+            f"visual_token_reduction={kind!r} needs a grid of patches, but vision_feature_select_strategy='full' keeps "
+            f"{kept} tokens of {vision} in front of it: choose 'default'."
+        )
+    if kind != "class_attention":
+        return
+    if vision not in CLASS_ATTENTION_ENCODERS:
+        raise ValueError(
+            f"visual_token_reduction='class_attention' needs the attention of a class token, which {vision} has not, or has "
+            f"in another form: expected an encoder among {', '.join(CLASS_ATTENTION_ENCODERS)}, or another reduction."
+        )
+    layers = config.vision_feature_layers
+    if len(layers) != 1 or layers[0] % (config.vision_config.num_hidden_layers + 1) == 0:
+        raise ValueError(
+            f"visual_token_reduction='class_attention' ranks patches by the attention of one layer of the encoder, but "
+            f"vision_feature_layer={config.vision_feature_layer!r}: choose one layer, and not the embeddings (0)."
+        )
+    patches = config.encoder_tokens_per_image
+    if count > patches:
+        raise ValueError(
+            f"reduced_visual_tokens={count}, but {vision} makes {patches} of an image: keep as many or fewer."
+        )
+
+
+def check_choice(kind, count, image_seq_length=None) -> None:
+    """Raises ValueError if there is no such reduction, or not with that number, or `image_seq_length` contradicts it."""
+    if kind is not None and kind not in REDUCTIONS:
+        raise ValueError(
+            f"visual_token_reduction={kind!r} is not supported: expected None or one of {', '.join(map(repr, REDUCTIONS))}."
+        )
+    if kind not in OF_A_NUMBER:
+        if count is not None:
+            raise ValueError(
+                f"reduced_visual_tokens={count!r} goes with visual_token_reduction='resampler' or 'class_attention', not "
+                f"with {kind!r}: leave it out."
+            )
+    elif not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(
+            f"reduced_visual_tokens={count!r}: visual_token_reduction={kind!r} needs the number of visual tokens per image."
+        )
+    elif image_seq_length not in (None, count):
+        raise ValueError(
+            f"image_seq_length={image_seq_length!r}, but reduced_visual_tokens={count} is the number of visual tokens per "
+            "image: leave image_seq_length out."
+        )
+
+
+def reduced_length(kind: str | None, count: int | None, tokens: int, grid: tuple[int, int]) -> int:
+    """Visual tokens of an image whose `tokens` lie in `grid`, (rows, columns). Odd rows and columns are rounded up."""
+    if kind in OF_A_NUMBER:
+        return count
+    return math.ceil(grid[0] / 2) * math.ceil(grid[1] / 2) if kind in OF_CELLS else tokens
+
+
+def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of `tokens` in a grid over an image of `height` x `width` whose cells are closest to squares."""
+    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    rows = min(divisors, key=lambda rows: abs(math.log(rows * rows / tokens * width / height)))
+    return rows, tokens // rows
+
+
+def pooled(features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(I, V, C) -> (I, R, C): means of 2 x 2 features; at an odd edge, of those that there are."""
+    maps = features_IVC.transpose(1, 2).unflatten(-1, grid)
+    maps = nn.functional.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
+def unshuffled(features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(I, V, C) -> (I, R, 4 C): 2 x 2 features side by side, row by row; beyond an odd edge they are zero."""
+    rows, columns = grid
+    maps = nn.functional.pad(features_IVC.unflatten(1, grid), (0, 0, 0, columns % 2, 0, rows % 2))
+    maps = maps.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (I, rows / 2, 2, columns / 2, 2, C)
+    return maps.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
+def class_attention(encoder: nn.Module, config, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """How much the encoder's class token attends to each token in the layer that the features are taken from.
+
+    Only this row is computed, from what enters the layer: the encoder keeps its attention implementation.
+
+    Args:
+        encoder: a vision tower of `CLASS_ATTENTION_ENCODERS`.
+        config: the `SaisaConfig`.
+        hidden_states: all states of the encoder, (I, tokens, C) each.
+
+    Returns:
+        float32 (I, tokens), probabilities averaged over heads, class token first.
+    """
+    depth, heads = config.vision_config.num_hidden_layers, config.vision_config.num_attention_heads
+    blocks = next(part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
+    index = config.vision_feature_layers[0] % len(hidden_states) - 1
+    norm = next(part for part in blocks[index].children() if isinstance(part, nn.LayerNorm))
+    projections = {name.rpartition(".")[-1]: part for name, part in blocks[index].named_modules()}
+    query, key = (
+        next(projections[name] for name in names if name in projections)
+        for names in (("q_proj", "query"), ("k_proj", "key"))
+    )
+    with torch.no_grad():
+        x_ITC = norm(hidden_states[index])
+        query_IN1H, key_INTH = (
+            x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (query(x_ITC[:, :1]), key(x_ITC))
+        )
+        scores_IN1T = query_IN1H @ key_INTH.transpose(-1, -2) * query_IN1H.shape[-1] ** -0.5
+        return scores_IN1T.softmax(-1).mean(1).squeeze(1)
+
+
+def most_attended(attention_IT: torch.Tensor, count: int, features_IVC: torch.Tensor) -> torch.Tensor:
+    """(I, count): the patches with most of the attention (I, tokens), whose last V are patches, in their order."""
+    patches = features_IVC.shape[1]
+    if count > patches:
+        raise ValueError(f"reduced_visual_tokens={count}, but the image has {patches} patches: keep as many or fewer.")
+    return attention_IT[:, -patches:].topk(count, dim=1).indices.sort(dim=1).values
+
+
+class SaisaVisualResampler(nn.Module):
+    """Learned queries that attend to an image's features: one layer of cross-attention with a residual around it.
+
+    Args:
+        config: a `SaisaConfig` with `visual_token_reduction="resampler"`. There are as many heads as in the encoder.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.vision_feature_size
+        heads = getattr(config.vision_config, "num_attention_heads", 1)
+        self.heads = heads if isinstance(heads, int) and width % heads == 0 else 1
+        self.queries = nn.Embedding(config.reduced_visual_tokens, width)
+        nn.init.normal_(self.queries.weight, std=0.02)
+        self.query_norm = nn.LayerNorm(width)
+        self.feature_norm = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, features_IVC: torch.Tensor) -> torch.Tensor:
+        """(I, V, C) -> (I, R, C), in its own dtype."""
+        # by a call, since the weight may be elsewhere until then
+        queries_RC = self.queries(torch.arange(self.queries.num_embeddings, device=features_IVC.device))
+        normed_IVC = self.feature_norm(features_IVC.to(queries_RC.dtype))
+        query_RC = self.q_proj(self.query_norm(queries_RC)).expand(len(features_IVC), -1, -1)
+        heads = (query_RC, self.k_proj(normed_IVC), self.v_proj(normed_IVC))
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in heads)
+        read_INRH = nn.functional.scaled_dot_product_attention(query, key, value)
+        return queries_RC + self.o_proj(read_INRH.transpose(1, 2).flatten(2))
