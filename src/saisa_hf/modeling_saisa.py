@@ -83,7 +83,7 @@ from .visual_states_saisa import SaisaVisualStates, VisualStore, weights_fingerp
 
 
 if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
-    from .pictures_saisa import load_picture  # noqa: F401
+    from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
 logger = get_logger(__name__)
