@@ -1,20 +1,26 @@
-# Two environments, one for each transformers major; everything else runs inside them.
-PYTHON ?= python3.11
+# An environment for each transformers major, in which what developers run runs, and smaller ones for the demo and the pages.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3.10 python3,$(shell command -v $(name))))
+DEMO := .venv/demo
+DOCS := .venv/docs
 ENV4 := .venv/transformers-4
 ENV5 := .venv/transformers-5
 PYTEST := -m pytest -n 2
+# of pip's output nothing but errors
+PIP_INSTALL := bin/pip install -qq --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest compat lint format clean
+.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest compat lint types imports format docs dist clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
-demo: $(ENV5)/.ready            ## load the shipped checkpoint and answer questions about unseen pictures
-	$(ENV5)/bin/saisa demo
+demo: $(DEMO)/.ready            ## load the shipped checkpoint and answer questions about unseen images
+	$(DEMO)/bin/saisa demo
+	@echo
+	@echo "To go on with the command saisa and with Python: source $(DEMO)/bin/activate"
 
-demo-train: $(ENV5)/.ready      ## train that checkpoint again from nothing (two cores: a quarter of an hour)
-	$(ENV5)/bin/saisa demo --train demo-checkpoint
+demo-train: $(DEMO)/.ready      ## train that checkpoint again from nothing (two cores: a quarter of an hour)
+	$(DEMO)/bin/saisa demo --train demo-checkpoint
 
 test: test-5 test-4             ## the test suite, under transformers 5.x and 4.57
 
@@ -38,15 +44,36 @@ lint: $(ENV5)/.ready            ## ruff: rules and format
 	$(ENV5)/bin/ruff check .
 	$(ENV5)/bin/ruff format --check .
 
+types: $(ENV5)/.ready           ## mypy: the annotations of the package
+	$(ENV5)/bin/mypy
+
+imports: $(ENV5)/.ready         ## import-linter: imports point one way, and not in circles
+	$(ENV5)/bin/lint-imports --no-logo --no-cache
+
 format: $(ENV5)/.ready
 	$(ENV5)/bin/ruff check --fix .
 	$(ENV5)/bin/ruff format .
 
+docs: $(DOCS)/.ready            ## the pages and the API reference as a site, in site/
+	$(DOCS)/bin/mkdocs build --strict --quiet
+
+dist: $(ENV5)/.ready            ## source distribution and wheel, in dist/
+	$(ENV5)/bin/python -m build
+
 clean:                          ## remove the environments and what the commands above wrote
-	rm -rf .venv .compat .pytest_cache .ruff_cache demo-checkpoint saisa-demo.png
+	rm -rf .venv .compat .mypy_cache .pytest_cache .ruff_cache build dist site demo-checkpoint saisa-demo.png
 
 .venv/transformers-%/.ready: pyproject.toml constraints/base.txt constraints/transformers-%.txt
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check \
-		-c constraints/base.txt -c constraints/transformers-$*.txt -e '.[dev]'
+	$(@D)/$(PIP_INSTALL) -c constraints/base.txt -c constraints/transformers-$*.txt -e '.[dev]'
+	touch $@
+
+$(DEMO)/.ready: pyproject.toml constraints/base.txt constraints/transformers-5.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PIP_INSTALL) -c constraints/base.txt -c constraints/transformers-5.txt -e '.[demo]'
+	touch $@
+
+$(DOCS)/.ready: constraints/docs.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PIP_INSTALL) -r constraints/docs.txt
 	touch $@

@@ -19,7 +19,7 @@ from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
 
 from saisa_hf.chat.templates import chat_template
 from saisa_hf.compat_saisa import pillow_image_processor
-from saisa_hf.pictures_saisa import load_picture
+from saisa_hf.images_saisa import load_image
 from saisa_hf.processing_saisa import SaisaProcessor, add_image_token
 from saisa_hf.visual_states_saisa import SaisaVisualStates, VisualStore
 
@@ -452,7 +452,7 @@ def test_visual_states_and_image_tokens_have_to_match(arguments, message):
 
 
 def pixels_of(picture, **kwargs):
-    return np.asarray(load_picture(picture, **kwargs)).astype(int)
+    return np.asarray(load_image(picture, **kwargs)).astype(int)
 
 
 def test_the_same_picture_arrives_in_every_container(tmp_path):

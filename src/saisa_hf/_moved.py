@@ -18,6 +18,7 @@ MOVED = {
     "flops": "costs.flops",
     "from_llava": "checkpoints.from_llava",
     "naavit": "inspection.naavit",
+    "pictures_saisa": "images_saisa",
     "plots": "common.plots",
     "presets": "costs.presets",
     "redundancy": "inspection.redundancy",
@@ -25,6 +26,8 @@ MOVED = {
     "upgrade": "checkpoints.upgrade",
     "weight_files": "checkpoints.weight_files",
 }
+# module: former names of what it holds, and the names of today
+RENAMED = {"images_saisa": {"load_picture": "load_image", "PictureError": "ImageError"}}
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -37,8 +40,10 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(fullname, self)
 
     def exec_module(self, module):
-        name = module.__name__.rpartition(".")[2]
-        sys.modules[module.__name__] = importlib.import_module(f".{MOVED[name]}", __package__)
+        name = MOVED[module.__name__.rpartition(".")[2]]
+        moved = sys.modules[module.__name__] = importlib.import_module(f".{name}", __package__)
+        for former, current in RENAMED.get(name, {}).items():
+            setattr(moved, former, getattr(moved, current))
 
 
 def install() -> None:

@@ -292,6 +292,15 @@ def cache_of_pass(decoder, use_cache: bool | None, cache):
     return use_cache, cache
 
 
+def warn_of_no_probabilities(config) -> None:
+    """Logs a line where `output_attentions` finds none."""
+    if config._attn_implementation != "eager":
+        logger.warning_once(
+            f"`output_attentions=True` returns none with attn_implementation={config._attn_implementation!r}: load the model "
+            "with attn_implementation='eager'."
+        )
+
+
 def slots_of(cache, length: int, device) -> torch.Tensor:
     """(S,) places of `length` new tokens in the cache."""
     past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
@@ -315,11 +324,12 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
             own_layout, queries = layer.queries_of(layout, text_BTD)
             key_range = (0, 0) if is_paged(cache) else cached_key_range(cache, index, slots)
             visibility = Visibility(own_layout, slots, key_range, layer.self_attn.window, given, documents)
-            masks[layer.mask_kind] = _mask(decoder.config, layer, visibility, queries, cache, position_ids)
+            prepared = isinstance(attention_mask, dict)
+            masks[layer.mask_kind] = _mask(decoder.config, layer, visibility, queries, cache, position_ids, prepared)
     return masks
 
 
-def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids):
+def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, prepared: bool):
     """The mask of one kind of layer: as transformers makes it for an input without images, else by `visibility`."""
     given, documents, layout = visibility.attention_mask, visibility.document_BS, visibility.layout
     implementation, usual = implementation_of(layer.self_attn), config._attn_implementation
@@ -337,6 +347,8 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids):
         # transformers' masks do not say which places of the cache are filled, or where a packed sample ends
         visibility.layout = TokenLayout(torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device))
         return visibility.for_implementation(implementation, text_BTD.dtype)
+    if prepared:
+        return given
     return causal_mask(layer.attention_type, config, text_BTD, given, visibility.slots, cache, position_ids)
 
 

@@ -391,6 +391,17 @@ class PlainCheckpointingLayer(nn.Module):
         return self._gradient_checkpointing_func(functools.partial(super().__call__, **kwargs), *args)
 
 
+def differentiable(x: torch.Tensor, layer) -> torch.Tensor:
+    """`x`, the input of the first of the layers, with a gradient of its own where `layer` is computed again in backward by the
+    older of PyTorch's two ways (4.57's default): that yields no gradients at all where no input has one, though the layers
+    hold projectors that learn."""
+    checkpoints = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+    if not checkpoints or x.requires_grad:
+        return x
+    reentrant = getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True)
+    return x.detach().requires_grad_() if reentrant else x
+
+
 def plain_can_return_tuple(forward):
     """A `forward` that returns a tuple where `return_dict=False`, an argument or the config's, says so."""
 

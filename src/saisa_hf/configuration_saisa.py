@@ -15,24 +15,19 @@ from .compat_saisa import (
     portable_config_dict,
     readable_config_dict,
 )
-from .encoders_saisa import CLASS_TOKENS, EncoderStates, encoder_states, picture_size
-from .hub_saisa import AUTO_MAP, write_code_files
-from .language_models_saisa import FAMILIES, LanguageModelFamily, language_model_family
-from .visual_reduction_saisa import check_reduction, grid_of, reduced_length
+from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
+from .language_models_saisa import FAMILIES, language_model_family
+from .vision_saisa import CLASS_TOKENS, EncoderStates, check_reduction, encoder_states, grid_of, image_size, reduced_length
 
 
-if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
-    from .adapters_saisa import named_by  # noqa: F401
+if TYPE_CHECKING:  # 4.57's loader of remote code takes along only the files that this one names
     from .attention_saisa import Visibility  # noqa: F401
-    from .devices_saisa import check_device_map  # noqa: F401
-    from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
-    from .loss_saisa import chunked_cross_entropy  # noqa: F401
-    from .model_card_saisa import model_card  # noqa: F401
+    from .embedding_space_saisa import ThroughEveryLayer  # noqa: F401
+    from .hardware_saisa import check_device_map  # noqa: F401
+    from .head_saisa import chunked_cross_entropy  # noqa: F401
+    from .images_saisa import load_image  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
-    from .parts_saisa import assemble  # noqa: F401
-    from .pictures_saisa import load_picture  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
-    from .quantization_saisa import settle  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
@@ -70,7 +65,7 @@ class SaisaConfig(PretrainedConfig):
         image_token_id (`int`, *optional*, defaults to 32000):
             Vocabulary index of the placeholder that stands for one visual token. Also readable as `image_token_index`.
         image_seq_length (`int`, *optional*):
-            Visual tokens per picture, behind `visual_token_reduction`. `None` computes it from the encoder's image and patch
+            Visual tokens per image, behind `visual_token_reduction`. `None` computes it from the encoder's image and patch
             size.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
             Index into the encoder's `hidden_states`. The states of several layers are concatenated on the last axis.
@@ -86,13 +81,13 @@ class SaisaConfig(PretrainedConfig):
             `"per_layer"`: each decoder layer has a projector of its own (the SAISA model). `"shared"`: one projector
             serves all layers (the paper's pre-training stage).
         visual_layers (`list[int]`, *optional*):
-            The decoder layers that see the picture. `None` is all of them.
+            The decoder layers that see the image. `None` is all of them.
         visual_token_reduction (`str`, *optional*):
             What makes fewer visual tokens of the encoder's features, in front of the projectors: `"avg_pool"` (the mean of
             2 x 2), `"pixel_unshuffle"` (2 x 2 side by side), `"resampler"` (learned queries), or `"class_attention"` (those
             that the encoder's class token attends to most). `None` is nothing.
         reduced_visual_tokens (`int`, *optional*):
-            Visual tokens per picture behind `"resampler"` and `"class_attention"`.
+            Visual tokens per image behind `"resampler"` and `"class_attention"`.
         tie_word_embeddings (`bool`, *optional*):
             Whether the head shares the embedding's weights. `None` takes the language model's own setting.
         alignment (`str`, *optional*, defaults to `"input_space"`):
@@ -195,7 +190,7 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def vision_prefix_tokens(self) -> int:
-        """How many tokens at the front of the encoder's states are no picture of a patch: class and register tokens."""
+        """How many tokens at the front of the encoder's states are no image of a patch: class and register tokens."""
         known = CLASS_TOKENS.get(self.vision_config.model_type)
         return self._encoder_states().prefix if known is None else known
 
@@ -206,7 +201,7 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def kept_prefix_tokens(self) -> int:
-        """How many tokens at the front of the visual tokens are no picture of a patch."""
+        """How many tokens at the front of the visual tokens are no image of a patch."""
         return self.vision_prefix_tokens - self.dropped_vision_tokens
 
     def sees_image(self, layer_idx: int) -> bool:
@@ -234,7 +229,9 @@ class SaisaConfig(PretrainedConfig):
             ValueError: it is a LLaVA that has no like here.
         """
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return (_of_llava(config_dict) if config_dict.get("model_type") == "llava" else config_dict), kwargs
+        if config_dict.get("model_type") == "llava":
+            config_dict = from_package("Reading a LLaVA", "checkpoints.llava", "config_of_llava")(config_dict)
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -277,11 +274,11 @@ class SaisaConfig(PretrainedConfig):
         kind, tokens = self.visual_token_reduction, self.encoder_tokens_per_image
         if kind is None:
             return tokens
-        grid = grid_of(tokens, *picture_size(self.vision_config))
+        grid = grid_of(tokens, *image_size(self.vision_config))
         return reduced_length(kind, self.reduced_visual_tokens, tokens, grid)
 
     def visual_tokens_of(self, height: int, width: int) -> int | None:
-        """How many visual tokens a picture of so many processed pixels has; None where the encoder has to be asked."""
+        """How many visual tokens an image of so many processed pixels has; None where the encoder has to be asked."""
         if self.vision_config.model_type not in CLASS_TOKENS:
             return None
         rows, columns = height // self._pixels_per_feature, width // self._pixels_per_feature
@@ -290,7 +287,7 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def encoder_tokens_per_image(self) -> int:
-        """Tokens that the encoder hands on for a picture of the size it is made for, in front of `visual_token_reduction`.
+        """Tokens that the encoder hands on for an image of the size it is made for, in front of `visual_token_reduction`.
 
         Raises:
             ValueError: its configuration names no size.
@@ -304,7 +301,7 @@ class SaisaConfig(PretrainedConfig):
         if not _is_count(size):
             raise ValueError(
                 f"vision_config.image_size={size!r} is no number of pixels: image_seq_length cannot be computed from it. "
-                f"Give image_seq_length, the number of visual tokens of a picture."
+                f"Give image_seq_length, the number of visual tokens of an image."
             )
         return (size // self._pixels_per_feature) ** 2 + self.kept_prefix_tokens
 
@@ -336,7 +333,7 @@ class SaisaConfig(PretrainedConfig):
                 f"[0, {text.vocab_size}). Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
             )
         for name, what in (
-            ("image_seq_length", "the number of visual tokens of a picture, or None to compute it"),
+            ("image_seq_length", "the number of visual tokens of an image, or None to compute it"),
             ("projector_hidden_size", "a positive integer, or None for the language model's hidden size"),
         ):
             value = getattr(self, name)
@@ -397,7 +394,7 @@ class SaisaConfig(PretrainedConfig):
                 _check_choice(name, one, allowed)
         if self.in_embedding_space and self.visual_layers is not None:
             raise ValueError(
-                f"visual_layers={self.visual_layers!r}: in embedding space all layers see the picture. What each does to its "
+                f"visual_layers={self.visual_layers!r}: in embedding space all layers see the image. What each does to its "
                 "tokens is said by visual_attention and visual_feed_forward, which take a list of one value per layer: "
                 f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})].'
             )
@@ -413,33 +410,6 @@ def _listed(value):
 
 def _of_layer(value, layer_idx: int):
     return value[layer_idx] if isinstance(value, list) else value
-
-
-def _of_llava(llava: dict) -> dict:
-    """`llava`, the config.json of a `LlavaForConditionalGeneration`, as that of the same model in embedding space."""
-    encoder = (llava.get("vision_config") or {}).get("model_type", "clip_vision_model")
-    if llava.get("vision_feature_select_strategy", "default") == "default" and CLASS_TOKENS.get(encoder) == 0:
-        raise ValueError(
-            f"vision_feature_select_strategy='default' of this LLaVA drops the first token of {encoder}, which is a patch "
-            "and no class token: that is not supported. A LLaVA of this encoder needs 'full'."
-        )
-    text_config = {"model_type": "llama", **(llava.get("text_config") or {})}
-    family = FAMILIES.get(text_config["model_type"], LanguageModelFamily)
-    if family.scaled_logits is not LanguageModelFamily.scaled_logits:
-        raise ValueError(
-            f"text_config.model_type={text_config['model_type']!r}: transformers' LLaVA uses this language model without "
-            "what that does to logits, which is not supported."
-        )
-    return {key: value for key, value in llava.items() if key != "multimodal_projector_bias"} | {
-        "model_type": SaisaConfig.model_type,
-        "architectures": ["SaisaForConditionalGeneration"],
-        "text_config": text_config,
-        "projector_bias": llava.get("multimodal_projector_bias", True),
-        "alignment": "embedding_space",
-        "visual_attention": "full",
-        # 4.57 goes by the text config, 5.x by either
-        "tie_word_embeddings": llava.get("tie_word_embeddings") or None,
-    }
 
 
 def _is_index(value) -> bool:

@@ -376,6 +376,12 @@ def language_model_family(config) -> LanguageModelFamily:
     return FAMILIES[config.model_type](config)
 
 
+def choose_attention(config) -> None:
+    """Puts eager attention in the place of sdpa in the config of a language model that transformers does not run with it."""
+    if config._attn_implementation == "sdpa" and not language_model_family(config).supports_sdpa:
+        config._attn_implementation = "eager"
+
+
 def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
     """The tensors of `decoder`, transformers' model without its head, under the names that they have in checkpoints and
     here. transformers 5 joins the experts of a layer in memory: they are copied."""

@@ -25,7 +25,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attention_saisa import attend, attention_masks, cache_of_pass, hide_marked_keys, implementation_of, mark_hidden
-from .attention_saisa import packed_documents, slots_of
+from .attention_saisa import packed_documents, slots_of, warn_of_no_probabilities
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import ACT2FN, CACHE, EitherCacheName, ForeignNames, GradientCheckpointingLayer, can_return_tuple
 from .compat_saisa import differentiable, one_cache, readable_tp_plan, tied_weights, update_cache
@@ -381,6 +381,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         position_ids = slots[None] if position_ids is None else position_ids
         masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids, documents)
         rotations = rotations_of(self, layout, text_BTD, position_ids)
+        if output_attentions:
+            warn_of_no_probabilities(self.config)
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         kwargs |= {"cache": cache, "slots": slots}
         last, *states = self.through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)

@@ -25,24 +25,19 @@ from .compat_saisa import (
     portable_tokenizer_config,
     sorted_arguments,
 )
-from .hub_saisa import PROCESSOR_AUTO_MAP, write_code_files
-from .pictures_saisa import check_size, load_picture, pad_to_square
-from .visual_reduction_saisa import check_choice, reduced_length
+from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
+from .images_saisa import check_size, load_image, pad_to_square
+from .vision_saisa import check_choice, reduced_length
 
 
-if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's module names, so that it saves whole again
-    from .adapters_saisa import named_by  # noqa: F401
+if TYPE_CHECKING:  # 4.57's loader of remote code takes along only the files that this one names
     from .attention_saisa import Visibility  # noqa: F401
     from .configuration_saisa import SaisaConfig  # noqa: F401
-    from .devices_saisa import check_device_map  # noqa: F401
-    from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
-    from .encoders_saisa import CLASS_TOKENS  # noqa: F401
+    from .embedding_space_saisa import ThroughEveryLayer  # noqa: F401
+    from .hardware_saisa import check_device_map  # noqa: F401
+    from .head_saisa import chunked_cross_entropy  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
-    from .loss_saisa import chunked_cross_entropy  # noqa: F401
-    from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
-    from .parts_saisa import assemble  # noqa: F401
-    from .quantization_saisa import settle  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
@@ -169,7 +164,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
         Args:
             images: one picture, a list of them in the order of the texts' image tokens, or a list of such lists, one per
-                text. Pictures are what `load_picture` takes.
+                text. Pictures are what `load_image` takes.
             text: a text or a list of them. Each `image_token` in them stands for one picture.
             visual_states: in place of `images`, what the model's `get_visual_states` made of them: `SaisaVisualStates` of as
                 many pictures as the texts have image tokens, in their order.
@@ -243,7 +238,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         kwargs = dict(kwargs)
         data_format, timeout = kwargs.pop("input_data_format", None), kwargs.pop("timeout", None)
         loaded = [
-            load_picture(picture, f"picture {i} of {len(pictures)}{_source(picture)}", data_format, timeout)
+            load_image(picture, f"picture {i} of {len(pictures)}{_source(picture)}", data_format, timeout)
             for i, picture in enumerate(pictures)
         ]
         rescale = kwargs.get("do_rescale")
@@ -256,11 +251,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
         for i, picture in enumerate(loaded):
             name = f"picture {i} of {len(pictures)}"
             if self.pad_to_square:
-                check_size(max(picture.size), max(picture.size), name, "padded to a square has")
+                check_size(max(picture.size), max(picture.size), f"{name} padded to a square")
                 color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
                 loaded[i] = pad_to_square(picture, color)
             else:
-                check_size(*self._resized(picture.size, kwargs), name, "resized has")
+                check_size(*self._resized(picture.size, kwargs), f"{name} resized")
         image_processor = self.image_processor
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)

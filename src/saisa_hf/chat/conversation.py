@@ -10,7 +10,7 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat_saisa import CACHE
-from ..pictures_saisa import load_picture
+from ..images_saisa import load_image
 
 
 class Conversation:
@@ -65,7 +65,7 @@ class Conversation:
 
         Args:
             text: the question; may be empty if there are pictures.
-            images: pictures that come with it, in front of the text; what `load_picture` takes.
+            images: pictures that come with it, in front of the text; what `load_image` takes.
 
         Raises:
             ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
@@ -84,7 +84,7 @@ class Conversation:
         Raises:
             ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
         """
-        pictures = [load_picture(picture, f"picture {index}") for index, picture in enumerate(images)]
+        pictures = [load_image(picture, f"picture {index}") for index, picture in enumerate(images)]
         if not text and not pictures:
             raise ValueError("Nothing to ask: `text` is empty and there are no `images`.")
         if self.processor.image_token in text:

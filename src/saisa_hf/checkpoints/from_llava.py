@@ -35,7 +35,7 @@ from ..encoders_saisa import CLASS_TOKENS
 from ..language_models_saisa import LanguageModelFamily, checkpoint_state_dict
 from ..model_card_saisa import write_model_card
 from ..modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
-from ..pictures_saisa import load_picture
+from ..images_saisa import load_image
 from ..processing_saisa import SaisaProcessor
 
 
@@ -325,7 +325,7 @@ def _identity(picture) -> str:
     if isinstance(picture, (str, os.PathLike)):
         return f"{picture} {os.path.getsize(picture) if os.path.isfile(picture) else ''}"
     try:
-        loaded = load_picture(picture)
+        loaded = load_image(picture)
     except ValueError:  # it will be skipped
         return "unreadable"
     return f"{loaded.size} {sha256(loaded.tobytes()).hexdigest()}"
@@ -337,7 +337,7 @@ class Workbench:
     Args:
         model: a SAISA of `saisa_from_llava`.
         processor: its processor.
-        pictures: what `load_picture` takes, paths for instance.
+        pictures: what `load_image` takes, paths for instance.
         folder: the work folder; it is made if need be. Whatever is found there was left by an interrupted run with the same
             settings and is not computed again.
         fit: settings.
@@ -450,7 +450,7 @@ class Workbench:
         batch = []
         for index in reading:
             try:
-                batch.append((index, load_picture(self.pictures[index], str(self.pictures[index]))))
+                batch.append((index, load_image(self.pictures[index], str(self.pictures[index]))))
             except (ValueError, OSError) as error:
                 skipped.append(" ".join(str(error).split()))
             if len(batch) == count:
@@ -876,7 +876,7 @@ def from_llava(
 
     Args:
         source: folder, or hub id, of a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
-        images: a folder of pictures, or a list of what `load_picture` takes. Nothing needs to be known about them.
+        images: a folder of pictures, or a list of what `load_image` takes. Nothing needs to be known about them.
         destination: folder to make. An existing one must be empty, or `overwrite` must be True.
         fit: settings.
         prompts: generic prompts, along whose answers agreement is measured and distilled.

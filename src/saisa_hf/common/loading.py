@@ -11,7 +11,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from ..modeling_saisa import SaisaForConditionalGeneration
-from ..pictures_saisa import load_picture
+from ..images_saisa import load_image
 from ..processing_saisa import SaisaProcessor
 
 
@@ -66,6 +66,6 @@ def read_picture(path: str):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"There is no picture {name!r}.")
     try:
-        return load_picture(path, f"picture {name!r}", timeout=60), name
+        return load_image(path, f"picture {name!r}", timeout=60), name
     except ValueError as error:
         raise OSError(str(error)) from error

@@ -93,7 +93,7 @@ def attend(
     Args:
         model: a `SaisaForConditionalGeneration` in eval mode, of any dtype and attention implementation.
         processor: its `SaisaProcessor`, with a chat template.
-        images: one picture or several, what `load_picture` takes; they stand in front of the question.
+        images: one picture or several, what `load_image` takes; they stand in front of the question.
         question: without image tokens.
         system: the system message, where the template has one.
         max_new_tokens: the longest answer.

@@ -63,7 +63,7 @@ def redundancy(
 
     Args:
         model, processor: a LLaVA or LLaVA-NeXT of transformers.
-        pictures: what `load_picture` takes, paths for instance.
+        pictures: what `load_image` takes, paths for instance.
         prompt: what is asked about each; the processor's chat template is put around it, or, where it has none,
             `USER: <image>\\n... ASSISTANT:`. A prompt with the image token in it is taken as it is.
         log: called with one line of text per picture.
@@ -75,7 +75,7 @@ def redundancy(
     Raises:
         ValueError: another kind of model; a picture that cannot be read; no pictures.
     """
-    from ..pictures_saisa import load_picture
+    from ..images_saisa import load_image
     from ..processing_saisa import begins_with_bos
 
     if not pictures:
@@ -83,7 +83,7 @@ def redundancy(
     text, total = _whole_prompt(processor, prompt), 0
     options = {"add_special_tokens": False} if begins_with_bos(processor.tokenizer, text) else {}
     for number, picture in enumerate(pictures, start=1):
-        inputs = processor(images=load_picture(picture, str(picture)), text=text, return_tensors="pt", **options)
+        inputs = processor(images=load_image(picture, str(picture)), text=text, return_tensors="pt", **options)
         total = total + contributions(model, inputs.to(model.device, model.dtype))
         log(f"{number} of {len(pictures)} pictures")
     rows = (total / len(pictures)).tolist()

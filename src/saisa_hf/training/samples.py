@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..pictures_saisa import from_base64, load_picture
+from ..images_saisa import from_base64, load_image
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def read_sample(
             `{"messages": [{"role": ..., "content": text or parts}, ...]}` with pictures in the parts, or under `image` or
             `images` in the order of the parts and image tokens that bring none;
             `{"image": ..., "caption" or "text": ...}`.
-            Pictures are what `load_picture` takes, or the dicts of `datasets`. Keys that are None do not count.
+            Pictures are what `load_image` takes, or the dicts of `datasets`. Keys that are None do not count.
         name: what error messages call it.
         folder: what paths are relative to.
         image_token: what stands for a picture in the result; `<image>` in records becomes it.
@@ -153,7 +153,7 @@ def open_pictures(sample: dict) -> dict:
     for index, picture in enumerate(sample["images"]):
         what = f" ({picture})" if isinstance(picture, (str, os.PathLike)) and len(str(picture)) < 300 else ""
         try:
-            opened.append(load_picture(picture, f"{sample['name']}: picture {index}{what}"))
+            opened.append(load_image(picture, f"{sample['name']}: picture {index}{what}"))
         except ValueError as error:
             raise BadSample(str(error)) from error
     return {**sample, "images": opened}
