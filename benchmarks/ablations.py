@@ -37,7 +37,7 @@ from saisa_hf.common.plots import drawing
 from saisa_hf.common.tables import fill_blocks, table
 from saisa_hf.demo import train as demo
 from saisa_hf.demo.language import Conversation
-from saisa_hf.visual_reduction_saisa import SaisaVisualResampler
+from saisa_hf.vision_saisa import SaisaVisualResampler
 
 
 EMBEDDING_SPACE = {"alignment": "embedding_space"}

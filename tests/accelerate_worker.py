@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from saisa_hf.cli import main
-from saisa_hf.loss_saisa import chunked_cross_entropy
+from saisa_hf.head_saisa import chunked_cross_entropy
 from saisa_hf.training import SaisaTrainer
 
 

@@ -6,7 +6,7 @@ import torch
 from pretend_devices import pretended_devices
 from tiny_models import ROWS, prompts_from_rows, tiny_model
 
-from saisa_hf.devices_saisa import DECODER_LAYER
+from saisa_hf.hardware_saisa import DECODER_LAYER
 
 
 ZERO, ONE = "pretended:0", "pretended:1"

@@ -12,8 +12,8 @@ import yaml
 from test_convert import authors_checkpoint
 
 from saisa_hf import SaisaConfig
+from saisa_hf.checkpoints.model_card import flops, licence_in_card, model_card, parameter_counts, write_model_card
 from saisa_hf.cli import main
-from saisa_hf.model_card_saisa import flops, licence_in_card, model_card, parameter_counts, write_model_card
 
 
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008,

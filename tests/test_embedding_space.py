@@ -36,10 +36,10 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaModel
+from saisa_hf.checkpoints.model_card import flops as card_flops
+from saisa_hf.checkpoints.model_card import model_card
 from saisa_hf.cli import main
 from saisa_hf.costs.flops import Step, step_flops, training_flops
-from saisa_hf.model_card_saisa import flops as card_flops
-from saisa_hf.model_card_saisa import model_card
 from saisa_hf.training.throughput import StepFlops
 
 

@@ -16,6 +16,7 @@ from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
 from saisa_hf.bench.run import add_arguments, prepared
 from saisa_hf.bench.work import Case, model_of, tasks
+from saisa_hf.checkpoints.model_card import flops as card_flops
 from saisa_hf.cli import main
 from saisa_hf.costs.flops import (
     ARCHITECTURES,
@@ -30,8 +31,7 @@ from saisa_hf.costs.flops import (
     training_flops,
 )
 from saisa_hf.costs.presets import LANGUAGE_MODELS
-from saisa_hf.encoders_saisa import picture_size
-from saisa_hf.model_card_saisa import flops as card_flops
+from saisa_hf.vision_saisa import image_size
 
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 44, "layers": 4, "heads": 4, "kv_heads": 4}
@@ -98,7 +98,7 @@ def test_a_llava_with_grouped_queries_costs_what_pytorch_counts():
 def counted_and_formula(model) -> tuple[int, int]:
     """FLOPs of a prefill and a decoding step of a SAISA, by PyTorch and by formula."""
     prompts, config = prompts_from_rows(ROWS), model.config
-    pictures = torch.randn(4, 3, *picture_size(config.vision_config))
+    pictures = torch.randn(4, 3, *image_size(config.vision_config))
     if config.vision_config.model_type == "siglip2_vision_model":  # whose config names patches
         pictures = torch.randn(4, 3, 8, 8)
     with torch.no_grad():

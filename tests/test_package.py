@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import saisa_hf
+from saisa_hf.checkpoint_saisa import AUTO_MAP, code_files
 from saisa_hf.demo.run import CHECKPOINT
-from saisa_hf.hub_saisa import AUTO_MAP, code_files
 
 
 def modules_after(statement: str) -> set[str]:

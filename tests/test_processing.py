@@ -768,7 +768,7 @@ def test_the_folder_has_what_every_release_reads(tmp_path):
     assert config["tokenizer"]["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(config["tokenizer"].get("extra_special_tokens"), list)
     assert (tmp_path / "chat_template.jinja").read_text() == chat_template("plain")
-    assert {"processing_saisa.py", "compat_saisa.py", "hub_saisa.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"processing_saisa.py", "compat_saisa.py", "checkpoint_saisa.py"} <= {path.name for path in tmp_path.iterdir()}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

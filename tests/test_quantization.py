@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesCon
 
 from saisa_hf import AutoModelForVision2Seq, SaisaForConditionalGeneration, SaisaVisualStates
 from saisa_hf.compat_saisa import TRANSFORMERS_5
-from saisa_hf.quantization_saisa import KEPT_PRECISE, put_back
+from saisa_hf.hardware_saisa import KEPT_PRECISE, put_back
 
 
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

@@ -5,7 +5,7 @@ import torch
 from tiny_models import BOS, prompts_from_rows, tiny_model
 from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
-from saisa_hf.hub_saisa import code_files
+from saisa_hf.checkpoint_saisa import code_files
 
 
 # whether the one picture in front is bright decides the answer

@@ -39,9 +39,9 @@ from transformers import (
 )
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.checkpoint_saisa import code_files
 from saisa_hf.cli import _parser, main
 from saisa_hf.demo import scenes
-from saisa_hf.hub_saisa import code_files
 from saisa_hf.training import BadSample, NonFiniteLoss, TrainingOptions, load_options, train
 from saisa_hf.training.curve import loss_curve
 from saisa_hf.training.run import load_model, prepare_model, training_data

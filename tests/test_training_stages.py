@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from saisa_hf import SaisaForConditionalGeneration
-from saisa_hf.loss_saisa import chunked_cross_entropy
+from saisa_hf.head_saisa import chunked_cross_entropy
 from saisa_hf.training import freeze_all_but
 
 

@@ -16,10 +16,10 @@ import pytest
 from hub_standin import HubStandIn
 
 from saisa_hf import SaisaConfig
+from saisa_hf.checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.checkpoints import upgrade
+from saisa_hf.checkpoints.model_card import _flop_table, _usage, model_card
 from saisa_hf.cli import main
-from saisa_hf.hub_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
-from saisa_hf.model_card_saisa import _flop_table, _usage, model_card
 
 
 DEMO = Path(upgrade.__file__).parent / "demo" / "checkpoint"
@@ -277,11 +277,11 @@ def test_a_link_is_replaced_by_a_file_and_what_it_points_to_stays(tmp_path):
     for name in ("modeling_saisa.py", "old_helpers_saisa.py", "config.json", "model.safetensors"):
         (folder / name).rename(blobs / name)
         (folder / name).symlink_to(blobs / name)
-    (folder / "loss_saisa.py").symlink_to(blobs / "nowhere.py")
+    (folder / "head_saisa.py").symlink_to(blobs / "nowhere.py")
     before = contents(blobs)
     upgrade.upgrade(folder, log=str)
     assert contents(blobs) == before and not os.path.lexists(folder / "old_helpers_saisa.py")
-    assert not (folder / "modeling_saisa.py").is_symlink() and not (folder / "loss_saisa.py").is_symlink()
+    assert not (folder / "modeling_saisa.py").is_symlink() and not (folder / "head_saisa.py").is_symlink()
     assert (folder / "config.json").is_symlink() and (folder / "model.safetensors").is_symlink()
     assert {path.name: path.read_bytes() for path in folder.glob("*.py")} == current_code()
 

@@ -35,7 +35,7 @@ from saisa_hf.common.tables import table
 from saisa_hf.costs.flops import Step, account, training_flops
 from saisa_hf.training import add_lora, freeze_all_but
 from saisa_hf.training.throughput import StepFlops
-from saisa_hf.visual_reduction_saisa import REDUCTIONS, class_attention
+from saisa_hf.vision_saisa import REDUCTIONS, class_attention
 
 
 # the encoder's 5 x 5 or 4 x 4 patches, and what is left of them

@@ -17,6 +17,7 @@ MOVED = {
     "fit": "costs.memory",
     "flops": "costs.flops",
     "from_llava": "checkpoints.from_llava",
+    "model_card_saisa": "checkpoints.model_card",
     "naavit": "inspection.naavit",
     "pictures_saisa": "images_saisa",
     "plots": "common.plots",

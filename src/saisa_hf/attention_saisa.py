@@ -21,8 +21,16 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
 
-from .compat_saisa import ALL_ATTENTION_FUNCTIONS, cached_key_range, causal_mask, get_logger, has_empty_places, is_paged
-from .compat_saisa import is_quantized, makes_causal_masks
+from .compat_saisa import (
+    ALL_ATTENTION_FUNCTIONS,
+    cached_key_range,
+    causal_mask,
+    get_logger,
+    has_empty_places,
+    is_paged,
+    is_quantized,
+    makes_causal_masks,
+)
 from .token_layout_saisa import TokenLayout, segments_of
 
 
@@ -308,7 +316,7 @@ def slots_of(cache, length: int, device) -> torch.Tensor:
 
 
 def packed_documents(position_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
-    """(B, S) which of several packed samples a position belongs to: one begins wherever `position_ids` do not go up by one."""
+    """(B, S) which packed sample a position belongs to: one begins wherever `position_ids` do not go up by one."""
     if position_ids is None:
         return None
     starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
@@ -345,7 +353,9 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
     packed = is_flash(implementation) and documents is not None and bool(documents.any())
     if unfilled or packed or not makes_causal_masks(layer.attention_type):
         # transformers' masks do not say which places of the cache are filled, or where a packed sample ends
-        visibility.layout = TokenLayout(torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device))
+        visibility.layout = TokenLayout(
+            torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device)
+        )
         return visibility.for_implementation(implementation, text_BTD.dtype)
     if prepared:
         return given

@@ -86,7 +86,7 @@ def from_package(feature: str, module: str, name: str):
 
 
 class SaisaCheckpoint:
-    """The part of `SaisaPreTrainedModel` that loads and saves, and that answers what transformers asks of a model meanwhile."""
+    """The part of `SaisaPreTrainedModel` that loads and saves, and that answers what transformers asks meanwhile."""
 
     def save_pretrained(
         self, save_directory, is_main_process=True, state_dict=None, *args, push_to_hub=False, **kwargs

@@ -15,7 +15,7 @@ from . import __version__
 from .costs.presets import LANGUAGE_MODELS
 
 
-# of visual tokens; `visual_reduction_saisa` has the same, and is slow to import
+# of visual tokens; `vision_saisa` has the same, and is slow to import
 REDUCTIONS = ("avg_pool", "pixel_unshuffle", "resampler", "class_attention")
 
 CONVERT_HELP = """\

@@ -392,9 +392,8 @@ class PlainCheckpointingLayer(nn.Module):
 
 
 def differentiable(x: torch.Tensor, layer) -> torch.Tensor:
-    """`x`, the input of the first of the layers, with a gradient of its own where `layer` is computed again in backward by the
-    older of PyTorch's two ways (4.57's default): that yields no gradients at all where no input has one, though the layers
-    hold projectors that learn."""
+    """`x`, the input of `layer`, with a gradient of its own where the layer is computed again in backward by the older of
+    PyTorch's two ways (4.57's default), which yields none for the layer's weights where no input has one."""
     checkpoints = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
     if not checkpoints or x.requires_grad:
         return x

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
 from .compat_saisa import (
     ACT2FN,
     comparable_config_dict,
@@ -15,9 +16,16 @@ from .compat_saisa import (
     portable_config_dict,
     readable_config_dict,
 )
-from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
 from .language_models_saisa import FAMILIES, language_model_family
-from .vision_saisa import CLASS_TOKENS, EncoderStates, check_reduction, encoder_states, grid_of, image_size, reduced_length
+from .vision_saisa import (
+    CLASS_TOKENS,
+    EncoderStates,
+    check_reduction,
+    encoder_states,
+    grid_of,
+    image_size,
+    reduced_length,
+)
 
 
 if TYPE_CHECKING:  # 4.57's loader of remote code takes along only the files that this one names

@@ -16,7 +16,7 @@ Shape suffixes as in `modeling_saisa.py`.
 import torch
 
 from .hardware_saisa import Luggage
-from .token_layout_saisa import TokenLayout, Rotation
+from .token_layout_saisa import Rotation, TokenLayout
 
 
 class VisualTokensAmongWords:

@@ -133,9 +133,7 @@ class AnswersAboutImages:
         if targets_BT is None:
             return logits_BTX, None
         loss_arguments |= {**kwargs, "shift_labels": targets_BT}
-        return logits_BTX, self.loss_function(
-            logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments
-        )
+        return logits_BTX, self.loss_function(logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments)
 
     @property
     def vision_tower(self):
@@ -176,7 +174,9 @@ class AnswersAboutImages:
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
         has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_states") is not None
         if has_images and given is None:
-            raise ValueError("Expected input_ids, or inputs_embeds, with placeholders for the images: got images alone.")
+            raise ValueError(
+                "Expected input_ids, or inputs_embeds, with placeholders for the images: got images alone."
+            )
         if not has_images and given is not None and not given.is_floating_point():  # they may be in the cache
             has_images = bool((given == self.config.image_token_id).any())
         if has_images:
@@ -216,10 +216,10 @@ class AnswersAboutImages:
             return model_inputs
         new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
-        if length == 1 and cache is not None and input_ids.shape[1] > 1:
-            # a decoding step; in embedding space a prompt may end in an image, which may be of one token
-            if not self.config.in_embedding_space or not (input_ids[:, -1] == self.config.image_token_id).any():
-                return model_inputs
+        is_step = length == 1 and cache is not None and input_ids.shape[1] > 1
+        # in embedding space a prompt may end in an image, which may be of one token
+        if is_step and not (self.config.in_embedding_space and (input_ids[:, -1] == self.config.image_token_id).any()):
+            return model_inputs
         visual_BS = self.model.get_placeholder_mask(new_ids, new_embeds)
         if not visual_BS.any():
             return model_inputs

@@ -24,11 +24,31 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_saisa import attend, attention_masks, cache_of_pass, hide_marked_keys, implementation_of, mark_hidden
-from .attention_saisa import packed_documents, slots_of, warn_of_no_probabilities
+from .attention_saisa import (
+    attend,
+    attention_masks,
+    cache_of_pass,
+    hide_marked_keys,
+    implementation_of,
+    mark_hidden,
+    packed_documents,
+    slots_of,
+    warn_of_no_probabilities,
+)
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
-from .compat_saisa import ACT2FN, CACHE, EitherCacheName, ForeignNames, GradientCheckpointingLayer, can_return_tuple
-from .compat_saisa import differentiable, one_cache, readable_tp_plan, tied_weights, update_cache
+from .compat_saisa import (
+    ACT2FN,
+    CACHE,
+    EitherCacheName,
+    ForeignNames,
+    GradientCheckpointingLayer,
+    can_return_tuple,
+    differentiable,
+    one_cache,
+    readable_tp_plan,
+    tied_weights,
+    update_cache,
+)
 from .configuration_saisa import SaisaConfig
 from .embedding_space_saisa import ThroughEveryLayer, VisualTokensAmongWords
 from .hardware_saisa import Luggage, execution_device, with_own_heads
@@ -332,6 +352,7 @@ class SaisaPreTrainedModel(SaisaCheckpoint, ForeignNames, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+
 class SaisaLanguageModel(SaisaPreTrainedModel):
     """The decoder: an ordinary language model whose layers also read the features of the vision encoder."""
 
@@ -413,7 +434,6 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
             if wanted["attentions"] and probabilities_BNTL is not None:
                 attentions.append(layout.align_queries(probabilities_BNTL))
         return layout.align(self.norm(text_BTD)), hidden_states, attentions
-
 
 
 class EmbeddingSpaceLayer(VisualTokensAmongWords, SaisaDecoderLayer):
@@ -564,7 +584,11 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         images = {"pixel_values": pixel_values, "visual_states": visual_states}
-        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states, "return_dict": True}
+        asked = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": True,
+        }
         asked |= {"use_cache": use_cache, "cache": one_cache(past_key_values, cache), "position_ids": position_ids}
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         outputs = self.model(**text, **images, **sizes, **asked, **kwargs)

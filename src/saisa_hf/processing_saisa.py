@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 from transformers import BatchFeature
 
+from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
 from .compat_saisa import (
     CallArguments,
     ImageTextProcessorMixin,
@@ -25,7 +26,6 @@ from .compat_saisa import (
     portable_tokenizer_config,
     sorted_arguments,
 )
-from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
 from .images_saisa import check_size, load_image, pad_to_square
 from .vision_saisa import check_choice, reduced_length
 

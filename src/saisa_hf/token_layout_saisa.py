@@ -252,8 +252,8 @@ class TokenLayout:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding, (B, T, H) each for the text tokens, (V, H) each for the visual ones and (B or
-    1, S, H) each for all in input order."""
+    """Cosines and sines of the rotary embedding: (B, T, H) each for the text tokens, (V, H) for the visual ones, and
+    (B or 1, S, H) for all in input order."""
 
     text: tuple[torch.Tensor, torch.Tensor]
     visual: tuple[torch.Tensor, torch.Tensor] | None
@@ -278,7 +278,9 @@ class Rotation(NamedTuple):
         return Rotation(self.all, None, self.all)
 
 
-def rotations_of(decoder, layout: TokenLayout, text_BTD: torch.Tensor, position_ids: torch.Tensor) -> dict[str, Rotation]:
+def rotations_of(
+    decoder, layout: TokenLayout, text_BTD: torch.Tensor, position_ids: torch.Tensor
+) -> dict[str, Rotation]:
     """For each kind of layer the rotation of the positions `position_ids` (B or 1, S), visual ones included."""
 
     def rotation(kind):

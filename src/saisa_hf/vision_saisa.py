@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""From pixels to the features that the projectors read: the vision encoder, and what may make fewer visual tokens of its output.
+"""From pixels to the features that the projectors read: the vision encoder, and ways to have fewer visual tokens.
 
 For the encoders in `CLASS_TOKENS` the config says how many states there are, how wide, and of how many tokens. Any other that
 `AutoModel` builds is asked: it is built on the meta device and run on an image there.

@@ -297,7 +297,7 @@ def check_one_of(pixel_values, visual_states) -> None:
 
 
 class VisualInput(NamedTuple):
-    """What a forward pass knows of its images: where they stand, what the decoder reads, and the encoder's features (V, C)."""
+    """What a forward pass knows of its images: where they are, what the decoder reads, the encoder's features (V, C)."""
 
     layout: TokenLayout
     visual: torch.Tensor | tuple | None = None
@@ -421,7 +421,7 @@ class UsesVisualStates:
         """What `forward`'s arguments say about images: `pixel_values` and what goes with them, or `visual_states`.
 
         Raises:
-            ValueError: both are given, or visual tokens and placeholders differ in number, or the states are not this model's.
+            ValueError: both are given, visual tokens and placeholders differ in number, or the states are another model's.
         """
         images = {name: x for name, x in images.items() if x is not None}
         check_one_of(images.get("pixel_values"), states := images.pop("visual_states", None))

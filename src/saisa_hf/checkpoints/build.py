@@ -20,9 +20,9 @@ from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import with_pictures
 from ..common.destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from ..compat_saisa import as_saved
-from ..model_card_saisa import licence_in_card, write_model_card
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
+from .model_card import licence_in_card, write_model_card
 from .weight_files import DTYPES
 
 

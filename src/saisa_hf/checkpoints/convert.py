@@ -30,9 +30,9 @@ from ..common.destination import (
     upload,
 )
 from ..configuration_saisa import SaisaConfig
-from ..model_card_saisa import licence_in_card, write_model_card
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
+from .model_card import licence_in_card, write_model_card
 from .weight_files import (
     DTYPES,
     STORED_DTYPES,

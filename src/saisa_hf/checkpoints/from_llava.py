@@ -31,12 +31,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from ..common.destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
 from ..configuration_saisa import SaisaConfig
-from ..encoders_saisa import CLASS_TOKENS
-from ..language_models_saisa import LanguageModelFamily, checkpoint_state_dict
-from ..model_card_saisa import write_model_card
-from ..modeling_saisa import NESTED_ENCODERS, NestedEncoder, SaisaForConditionalGeneration
 from ..images_saisa import load_image
+from ..language_models_saisa import LanguageModelFamily, checkpoint_state_dict
+from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from ..vision_saisa import CLASS_TOKENS, NESTED_ENCODERS, NestedEncoder
+from .model_card import write_model_card
 
 
 PROMPTS = (

@@ -2,7 +2,7 @@
 """The README.md that a SAISA checkpoint carries, and the arithmetic its tables rest on.
 
 Everything is computed from the configuration: parameters are counted on the meta device, FLOPs follow the formulas of
-the paper (arXiv 2502.02458). This file travels with checkpoints that load by `trust_remote_code`.
+the paper (arXiv 2502.02458).
 """
 
 import re
@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 
 from ..compat_saisa import needed
+from ..configuration_saisa import SaisaConfig
 from ..language_models_saisa import language_model_family
+from ..modeling_saisa import SaisaForConditionalGeneration
 
 
 TEXT_TOKENS = 64
@@ -69,13 +71,11 @@ def parameter_counts(config) -> dict[str, int]:
 
     Counted on a model without memory, so quantized or sharded weights do not change the numbers.
     """
-    from ..modeling_saisa import SaisaForConditionalGeneration
-
     plain = config.to_dict()
     for key in ("quantization_config", "attn_implementation", "_attn_implementation"):
         plain.pop(key, None)
     with torch.device("meta"):
-        model = SaisaForConditionalGeneration(type(config).from_dict(plain))
+        model = SaisaForConditionalGeneration(SaisaConfig.from_dict(plain))
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
         if "visual_projector." in name or "visual_resampler." in name:

@@ -6,7 +6,6 @@ projectors, and rows of embedding and head for an image token that the language 
 """
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -14,20 +13,19 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..compat_saisa import model_class_of, needed
 from ..language_models_saisa import FAMILIES, checkpoint_state_dict
-from ..vision_saisa import SaisaVisualResampler
+from ..modeling_saisa import SaisaVisualProjector
+from ..vision_saisa import SaisaVisualResampler, as_vision_tower
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
-def assemble(make_model: Callable, make_projector: Callable, config_class, text_model, vision_model, **arguments):
+def assemble(model_class, text_model, vision_model, **arguments):
     """The body of `SaisaForConditionalGeneration.from_parts`, which says what goes in and what comes out.
 
     Args:
-        make_model: config and encoder -> the model, whose other parameters may be without memory.
-        make_projector: config -> a projector with new weights.
-        config_class: `SaisaConfig`.
-        arguments: `image_token_id`, `dtype`, and arguments of `config_class`.
+        model_class: the class that `from_parts` was called on.
+        arguments: `image_token_id`, `dtype`, and arguments of `SaisaConfig`.
     """
     image_token_id, dtype = arguments.pop("image_token_id", None), _dtype(arguments.pop("dtype", None))
     for name in ("text_config", "vision_config", "tie_word_embeddings"):
@@ -59,7 +57,7 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
     if image_token_id is None:
         image_token_id = old_rows
     text_config.vocab_size = max(old_rows, image_token_id + 1)
-    config = config_class(
+    config = model_class.config_class(
         text_config=text_config,
         vision_config=encoder.config,
         image_token_id=image_token_id,
@@ -69,7 +67,10 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
 
-    model = make_model(config, encoder)
+    with torch.device("meta"):
+        model = model_class(config)
+    model.model.vision_tower = as_vision_tower(encoder)
+    model.language_model.rotary_emb = model.language_model.family.rotary_embedding()
     model.language_model.rotary_emb.to(weights[EMBEDDING].device)
     # the parts keep the attention that they were loaded with, which a new model would choose anew
     for part, implementation in zip((config.text_config, config.vision_config), implementations):
@@ -87,7 +88,7 @@ def assemble(make_model: Callable, make_projector: Callable, config_class, text_
             f"text_model has not the tensors of a {text_config.model_type}: {', '.join(sorted(wrong)[:8])} "
             f"{'and others ' if len(wrong) > 8 else ''}are missing or unknown. If it carries adapters, merge them first."
         )
-    _fill_projectors(model, lambda: make_projector(config), dtype)
+    _fill_projectors(model, dtype)
     model.tie_weights()
     empty = [name for name, x in model.state_dict().items() if x.is_meta]
     if empty:
@@ -154,13 +155,13 @@ def _with_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, (total / weight.shape[0]).to(weight.dtype).expand(new, -1)])
 
 
-def _fill_projectors(model, make_projector, dtype):
+def _fill_projectors(model, dtype):
     """Gives each projector, and the resampler, the weights of a new one, made in float32, where its decoder layer is."""
     base = model.model
     for owner in (base, *base.language_model.layers):
         if hasattr(owner, "visual_projector"):
             weight = base.language_model.embed_tokens.weight if owner is base else next(owner.self_attn.parameters())
-            owner.visual_projector = make_projector().to(weight.device, dtype)
+            owner.visual_projector = SaisaVisualProjector(model.config).to(weight.device, dtype)
     if hasattr(base, "visual_resampler"):
         device = base.language_model.embed_tokens.weight.device
         base.visual_resampler = SaisaVisualResampler(model.config).to(device, dtype)

@@ -22,10 +22,10 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
-from ..hub_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
-from ..model_card_saisa import _flop_table, _usage, model_card
+from .model_card import _flop_table, _usage, model_card
 
 
 CONFIG, CARD = "config.json", "README.md"

@@ -10,8 +10,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
-from ..modeling_saisa import SaisaForConditionalGeneration
 from ..images_saisa import load_image
+from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
 
 

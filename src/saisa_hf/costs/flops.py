@@ -24,8 +24,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from ..common.tables import table
 from ..configuration_saisa import SaisaConfig
-from ..encoders_saisa import has_choice_of_attention, picture_size
 from ..language_models_saisa import language_model_family
+from ..vision_saisa import has_choice_of_attention, image_size
 from .presets import CLIP_336, LANGUAGE_MODELS
 
 
@@ -321,17 +321,17 @@ def encoder_flops(config) -> int:
     the attention of the class token. A picture is as large as the visual tokens say, and as the encoder is made for where
     they do not tell because they are reduced."""
     settings = json.dumps(config.vision_config.to_dict(), sort_keys=True, default=str)
-    flops = _encoder_flops(settings, _picture_size(config))
+    flops = _encoder_flops(settings, _image_size(config))
     if config.visual_token_reduction == "class_attention":  # one query, all keys, and their scores
         c, tokens = config.vision_config.hidden_size, config.encoder_tokens_per_image + config.dropped_vision_tokens
         flops += 2 * (1 + tokens) * c * c + 2 * tokens * c
     return flops
 
 
-def _picture_size(config) -> tuple[int, int]:
+def _image_size(config) -> tuple[int, int]:
     """(height, width) of processed pictures. An encoder may be given others than its configuration names: DINOv2, whose
     positions are interpolated, gets 224 x 224 pixels from its image processor, and is configured for 518 x 518."""
-    vision, (height, width) = config.vision_config, picture_size(config.vision_config)
+    vision, (height, width) = config.vision_config, image_size(config.vision_config)
     kept, patch = config.kept_prefix_tokens, getattr(vision, "patch_size", None)
     if config.visual_token_reduction is None and isinstance(patch, int):
         of_patches = (height // patch) * (width // patch) + kept == config.encoder_tokens_per_image

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..common.tables import table
+from ..hardware_saisa import KEPT_PRECISE
 from ..modeling_saisa import SaisaForConditionalGeneration
-from ..quantization_saisa import KEPT_PRECISE
 from .flops import Step, activation_bytes, cache_bytes
 
 

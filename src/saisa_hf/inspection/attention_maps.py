@@ -20,7 +20,7 @@ import PIL.Image
 import torch
 
 from ..chat.conversation import Conversation
-from ..visual_reduction_saisa import OF_CELLS, grid_of
+from ..vision_saisa import OF_CELLS, grid_of
 
 
 SCORES_AT_ONCE = 2**22  # 16 MiB in float32

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..chat.templates import chat_template as packaged_template
 from ..chat.templates import chat_template_names
-from ..loss_saisa import IGNORED
+from ..head_saisa import IGNORED
 from ..processing_saisa import begins_with_bos
 from .samples import BadSample
 
