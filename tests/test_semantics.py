@@ -495,7 +495,7 @@ def test_the_decoder_is_found_under_its_usual_name():
     with torch.no_grad():
         last, *_ = model.get_decoder()(input_ids=ids, use_cache=False, return_dict=False)
         close(last, model.model(input_ids=ids).last_hidden_state)
-    with pytest.raises(ValueError, match="got pictures alone"):
+    with pytest.raises(ValueError, match="got images alone"):
         model.generate(pixel_values=torch.randn(1, 3, 8, 8))
 
 
@@ -742,7 +742,7 @@ def test_placeholders_without_pictures_are_text_and_warned_about(monkeypatch):
     own.model.load_state_dict(model.model.language_model.state_dict(), strict=False)
     own.lm_head = model.lm_head
     warned = []
-    monkeypatch.setattr("saisa_hf.modeling_saisa.logger.warning_once", warned.append)
+    monkeypatch.setattr("saisa_hf.visual_states_saisa.logger.warning_once", warned.append)
     with torch.no_grad():
         found = model(input_ids=prompts.input_ids).logits
         assert torch.equal(found, own(input_ids=prompts.input_ids).logits)
@@ -794,7 +794,7 @@ def test_a_picture_may_be_cached_on_its_own(text, options, attn_implementation):
 
 def test_empty_pixel_values_do_not_fill_placeholders():
     model, prompts = tiny_model(), prompts_from_rows([[BOS, "image", 3, 4]])
-    with pytest.raises(ValueError, match="0 pictures with 0 visual tokens in all, but the input has 4"):
+    with pytest.raises(ValueError, match="0 images with 0 visual tokens in all, but the input has 4"):
         model(input_ids=prompts.input_ids, pixel_values=prompts.pixel_values[:0])
 
 
@@ -815,5 +815,5 @@ def test_projectors_may_be_of_higher_precision_than_the_language_model(sharing):
 @pytest.mark.parametrize("wrong", [torch.zeros(3, 8, 8), [torch.zeros(3, 8, 8)]], ids=["no batch", "list"])
 def test_pictures_of_the_wrong_form_are_named(wrong):
     model, prompts = tiny_model(), prompts_from_rows([[BOS, "image", 3, 4]])
-    with pytest.raises(ValueError, match=r"pixel_values is .*expected a tensor \(pictures, channels, height, width\)"):
+    with pytest.raises(ValueError, match=r"pixel_values is .*expected a tensor \(images, channels, height, width\)"):
         model(input_ids=prompts.input_ids, pixel_values=wrong)

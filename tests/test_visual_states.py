@@ -516,7 +516,7 @@ def test_states_of_the_wrong_kind_are_refused(model, states):
 def test_placeholders_and_states_have_to_match(model, states, count):
     rows = [["image", 5], ["image", 6]]
     with pytest.raises(
-        ValueError, match=f"visual_states holds {count} pictures with {4 * count} visual tokens.*8 placeholders"
+        ValueError, match=f"visual_states holds {count} images with {4 * count} visual tokens.*8 placeholders"
     ):
         use(model, states[:count], rows)
     prompts = prompts_from_rows([[BOS, *row] for row in rows])
