@@ -55,7 +55,7 @@ format: $(ENV5)/.ready
 	$(ENV5)/bin/ruff format .
 
 docs: $(DOCS)/.ready            ## the pages and the API reference as a site, in site/
-	$(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 dist: $(ENV5)/.ready            ## source distribution and wheel, in dist/
 	$(ENV5)/bin/python -m build

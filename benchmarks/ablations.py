@@ -1,17 +1,17 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What each ingredient contributes: every model between LLaVA and SAISA, SAISA in some of the layers, and SAISA with fewer
-visual tokens, three seeds. Accuracy on questions about single visual tokens and about relations between them, against what a
-question costs.
+"""What each ingredient contributes: the models between LLaVA and SAISA, SAISA in some of the layers, and SAISA with fewer
+visual tokens, for three seeds. Reports accuracy on questions about single visual tokens and about relations between them,
+against the cost of a question.
 
     python benchmarks/ablations.py --json result.json --plot result.png --tables page.md
 
-The language model of a seed is trained first, on pictures told in words (`told_pictures.py`). All models of the seed start
-from it and are trained on the same batches in the paper's two stages: a projector alone, then all but the encoder, where
-SAISA goes on with a copy of the projector in each layer.
+The language model of a seed is trained first, on images described in words (`told_pictures.py`). All models of the seed start
+from it and train on the same batches, in the paper's two stages: a projector alone, then everything but the encoder. In the
+second stage SAISA starts from a copy of the projector in each layer.
 
-Each model of each seed is a cell of its own, the first seed's first. Cells are trained side by side (`--workers`) and kept in
-a folder beside the JSON file with the state of those that are not at their end: a run that ended early goes on from there.
-`--until 0` computes nothing and shows what there is.
+Each model of each seed is a cell; cells of the first seed come first. Cells train in parallel (`--workers`). A folder beside
+the JSON file keeps finished cells and the training states of the others; an interrupted run resumes from there. `--until 0`
+trains nothing and shows the results so far.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from saisa_hf.vision_saisa import SaisaVisualResampler
 
 
 EMBEDDING_SPACE = {"alignment": "embedding_space"}
-REFERENCE, TOLD = "LLaVA", "the language model, told in words"
-MODELS = {  # what differs in the configuration of a SAISA
+REFERENCE, TOLD = "LLaVA", "language model, image in words"
+MODELS = {  # changes to the configuration of a SAISA
     REFERENCE: EMBEDDING_SPACE | {"visual_attention": "full"},
     "NAAViT alone": EMBEDDING_SPACE,
     "NAAViT, no visual feed-forward": EMBEDDING_SPACE | {"visual_feed_forward": False},
@@ -57,17 +57,17 @@ MODELS = {  # what differs in the configuration of a SAISA
     "SAISA, 9 resampled": {"visual_token_reduction": "resampler", "reduced_visual_tokens": 9},
     "SAISA, 9 by class attention": {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 9},
 }
-LONGER = 3  # times the steps
+LONGER = 3  # factor on the steps
 AGAIN = {f"{name}, longer": name for name in (REFERENCE, "NAAViT alone", "SAISA", "SAISA, 2 x 2 averages")}
 MODELS |= {label: MODELS[name] for label, name in AGAIN.items()}
 
-# Two that are one function of the same parameters: what is frozen arrives in each layer as one projector made it. Trained
-# alike, they differ by rounding alone, and by what becomes of that.
+# Two models that are the same function of the same parameters: frozen visual tokens reach each layer as one projector made
+# them. Trained alike, they differ by rounding alone, and by what becomes of it.
 TWINS = ("NAAViT, no visual feed-forward", "SAISA, one projector")
 
 
 def frozen(layers) -> dict:
-    """Settings of a LLaVA in which visual tokens neither attend nor pass the feed-forward network in these layers."""
+    """Settings of a LLaVA whose visual tokens neither attend nor pass the feed-forward network in `layers`."""
     layers = set(layers)
     return {
         "visual_attention": ["none" if layer in layers else "full" for layer in range(DEPTH)],
@@ -75,19 +75,19 @@ def frozen(layers) -> dict:
     }
 
 
-SWITCHES = {  # what is done to the trained LLaVA, which is not trained again
+SWITCHES = {  # changes to the trained LLaVA, without further training
     "NAAViT": {"visual_attention": "none"},
     "NAAViT, no visual feed-forward": frozen(range(DEPTH)),
-    # nothing reads visual tokens behind the last layer
+    # nothing reads visual tokens after the last layer
     **{f"the same in layer {layer} alone": frozen([layer]) for layer in range(DEPTH - 1)},
 }
-QUESTIONS_COUNTED = 20  # whose FLOPs are counted
+QUESTIONS_COUNTED = 20  # to count FLOPs on
 
-# The paper's two: parts of the training, what the sequences in them are, and the highest learning rate.
+# The paper's two stages: share of the training, mix of sequences, and peak learning rate.
 PROJECTOR, WHOLE = range(2)
 STAGES = ((0.2, EXERCISES), (0.8, learning.STAGES[1][1]))
 RATES = (3e-3, 5e-4)
-LANGUAGE_EXAMINATIONS = 9  # while a language model is trained; its state is on disk from then on
+LANGUAGE_EXAMINATIONS = 9  # per language model; each one also saves the training state
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -100,11 +100,11 @@ def make_processor():
 
 
 def make_model(processor, name: str, seed: int, language_model: dict | None = None) -> SaisaForConditionalGeneration:
-    """The model called `name` as it is before its training, with one projector. All models of a seed have the same encoder,
-    language model and, but where features are wider, projector.
+    """The untrained model called `name`, with one projector. All models of a seed have the same encoder and language model,
+    and the same projector unless their features are wider.
 
     Args:
-        language_model: the trained `LlamaForCausalLM`'s tensors; None leaves them random.
+        language_model: tensors of the trained `LlamaForCausalLM`; None leaves them random.
     """
     torch.manual_seed(seed)
     llava = new_llava(processor, DEPTH)
@@ -126,7 +126,7 @@ def make_model(processor, name: str, seed: int, language_model: dict | None = No
 
 
 def enter(model: SaisaForConditionalGeneration, name: str, stage: int) -> torch.optim.AdamW:
-    """Makes the model called `name` what is trained in a stage; returns its optimizer."""
+    """Prepares the model called `name` for a stage of training; returns the optimizer."""
     model.requires_grad_(stage == WHOLE)
     model.model.vision_tower.requires_grad_(False)
     if stage == PROJECTOR:
@@ -139,19 +139,19 @@ def enter(model: SaisaForConditionalGeneration, name: str, stage: int) -> torch.
 
 
 def switched(model, changes: dict) -> SaisaForConditionalGeneration:
-    """A model of the same weights and other settings."""
+    """A model with the same weights and changed settings."""
     other = SaisaForConditionalGeneration(SaisaConfig.from_dict(model.config.to_dict() | changes))
     other.load_state_dict(model.state_dict())
     return other
 
 
 class Course:
-    """What models are taught and asked, the same for all; placeholders are as many as a model has visual tokens.
+    """Training data and examinations, the same for all models but for the number of placeholders.
 
     Args:
-        steps: of the whole training.
+        steps: total training steps.
         every: steps between measurements.
-        told: in words, for language models.
+        told: describe images in words, for language models.
     """
 
     def __init__(self, processor, args, steps: int, every: int, visual_tokens: int, told: bool = False):
@@ -170,15 +170,15 @@ class Course:
         return Mixture(self.conversation, self.collate, seed, self.steps, self.stages, self.show, self.stream)
 
     def counted(self) -> list[dict]:
-        """Questions whose FLOPs are counted, one a batch."""
+        """Questions to count FLOPs on, one per batch."""
         return Examination(self.conversation, self.collate, QUESTIONS_COUNTED, 1, self.show).batches["relations"]
 
 
 @torch.no_grad()
 def question_flops(model, course: Course) -> int:
-    """FLOPs of reading a question about a picture, without the encoder, in the mean."""
+    """Average FLOPs of reading a question about an image, without the encoder."""
     model = copy.deepcopy(model).eval()
-    model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
+    model.set_attn_implementation("eager")  # plain matrix products, which the FLOP counter counts on every device
     total = 0
     counted = course.counted()
     for batch in counted:
@@ -192,7 +192,7 @@ def question_flops(model, course: Course) -> int:
 
 
 def folder(args) -> Path:
-    """Where all is that is trained."""
+    """The folder of everything that has been trained."""
     return Path(f"{args.json}.cells")
 
 
@@ -202,27 +202,27 @@ def cell_path(args, name: str, seed: int) -> Path:
 
 
 def done(args, name: str, seed: int) -> dict | None:
-    """A cell that is trained to the end, as it is on disk."""
+    """A finished cell, read from disk; None if it is not finished."""
     path = cell_path(args, name, seed)
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def orphaned() -> bool:
-    """Whether who asked for this was killed."""
+    """Whether the parent process was killed."""
     parent = parent_process()
     return parent is not None and not parent.is_alive()
 
 
 def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> dict | None:
-    """Trains `model` in place, from where its state on disk ends, until its end or `args.deadline`, seconds since the epoch.
+    """Trains `model` in place, resuming from its state on disk, to the end or to `args.deadline` (seconds since the epoch).
 
     Args:
-        enter: called with the number of each stage when it begins; returns the optimizer to take steps with.
-        rates: the highest learning rate of each stage.
-        kept: where the state is.
+        enter: called with the index of each stage when it begins; returns the optimizer.
+        rates: the peak learning rate of each stage.
+        kept: the file of the state.
 
     Returns:
-        dict: steps, and seconds, loss and scores at each of them; None before the end.
+        dict: the measured steps, with seconds, loss and scores at each; None if training has not reached the end.
     """
     data, optimizer = course.mixture(seed), None
     starts = [start for start, _, _ in data.stages]
@@ -269,12 +269,12 @@ def train(model, course: Course, args, seed: int, enter, rates, kept: Path) -> d
 
 
 def language_path(args, seed: int) -> Path:
-    """Where the language model of a seed is: its tensors, and what it scored."""
+    """The file of a seed's language model: its tensors and scores."""
     return folder(args) / f"language-model.seed-{seed}.pt"
 
 
 def train_language_model(args, seed: int) -> None:
-    """Trains the language model of a seed on pictures told in words, if it is not there."""
+    """Trains the language model of a seed on images described in words, unless it exists."""
     torch.set_num_threads(1)
     path = language_path(args, seed)
     if path.exists() or time.time() > args.deadline:
@@ -293,7 +293,7 @@ def train_language_model(args, seed: int) -> None:
 
 
 def train_cell(args, name: str, seed: int) -> None:
-    """Trains a model, if the language model of its seed is there and it is not at its end."""
+    """Trains a model, if the language model of its seed exists and the cell is not finished."""
     torch.set_num_threads(1)
     path, language_model = cell_path(args, name, seed), language_path(args, seed)
     if path.exists() or not language_model.exists() or time.time() > args.deadline:
@@ -315,28 +315,28 @@ def train_cell(args, name: str, seed: int) -> None:
 
 
 def work(what, *given) -> None:
-    """One of the two above in a process of its own."""
+    """Calls one of the two functions above, in a worker process."""
     what(*given)
     if orphaned():
-        os._exit(1)  # else it would wait for more to do, for good
+        os._exit(1)  # or it would wait for more work forever
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- tables and plots -------------------------------------------------------------------------------------------------
 
 
 def by_model(result: dict) -> dict[str, list[dict]]:
-    """The cells that are at their end, by model."""
+    """The finished cells, by model."""
     found = {name: [cell for cell in result["cells"] if cell["model"] == name] for name in MODELS}
     return {name: cells for name, cells in found.items() if cells}
 
 
 def compared(result: dict) -> dict[str, list[dict]]:
-    """Those of equal steps."""
+    """The finished cells of the models that all have the same number of steps."""
     return {name: cells for name, cells in by_model(result).items() if name not in AGAIN}
 
 
 def spreads(examined: list[dict]) -> list[str]:
-    """What several examinations found, measure by measure."""
+    """Mean and range of several examinations, for each measure."""
     return [spread([average(scores, measured) for scores in examined]) for measured in MEASURES]
 
 
@@ -346,7 +346,7 @@ def last(cells: list[dict]) -> list[dict]:
 
 
 def chance(cells: list[dict], measured: str) -> float:
-    """What the answer that is always the same gets."""
+    """The score of always giving the most frequent answer."""
     return average(cells[0]["chance"], measured)
 
 
@@ -360,25 +360,25 @@ def summary(result: dict) -> str:
         row += ["" if base is None else f"{one['question_flops'] / base:.0%}"]
         row += [f"{mean(cell['seconds'][-1] for cell in cells):.0f}", str(len(cells))]
         rows.append(row + spreads(last(cells)))
-    header = ["model", "visual tokens", "trained parameters", "MFLOPs a question", "of LLaVA's", "processor s", "seeds"]
+    header = ["model", "visual tokens", "trained parameters", "MFLOPs per question", "vs. LLaVA", "CPU s", "seeds"]
     told = list(result["language_models"].values())
     rows.append([TOLD, *[""] * (len(header) - 2), str(len(told)), *spreads(told)])
     return table([*header, *MEASURES], rows)
 
 
 def by_kind(result: dict) -> str:
-    """The Markdown table of accuracies by kind of question, the mean of the seeds."""
+    """The Markdown table of accuracies by kind of question, averaged over seeds."""
     models = compared(result)
     chances = next(iter(models.values()))[0]["chance"]
     kinds = [(task, kind) for task in TASKS for kind in chances[task]]
-    rows = [["the same answer always", *(f"{chances[task][kind]:.0%}" for task, kind in kinds)]]
+    rows = [["most frequent answer", *(f"{chances[task][kind]:.0%}" for task, kind in kinds)]]
     for name, cells in models.items():
         rows.append([name, *(f"{mean(scores[task][kind] for scores in last(cells)):.0%}" for task, kind in kinds)])
     return table(["model", *(kind for _, kind in kinds)], rows)
 
 
 def after_training(result: dict) -> str:
-    """The Markdown table of what switches do to the trained LLaVA, empty without one."""
+    """The Markdown table of the trained LLaVA with each switch; empty without a trained LLaVA."""
     cells = by_model(result).get(REFERENCE, [])
     rows = {REFERENCE: last(cells)} if cells else {}
     rows |= {label: [cell["switched"][label] for cell in cells] for label in SWITCHES if cells}
@@ -386,7 +386,7 @@ def after_training(result: dict) -> str:
 
 
 def twins(result: dict) -> str:
-    """The Markdown table of two models that are the same but for rounding, seed by seed."""
+    """The Markdown table of the two models that differ by rounding alone, by seed."""
     models, rows = by_model(result), []
     for cell in sorted((cell for name in TWINS for cell in models.get(name, [])), key=lambda cell: cell["seed"]):
         rows.append([f"seed {cell['seed']}, {cell['model']}", *spreads(last([cell]))])
@@ -394,7 +394,7 @@ def twins(result: dict) -> str:
 
 
 def longer(result: dict) -> str:
-    """The Markdown table of what more steps make of a model."""
+    """The Markdown table of models before and after longer training."""
     models, rows = by_model(result), []
     for label, name in AGAIN.items():
         after = models.get(label, [])
@@ -406,8 +406,8 @@ def longer(result: dict) -> str:
 
 
 def apart(values: list[float], gap: float) -> list[float]:
-    """Ascending values, moved until they are `gap` apart, by the least sum of squares (isotonic regression)."""
-    groups = []  # of values that touch: the place of their middle without the gaps, and how many they are
+    """Ascending values, moved to be at least `gap` apart with the least sum of squares (isotonic regression)."""
+    groups = []  # of values that touch: their common place without the gaps, and their number
     for number, value in enumerate(values):
         groups.append((value - number * gap, 1))
         while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
@@ -418,8 +418,8 @@ def apart(values: list[float], gap: float) -> list[float]:
 
 
 def plot(result: dict, path: str) -> None:
-    """Accuracy against the FLOPs of a question: each seed, their mean, and, hollow, the mean of longer training. Models of
-    about the same FLOPs stand side by side."""
+    """Plots accuracy against the FLOPs of a question: each seed, their mean and, hollow, the mean after longer training.
+    Models with about the same FLOPs are drawn side by side."""
     pyplot = drawing()
     models = sorted(compared(result).items(), key=lambda model: model[1][0]["question_flops"])
     after = {AGAIN[label]: cells for label, cells in by_model(result).items() if label in AGAIN}
@@ -446,7 +446,7 @@ def plot(result: dict, path: str) -> None:
         axis.set(title=measured, ylabel="exactly right, %")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("MFLOPs of a question, without the encoder")
+    axes[-1].set_xlabel("MFLOPs per question, without the encoder")
     labels = [f"{number + 1} {list(MODELS)[number]}" for number in sorted(handles)]
     marks = [handles[number] for number in sorted(handles)]
     figure.legend(marks, labels, loc="outside right center", fontsize=9, frameon=False)
@@ -462,23 +462,28 @@ def arguments(argv=None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     learning.add_options(parser, steps=800, every=200)
-    parser.add_argument("--language-steps", type=int, default=9000, help="of a language model, on words alone")
+    parser.add_argument(
+        "--language-steps", type=int, default=9000, help="training steps of a language model, on words alone"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument(
-        "--workers", type=int, default=2, help="trained at once, one thread each; 0: one, in this process"
+        "--workers",
+        type=int,
+        default=2,
+        help="models to train in parallel, one thread each; 0: one at a time, in this process",
     )
     return learning.parsed(parser, argv)
 
 
 def settings_of(args) -> dict:
-    """What the numbers depend on."""
+    """The settings that the results depend on."""
     own = {"stages": [list(stage) for stage in STAGES], "rate": list(RATES), "longer": LONGER}
     language = {"stages": [list(stage) for stage in learning.STAGES], "rate": RATE, "steps": args.language_steps}
     return learning.settings_of(args) | own | {"language_model": language}
 
 
 class AtOnce(Executor):
-    """Does what is submitted there and then."""
+    """An executor that runs each job at once, in this process."""
 
     def submit(self, what, /, *given) -> Future:
         job = Future()
@@ -487,7 +492,7 @@ class AtOnce(Executor):
 
 
 def train_all(args, result: dict) -> None:
-    """Trains what is missing in `result`, which is kept on disk, and adds it."""
+    """Trains the cells that `result` lacks and adds them, here and in the JSON file."""
     there = {(cell["model"], cell["seed"]) for cell in result["cells"]}
     todo = [(name, seed) for seed, name in product(args.seeds, args.models) if (name, seed) not in there]
     with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers else AtOnce() as workers:

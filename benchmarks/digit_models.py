@@ -1,6 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks that train share: small LLaVAs around the demo's encoder, one training step, and a state on disk that
-is there as a whole or not at all."""
+"""What the training benchmarks share: small LLaVAs around the demo's encoder, a training step, and atomic saving."""
 
 import math
 import os
@@ -21,7 +20,7 @@ VISUAL_TOKENS = (SIZE // PATCH) ** 2
 
 
 def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
-    """A LLaVA around the demo's trained encoder, `depth` random decoder layers deep."""
+    """A LLaVA with the demo's trained encoder and `depth` random decoder layers."""
     text = text_config(len(processor.tokenizer)).to_dict() | {"num_hidden_layers": depth, "layer_types": None}
     config = LlavaConfig(
         vision_config=vision_config(),
@@ -41,19 +40,19 @@ def new_llava(processor, depth: int) -> LlavaForConditionalGeneration:
 
 
 def optimizer_of(model) -> torch.optim.AdamW:
-    """AdamW over all but the vision encoder, which is frozen."""
+    """Freezes the vision encoder; returns AdamW over everything else."""
     model.model.vision_tower.requires_grad_(False)
     return adamw(model)
 
 
 def adamw(model) -> torch.optim.AdamW:
-    """AdamW over all that is not frozen. The learning rate is set at each step."""
+    """AdamW over all parameters that are not frozen. Each step sets the learning rate."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=RATE, weight_decay=0.05)
 
 
 def training_step(model, optimizer: torch.optim.Optimizer, batch: dict, done: float, rate: float = RATE) -> float:
-    """One step, `done` (0 to 1) of the way along a cosine schedule with warm-up to `rate`. Returns the loss."""
+    """One step at the point `done` (0 to 1) of a cosine schedule with warm-up and peak `rate`. Returns the loss."""
     rate = rate * min(1, (done + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * done))
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -66,6 +65,6 @@ def training_step(model, optimizer: torch.optim.Optimizer, batch: dict, done: fl
 
 
 def keep(state: dict, path: str | Path) -> None:
-    """Writes `state` to `path`, over what is there when all is written."""
+    """Saves `state` to `path` atomically, replacing what is there."""
     torch.save(state, f"{path}.part")
     os.replace(f"{path}.part", path)

@@ -1,12 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""How far a trained LLaVA becomes a SAISA by fitting projectors, at tiny size on the demo's digit scenes: accuracy, agreement
-of next-token distributions and errors by layer, against depth, number of pictures and width, beside a SAISA that was trained
-from the same data for the same time.
+"""How well fitting projectors turns a trained LLaVA into a SAISA, at tiny size on the demo's digit scenes. Reports accuracy,
+agreement of next-token distributions and errors by layer, against depth, number of images and width, beside a SAISA trained
+on the same data for the same time.
 
     python benchmarks/from_llava.py --json result.json --plot result.png --tables docs/from_llava.md
 
-Cells are computed from the most to the least important and written one by one; those that are in the file are not computed
-again. LLaVAs are trained on fresh pictures around the demo's encoder and kept in a folder.
+Cells are computed in order of importance and written one by one; cells that are already in the file are not computed again.
+LLaVAs are trained on new images with the demo's encoder and kept in a folder.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from saisa_hf.demo.run import ask_model
 from saisa_hf.demo.scenes import LISTS, draw, held_out_questions, make_scene
 
 
-STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the part of the sequences that are lists
+STAGES = ((450, 1.0), (900, 0.1), (700, 0.2))  # steps, and the share of sequences that are lists
 SHORT, LONG = 1350, 2050  # steps of the first two stages, and of all three
 PROMPTS = (*LISTS.values(), "How many digits are there?")
 PICTURES_SEED, QUESTIONS_SEED = 77, 1
@@ -60,10 +60,9 @@ TRAINING = ("seed", "depth", "steps")
 
 
 def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None, kept: Path | None = None) -> dict:
-    """Trains all but the encoder in place, in as many of the stages `STAGES` as make `steps`, on a stream of fresh pictures
-    that depends on `seed` alone; with `seconds`, each stage goes on until its part of that much processor time is spent.
-    Where `kept` is given, the state is written to that file from time to time, and an interrupted training goes on from
-    it."""
+    """Trains everything but the encoder in place, through the first stages of `STAGES` that add up to `steps`, on a stream of
+    new images that depends on `seed` alone. With `seconds`, each stage lasts until its share of that CPU time is spent. With
+    `kept`, the state is saved to that file at intervals, and an interrupted training resumes from it."""
     conversation, collate = Conversation(tokenizer, VISUAL_TOKENS), demo.TurnCollator(tokenizer.pad_token_id)
     optimizer = optimizer_of(model)
     stage, step, total, earlier = 0, 0, 0, 0.0
@@ -100,7 +99,8 @@ def train(model, tokenizer, seed: int, steps: int, seconds: float | None = None,
 
 
 def pretrained_llava(args, seed: int, depth: int, steps: int) -> tuple[LlavaForConditionalGeneration, dict]:
-    """The LLaVA of a seed, a depth and a number of steps, and how it was trained: now, where it is not in the folder."""
+    """The LLaVA of a seed, a depth and a number of steps, and the record of its training. Trains it if it is not in the
+    folder."""
     folder = Path(args.models) / f"llava-seed-{seed}-depth-{depth}-steps-{steps}"
     if not (folder / "training.json").exists():
         Path(args.models).mkdir(parents=True, exist_ok=True)
@@ -119,14 +119,14 @@ def pretrained_llava(args, seed: int, depth: int, steps: int) -> tuple[LlavaForC
 
 
 def accuracy(model, processor, args) -> float:
-    """Exact matches of greedy answers to fresh questions about held-out handwriting."""
+    """The share of exact matches of greedy answers to new questions about held-out handwriting."""
     asked = held_out_questions(args.questions, QUESTIONS_SEED)
     answers = ask_model(model, processor, asked)
     return sum(answer == question.answer for answer, (_, question) in zip(answers, asked)) / len(asked)
 
 
 def unlabelled(count: int) -> list[Image.Image]:
-    """Pictures of scenes, of which nothing is told; the first are the same whatever `count`."""
+    """Images of scenes without labels; a larger `count` adds to the same first images."""
     scenes = (make_scene("train", np.random.default_rng([PICTURES_SEED, index])) for index in range(count))
     return [Image.fromarray(draw(scene)) for scene in scenes]
 
@@ -138,7 +138,7 @@ def llava_cell(args, seed, depth, steps) -> dict:
 
 
 def fit_cell(args, seed, depth, steps, pictures, width, space) -> dict:
-    """The LLaVA as a SAISA: with its projector copied, fitted, and distilled (by default pictures and width)."""
+    """The LLaVA as a SAISA, with its projector copied, fitted and, for the default settings, distilled."""
     processor = demo.make_processor()
     llava, _ = pretrained_llava(args, seed, depth, steps)
     model = saisa_from_llava(llava, width)
@@ -180,8 +180,8 @@ def fit_cell(args, seed, depth, steps, pictures, width, space) -> dict:
 
 @torch.no_grad()
 def neighbours_cell(args, seed, depth, steps) -> dict:
-    """Errors by layer of projectors that see the eight patches around their own as well, which SAISA's do not: how much of
-    what they miss is near by."""
+    """Errors by layer of projectors that also see the eight patches around their own, which SAISA's do not. Shows how much of
+    the missing information is nearby."""
     llava, _ = pretrained_llava(args, seed, depth, steps)
     model = saisa_from_llava(llava)
     teacher, count = Teacher(model), DEFAULT["pictures"] + args.held_out
@@ -213,8 +213,8 @@ def neighbours_cell(args, seed, depth, steps) -> dict:
 
 
 def trained_cell(args, seed, depth, steps) -> dict:
-    """A SAISA trained from nothing on the stream of pictures that the LLaVA was trained on, for as much processor time as the
-    LLaVA and its fit took."""
+    """A SAISA trained from scratch on the stream of images that the LLaVA was trained on, for as much CPU time as the LLaVA
+    and its fit took."""
     processor = demo.make_processor()
     _, record = pretrained_llava(args, seed, depth, steps)
     torch.manual_seed(seed)
@@ -228,7 +228,7 @@ def trained_cell(args, seed, depth, steps) -> dict:
 
 
 def plan(args) -> list[tuple[str, dict]]:
-    """What is computed, the most important first."""
+    """The cells to compute, in order of importance."""
     first = args.seeds[0]
     cells = [(kind, {"seed": first, "steps": steps}) for steps in (LONG, SHORT) for kind in ("llava", "fit")]
     cells += [("fit", {"seed": first, "steps": LONG, "pictures": pictures}) for pictures in args.pictures]
@@ -252,12 +252,12 @@ def name_of(kind: str, cell: dict) -> str:
     return " ".join([kind, *(f"{name}={cell[name]}" for name in used)])
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- tables and plots -------------------------------------------------------------------------------------------------
 
 
 def show(cells: dict) -> str:
-    """Tables of what has been computed."""
-    header = ["cell", "stage", "accuracy", "KL", "same top token", "processor s", "error of keys and values by layer"]
+    """The table of all computed cells."""
+    header = ["cell", "stage", "accuracy", "KL", "same top token", "CPU s", "error of keys and values by layer"]
     rows = []
     for name, cell in cells.items():
         for stage in ("copied", "fitted", "distilled") if name.startswith("fit") else ("",):
@@ -274,7 +274,7 @@ def show(cells: dict) -> str:
 
 
 def results_table(cells: dict) -> str:
-    """Accuracy and agreement of each LLaVA and of what was made of it."""
+    """The Markdown table of accuracy and agreement, for each LLaVA and the SAISAs made from it."""
     header = ["LLaVA", "model", "accuracy", "KL", "same top token", "error by layer, %"]
     rows = []
     for steps, depth, seed in product((LONG, SHORT), DEPTHS, SEEDS):
@@ -288,21 +288,21 @@ def results_table(cells: dict) -> str:
             numbers = [f"{part['accuracy']:.1%}", f"{part['kl']:.4f}", f"{part['top1']:.2%}", errors]
             rows.append(["", f"SAISA, {label}", *numbers])
         if own is not None:
-            rows.append(["", "SAISA, trained for as long", f"{own['accuracy']:.1%}", "", "", ""])
+            rows.append(["", "SAISA, trained from scratch", f"{own['accuracy']:.1%}", "", "", ""])
     return table(header, rows)
 
 
 def sweep_table(cells: dict) -> str:
-    """What the fit of one LLaVA depends on, one number changed at a time."""
+    """The Markdown table of fits of one LLaVA with one setting changed at a time."""
     header = ["", "KL, copied", "KL, fitted", "same top token", "error by layer, %", "seconds"]
     spaces = {
-        "hidden": "the states as they are",
-        "norm": "what the norm makes of them",
+        "hidden": "unscaled states",
+        "norm": "the norm's output",
         "keys_values": "keys and values",
     }
-    changes = [({"pictures": pictures}, f"{pictures:,} pictures") for pictures in PICTURES]
+    changes = [({"pictures": pictures}, f"{pictures:,} images") for pictures in PICTURES]
     changes += [({"width": width}, f"width {width}") for width in WIDTHS if width != DEFAULT["width"]]
-    changes += [({"space": space}, f"error in {label}") for space, label in spaces.items()]
+    changes += [({"space": space}, f"error of {label}") for space, label in spaces.items()]
     rows = []
     for change, label in changes:
         cell = cells.get(name_of("fit", DEFAULT | {"steps": LONG} | change))
@@ -316,7 +316,7 @@ def sweep_table(cells: dict) -> str:
     cell = cells.get(name_of("neighbours", DEFAULT | {"steps": LONG}))
     if cell is not None:
         numbers = [_errors(cell, "fitted"), f"{cell['processor_seconds']:.0f}"]
-        rows.append(["projectors that see eight neighbours too", "", "", "", *numbers])
+        rows.append(["projectors that also see eight neighbours", "", "", "", *numbers])
     return table(header, rows)
 
 
@@ -329,8 +329,8 @@ def _error(row: dict, stage: str) -> float:
 
 
 def plot(cells: dict, path: str):
-    """Four panels: accuracy by seed, error by layer and depth, KL by number of pictures, KL by width. Those without numbers
-    stay out."""
+    """Four panels: accuracy by seed, error by layer and depth, KL by number of images, KL by width. Missing cells are left
+    out."""
     pyplot = drawing()
     fits = {name: cell for name, cell in cells.items() if name.startswith("fit")}
 
@@ -371,8 +371,8 @@ def plot(cells: dict, path: str):
         for stage in ("copied", "fitted"):
             kl = [cell_of(steps=LONG, **{name: value})[stage]["kl"] for value in known]
             axis.plot(known, kl, "o-", color=stages[stage], label=stage)
-        title = "pictures" if name == "pictures" else "inner width of the projectors"
-        axis.set(title="KL from LLaVA", xlabel=title, ylabel="nats a token", xscale="log", yscale="log")
+        title = "images" if name == "pictures" else "inner width of the projectors"
+        axis.set(title="KL from LLaVA", xlabel=title, ylabel="nats per token", xscale="log", yscale="log")
         axis.set_xticks(known, [str(value) for value in known])
         axis.minorticks_off()
         axis.legend(fontsize=7)
@@ -385,25 +385,29 @@ def arguments(argv=None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
-        "--json", metavar="PATH", required=True, help="all numbers; what is there is not computed again"
+        "--json", metavar="PATH", required=True, help="all results; cells already there are not computed again"
     )
-    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
-    parser.add_argument("--tables", metavar="PATH", help="a page whose tables they are written into")
-    parser.add_argument("--models", metavar="DIR", default="llavas", help="where trained LLaVAs are kept")
+    parser.add_argument("--plot", metavar="PATH", help="draw the results into this image file")
+    parser.add_argument("--tables", metavar="PATH", help="update the marked tables of this Markdown page")
+    parser.add_argument("--models", metavar="DIR", default="llavas", help="folder of trained LLaVAs")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS)
     parser.add_argument("--pictures", type=int, nargs="*", default=PICTURES)
     parser.add_argument("--widths", type=int, nargs="*", default=WIDTHS)
-    parser.add_argument("--spaces", nargs="*", default=SPACES, help="where the error counts, beside the default")
-    parser.add_argument("--fit-steps", type=int, default=Fit().steps, help="of the fit of one layer")
-    parser.add_argument("--distill-steps", type=int, default=100)
-    parser.add_argument("--held-out", type=int, default=100, help="pictures to measure on")
     parser.add_argument(
-        "--answer-tokens", type=int, default=64, help="longest answer along which agreement is measured"
+        "--spaces", nargs="*", default=SPACES, help="spaces to take the fitting error in, beside the default"
+    )
+    parser.add_argument("--fit-steps", type=int, default=Fit().steps, help="steps to fit one layer")
+    parser.add_argument("--distill-steps", type=int, default=100)
+    parser.add_argument("--held-out", type=int, default=100, help="images to measure on")
+    parser.add_argument(
+        "--answer-tokens", type=int, default=64, help="maximum length of the answers along which agreement is measured"
     )
     parser.add_argument("--questions", type=int, default=500)
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="begin no cell after that")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
+    parser.add_argument(
+        "--until", type=float, default=math.inf, metavar="MINUTES", help="start no cell after this many"
+    )
     return parser.parse_args(argv)
 
 

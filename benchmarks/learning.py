@@ -1,13 +1,13 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Does a SAISA learn as well as a LLaVA, and for less? Small models of both kinds, trained from nothing on pictures of
-handwritten digits: same encoder, same initial weights, same batches in the same order. Accuracy on the demo's questions and
-on questions that relate visual tokens to each other (`relations.py`), in handwriting held out, against steps, FLOPs, seconds.
+"""Does a SAISA learn as well as a LLaVA, at a lower cost? Trains small models of both kinds from scratch on images of
+handwritten digits, with the same encoder, initial weights and batches. Reports accuracy on held-out handwriting against
+steps, FLOPs and seconds, on the demo's questions and on questions that relate visual tokens to each other (`relations.py`).
 
     python benchmarks/learning.py --json result.json --plot result.png --tables page.md
 
-All models of a seed take each step in turn, so that what else the machine does meets all alike. Results are written at every
-measurement, and the state of training beside them; a run that ended early goes on from there. `--until 0` computes nothing
-and shows what there is.
+The models of a seed take turns at each step, so that other load on the machine affects all of them alike. Each measurement
+writes the results so far and the training state beside them; an interrupted run resumes from there. `--until 0` trains
+nothing and shows the results so far.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from saisa_hf.demo.language import Conversation
 
 DEPTH, BATCH = 4, 16
 EXERCISES = {"lists": 0.6, "neighbours": 0.4}
-# Parts of the whole training, each with a schedule of its own, and what the sequences in them are.
+# The stages: share of the training, each with its own schedule, and the mix of sequences.
 STAGES = ((0.375, EXERCISES), (0.625, {"lists": 0.06, "neighbours": 0.04, "questions": 0.4, "relations": 0.5}))
 REFERENCE = "LLaVA"
-MODELS = {  # what differs in the configuration of a SAISA; None: a LLaVA
+MODELS = {  # changes to the configuration of a SAISA; None: a LLaVA
     REFERENCE: None,
     "SAISA": {},
     "SAISA, one projector": {"projector_sharing": "shared"},
@@ -47,31 +47,31 @@ MODELS = {  # what differs in the configuration of a SAISA; None: a LLaVA
 COLOURS = ("#444444", "#c0392b", "#2471a3", "#1e8449")
 TASKS = {"questions": scenes, "relations": relations}
 TITLES = {"questions": "the demo's questions", "relations": "relations between visual tokens"}
-MEASURES = {  # what is averaged: task and kinds of question
+MEASURES = {  # averages over: task and kinds of question
     "the demo's questions": ("questions", scenes.KINDS),
-    "which digit is beside": ("relations", ("neighbour",)),
-    "larger? agree?": ("relations", ("larger", "agree")),
+    "neighbour": ("relations", ("neighbour",)),
+    "larger, agree": ("relations", ("larger", "agree")),
 }
 QUESTIONS_SEED = 1
-COUNTED_BATCHES = 10  # of each stage, whose FLOPs are counted
+COUNTED_BATCHES = 10  # per stage, to count FLOPs on
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
 
 
 def drawn(scene: scenes.Scene) -> dict:
-    """A scene as models get it that have eyes."""
+    """A scene as an image, for models with an encoder."""
     return {"picture": scenes.draw(scene)}
 
 
 class Mixture:
-    """Training sequences, one picture and turns about it each, in the shares of `stages`: the demo's lists and questions, and
-    those of `relations`. The batch of a step is a function of (seed, step) alone.
+    """Training sequences of one image and turns about it, mixed as `stages` says: the demo's lists and questions, and those
+    of `relations`. The batch of a step depends on (seed, step) alone.
 
     Args:
-        stages: parts of the whole training, and what the sequences in them are.
-        show: what makes a scene a part of an item.
-        stream: sequences of two streams have nothing in common.
+        stages: share of the training, and mix of sequences, of each stage.
+        show: turns a scene into part of an item.
+        stream: different streams give independent sequences.
     """
 
     def __init__(self, conversation: Conversation, collate, seed: int, steps: int, stages=STAGES, show=drawn, stream=4):
@@ -82,11 +82,11 @@ class Mixture:
         self.stages = list(zip([0, *ends], ends, (shares for _, shares in stages)))
 
     def stage(self, step: int) -> int:
-        """The number of the stage that a step is in."""
+        """The index of the stage that contains a step."""
         return next(number for number, (_, end, _) in enumerate(self.stages) if step < end)
 
     def batch(self, step: int) -> tuple[dict[str, torch.Tensor], float]:
-        """The batch of a step, and how far its stage is."""
+        """The batch of a step, and the fraction of its stage that is done."""
         start, end, shares = self.stages[self.stage(step)]
         items = [self.item(index, shares) for index in range(step * BATCH, (step + 1) * BATCH)]
         return self.collate(items), (step - start) / (end - start)
@@ -107,7 +107,7 @@ class Mixture:
 
 
 class Examination:
-    """Questions about held-out handwriting, one a picture: `count` of each task. `show` is `Mixture`'s."""
+    """Questions about held-out handwriting, one per image, `count` per task. `show` is as in `Mixture`."""
 
     def __init__(self, conversation: Conversation, collate, count: int, size: int = 100, show=drawn):
         self.asked = {task: module.held_out_questions(count, QUESTIONS_SEED) for task, module in TASKS.items()}
@@ -122,8 +122,8 @@ class Examination:
 
     @torch.no_grad()
     def right(self, model, task: str) -> list[bool]:
-        """Whether greedy decoding would give exactly the right answer, question by question: whether each token of that
-        answer, and the end, is the most likely one behind those before it."""
+        """For each question, whether greedy decoding gives exactly the right answer: whether each of its tokens, and the
+        end token, is the most likely one given those before it."""
         found = []
         for batch in self.batches[task]:
             labels = batch["labels"][:, 1:]
@@ -133,7 +133,7 @@ class Examination:
         return found
 
     def scores(self, model) -> dict[str, dict[str, float]]:
-        """The part of exactly right answers, by task and kind of question."""
+        """The share of exactly right answers, by task and kind of question."""
         model.eval()
         result = {}
         for task, asked in self.asked.items():
@@ -144,7 +144,7 @@ class Examination:
         return result
 
     def chance(self) -> dict[str, dict[str, float]]:
-        """The part that the best answer would get that is the same for all questions of a kind, by task and kind."""
+        """The score of always giving the most frequent answer, by task and kind of question."""
         result = {}
         for task, asked in self.asked.items():
             answers = {}
@@ -165,7 +165,7 @@ def make_processor():
 
 
 def make_models(processor, seed: int) -> dict[str, torch.nn.Module]:
-    """The models to compare. All their weights are the LLaVA's at first: each projector is a copy of its projector."""
+    """The models to compare. All start from the LLaVA's weights; each projector is a copy of the LLaVA's."""
     torch.manual_seed(seed)
     llava = new_llava(processor, DEPTH)
     start, models = saisa_from_llava(copy.deepcopy(llava)), {}
@@ -184,19 +184,19 @@ def make_models(processor, seed: int) -> dict[str, torch.nn.Module]:
 
 
 def cost(model, stages: list[list[dict]]) -> dict:
-    """FLOPs of a training step, forward and backward, in the mean over the batches of each stage; the part of the encoder,
-    which is frozen; and the number of trained parameters."""
+    """FLOPs of a training step, forward and backward, averaged over the batches of each stage; those of the frozen encoder;
+    and the number of trained parameters."""
     optimizer_of(model)
-    model.set_attn_implementation("eager")  # matrix products, which the FLOP counter knows on every device
+    model.set_attn_implementation("eager")  # plain matrix products, which the FLOP counter counts on every device
 
     def steps(batches):
         for batch in batches:
             model(**batch).loss.backward()
 
-    pictures = stages[0][0]["pixel_values"]
+    pixel_values = stages[0][0]["pixel_values"]
     return {
         "flops": [measure.flops(lambda batches=batches: steps(batches)) / len(batches) for batches in stages],
-        "encoder_flops": measure.flops(lambda: model.model.vision_tower(pictures)),
+        "encoder_flops": measure.flops(lambda: model.model.vision_tower(pixel_values)),
         "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
 
@@ -205,7 +205,7 @@ def cost(model, stages: list[list[dict]]) -> dict:
 
 
 class Class:
-    """What all seeds share: the words, what is asked, and what a step costs."""
+    """What all seeds share: vocabulary, examinations, and the cost of a step."""
 
     def __init__(self, args):
         self.processor = make_processor()
@@ -224,7 +224,7 @@ class Class:
 
 
 def train_cell(args, shared: Class, seed: int, save) -> None:
-    """Trains all models of a seed, from where the state on disk ends. `save` is called with the results so far after each
+    """Trains all models of a seed, resuming from the state on disk. Calls `save` with the results so far after each
     measurement."""
     data, models = shared.mixture(seed, args.steps), make_models(shared.processor, seed)
     optimizers = {name: optimizer_of(model) for name, model in models.items()}
@@ -266,14 +266,14 @@ def train_cell(args, shared: Class, seed: int, save) -> None:
             return
         batch, done = data.batch(step)
         turn = step % len(names)
-        for name in names[turn:] + names[:turn]:  # none is always the first
+        for name in names[turn:] + names[:turn]:  # no model is always the first
             start = time.process_time()
             state["losses"][name] += training_step(models[name], optimizers[name], batch, done)
             state["seconds"][name] += time.process_time() - start
         state["step"] += 1
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
+# --- tables and plots -------------------------------------------------------------------------------------------------
 
 
 def mean(values) -> float:
@@ -282,7 +282,7 @@ def mean(values) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Mean, and the least and the most where there are several."""
+    """The mean, with minimum and maximum if there are several values."""
     low, high = (f"{100 * value:.1f}" for value in (min(values), max(values)))
     return f"{mean(values):.1%}" + (f" ({low} to {high})" if len(values) > 1 else "")
 
@@ -295,16 +295,16 @@ def show_cell(cell: dict) -> str:
         row = [name, f"{curve['seconds'][-1]:.0f}", f"{curve['loss'][-1] or math.nan:.3f}"]
         row += [f"{mean(last[task].values()):.1%}" for task in TASKS]
         rows.append([*row, " ".join(f"{100 * value:.0f}" for task in TASKS for value in last[task].values())])
-    return table(["", "processor s", "loss", *TASKS, "by kind, %"], rows)
+    return table(["", "CPU s", "loss", *TASKS, "by kind, %"], rows)
 
 
 def complete(result: dict) -> dict[str, dict]:
-    """The seeds that are trained to the end."""
+    """The seeds whose training is complete."""
     return {name: cell for name, cell in result["cells"].items() if cell["steps"][-1] == result["settings"]["steps"]}
 
 
 def shown(result: dict) -> tuple[list[dict], list[int]]:
-    """The seeds that are trained to the end, or else all; and the steps at which all of them were measured."""
+    """The complete seeds, or all seeds if none is complete; and the steps at which all of them were measured."""
     cells = list((complete(result) or result["cells"]).values())
     return cells, min((cell["steps"] for cell in cells), key=len)
 
@@ -315,7 +315,7 @@ def average(scores: dict[str, dict[str, float]], measured: str) -> float:
 
 
 def flops_until(result: dict, name: str, step: int) -> float:
-    """What a model's training cost up to a step."""
+    """FLOPs of a model's training up to a step."""
     total, start = 0.0, 0
     for (part, _), flops in zip(result["settings"]["stages"], result["cost"][name]["flops"]):
         length = round(part * result["settings"]["steps"])
@@ -329,7 +329,7 @@ def summary(result: dict) -> str:
     cells, steps = shown(result)
     last, step = len(steps) - 1, steps[-1]
     base = flops_until(result, REFERENCE, step)
-    header = ["model", "trained parameters", "TFLOPs", "of LLaVA's", "processor s", "of LLaVA's"]
+    header = ["model", "trained parameters", "TFLOPs", "vs. LLaVA", "CPU s", "vs. LLaVA"]
     rows = []
     for name in MODELS:
         flops, seconds = flops_until(result, name, step), [cell["models"][name]["seconds"][last] for cell in cells]
@@ -352,11 +352,11 @@ def by_kind(result: dict) -> str:
             for name in MODELS:
                 row.append(spread([cell["models"][name]["scores"][last][task][kind] for cell in cells]))
             rows.append(row)
-    return table(["question", "same answer always", *MODELS], rows)
+    return table(["question", "most frequent answer", *MODELS], rows)
 
 
 def plot(result: dict, path: str) -> None:
-    """Accuracy against steps, FLOPs and seconds: the mean of the seeds shown, and the range they span."""
+    """Plots accuracy against steps, FLOPs and seconds: mean and range of the seeds shown."""
     pyplot = drawing()
     cells, steps = shown(result)
     points = len(steps)
@@ -376,13 +376,13 @@ def plot(result: dict, path: str) -> None:
                 axis.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         chance = 100 * average(result["chance"], measured)
         for axis in row:
-            axis.axhline(chance, color="#999999", linestyle=":", linewidth=1, label="the same answer always")
+            axis.axhline(chance, color="#999999", linestyle=":", linewidth=1, label="most frequent answer")
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
         row[0].axvspan(0, exercises, color="#000000", alpha=0.05, linewidth=0)
         row[0].set_ylabel(f"{measured}\nexactly right, %")
     for axis, label in zip(
-        axes[-1], ("training steps (grey: exercises)", "training TFLOPs", "processor seconds of training")
+        axes[-1], ("training steps (grey: exercises)", "training TFLOPs", "CPU seconds of training")
     ):
         axis.set_xlabel(label)
     axes[0][0].legend(fontsize=8, frameon=False)
@@ -390,8 +390,8 @@ def plot(result: dict, path: str) -> None:
     pyplot.close(figure)
 
 
-def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
-    """One held-out picture of each task with questions and answers."""
+def plot_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
+    """Plots one held-out image of each task, with questions and answers."""
     pyplot = drawing("--example")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained")
     for axis, (task, module) in zip(axes, TASKS.items()):
@@ -410,16 +410,18 @@ def picture_tasks(path: str, seed: int = 16, shown: int = 5) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, steps: int, every: int) -> None:
-    """What all scripts that train models of a few seeds on these tasks are told."""
-    parser.add_argument("--json", metavar="PATH", required=True, help="all numbers; beside it, states to go on from")
-    parser.add_argument("--plot", metavar="PATH", help="a picture of them")
-    parser.add_argument("--tables", metavar="PATH", help="a Markdown page whose marked tables are written anew")
+    """The options of every script that trains models on these tasks for a few seeds."""
+    parser.add_argument(
+        "--json", metavar="PATH", required=True, help="all results; training states to resume from are kept beside it"
+    )
+    parser.add_argument("--plot", metavar="PATH", help="draw the results into this image file")
+    parser.add_argument("--tables", metavar="PATH", help="update the marked tables of this Markdown page")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--every", type=int, default=every, help="steps between measurements; divides the steps")
-    parser.add_argument("--questions", type=int, default=420, help="of each task, at each measurement")
-    parser.add_argument("--final-questions", type=int, default=2100, help="of each task, at the end")
-    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after that")
+    parser.add_argument("--every", type=int, default=every, help="steps between measurements; must divide --steps")
+    parser.add_argument("--questions", type=int, default=420, help="per task, at each measurement")
+    parser.add_argument("--final-questions", type=int, default=2100, help="per task, at the end")
+    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after this many")
 
 
 def parsed(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
@@ -430,16 +432,16 @@ def parsed(parser: argparse.ArgumentParser, argv) -> argparse.Namespace:
 
 
 def settings_of(args) -> dict:
-    """What the numbers depend on."""
+    """The settings that the results depend on."""
     settings = {name: getattr(args, name) for name in ("steps", "every", "questions", "final_questions")}
     return settings | {"batch": BATCH, "rate": RATE, "depth": DEPTH, "stages": [list(stage) for stage in STAGES]}
 
 
 def result_so_far(args, settings: dict) -> dict:
-    """The numbers that are in the file already.
+    """The results that are already in the file.
 
     Raises:
-        ValueError: these were made with other settings.
+        ValueError: they were made with other settings.
     """
     path = Path(args.json)
     result = json.loads(path.read_text()) if path.exists() else {}
@@ -453,7 +455,7 @@ def arguments(argv=None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_options(parser, steps=2400, every=200)
-    parser.add_argument("--example", metavar="PATH", help="a picture of both tasks")
+    parser.add_argument("--example", metavar="PATH", help="draw an example of both tasks into this image file")
     return parsed(parser, argv)
 
 
@@ -478,7 +480,7 @@ def main(argv=None) -> dict:
 
             train_cell(args, shared, seed, save)
     if args.example:
-        picture_tasks(args.example)
+        plot_tasks(args.example)
     if args.plot and result.get("cells"):
         plot(result, args.plot)
     if result.get("cells"):

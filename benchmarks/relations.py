@@ -1,13 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A task for the demo's digit scenes whose answers no single digit of the picture has: they take two of its visual tokens or
-more, put in relation.
+"""A task on the demo's digit scenes that no single digit answers: each question relates two or more visual tokens.
 
     neighbour  Which digit is left of the red one?
     larger     Is the digit left of the red one larger?
     agree      Do two digits agree?
 
-Pictures have four to six digits, all in different inks. Yes and no are equally frequent: who knows nothing of the picture is
-right half of the time. Who reads one of the two digits alone can tell which is larger in 78% of the cases.
+Images have four to six digits, all in different inks. Yes and no are equally frequent, so guessing without the image is right
+half of the time. Reading only one of the two digits is enough to tell which is larger in 78% of the cases.
 """
 
 from dataclasses import replace
@@ -27,17 +26,17 @@ QUESTIONS = {
 }
 KINDS = tuple(QUESTIONS)
 LIST = "List the neighbours."
-WORDS = ("of", "one", "larger", "two", "agree", "neighbours")  # those that the demo does not know
+WORDS = ("of", "one", "larger", "two", "agree", "neighbours")  # not in the demo's vocabulary
 MOST_TURNS = 6
 
 
 def add_words(tokenizer) -> None:
-    """Teaches the demo's tokenizer the words of this task."""
+    """Adds the words of this task to the demo's tokenizer."""
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in WORDS])
 
 
 def make_scene(split: str, rng: np.random.Generator) -> Scene:
-    """A random scene with four to six digits, all in different inks; with an even chance, two or more of them agree."""
+    """A random scene with four to six digits, all in different inks; in half of the scenes two or more digits agree."""
     count, agreeing = int(rng.integers(4, len(INKS) + 1)), rng.random() < 0.5
     scene = None
     while scene is None or (len({glyph.digit for glyph in scene.glyphs}) < count) != agreeing:
@@ -50,7 +49,7 @@ def make_scene(split: str, rng: np.random.Generator) -> Scene:
 
 
 def pairs(scene: Scene) -> list[tuple[str, str, int, int]]:
-    """Side, ink, digit of that ink, and digit beside it, for each digit that has another beside it."""
+    """(side, ink, digit, neighbour's digit) for each digit and each side where it has a neighbour."""
     found = []
     for glyph in scene.glyphs:
         for side, step in SIDES.items():
@@ -61,8 +60,8 @@ def pairs(scene: Scene) -> list[tuple[str, str, int, int]]:
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator, pair: tuple | None = None) -> Question | None:
-    """A random question of a kind, about `pair` where one is given, or None where the scene admits none. Which of two equal
-    digits is larger is not asked."""
+    """A random question of a kind, about `pair` if given; None if the scene allows none. Which of two equal digits is larger
+    is not asked."""
     if kind == "agree":
         digits = [glyph.digit for glyph in scene.glyphs]
         return Question(kind, QUESTIONS[kind], "yes" if len(set(digits)) < len(digits) else "no")
@@ -80,8 +79,8 @@ def ask(scene: Scene, kind: str, rng: np.random.Generator, pair: tuple | None = 
 
 
 def turns(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    """Questions about a scene for one training sequence, in random order: whether digits agree, and one about each pair, up
-    to `MOST_TURNS`."""
+    """Questions about a scene for one training sequence, in random order: whether digits agree, and one about each pair, at
+    most `MOST_TURNS` in all."""
     found = pairs(scene)
     asked = [ask(scene, "agree", rng)]
     for index in rng.permutation(len(found))[: MOST_TURNS - 1]:
@@ -91,12 +90,12 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Question]:
 
 
 def list_all(scene: Scene) -> str:
-    """The answer to `LIST`, the digits left and right of each ink: "red nothing 7, orange 7 3, ...". A dense exercise, as
-    the demo's lists are."""
+    """The answer to `LIST`, the digits left and right of each ink: "red nothing 7, orange 7 3, ...". A dense exercise, like
+    the demo's lists."""
     beside = {(ink, side): str(other) for side, ink, _, other in pairs(scene)}
     return ", ".join(f"{ink} {' '.join(beside.get((ink, side), NOTHING) for side in SIDES)}" for ink in INKS)
 
 
 def held_out_questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
-    """`count` fresh scenes of the test split with one question each, the kinds in turn."""
+    """`count` new scenes of the test split with one question each, cycling through the kinds."""
     return scenes.questions_in_turn(KINDS, count, (seed, 3), make_scene, ask)

@@ -1,6 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The digit scenes in words: where a picture has a visual token, a word tells what is in its cell. A language model that
-learns from these knows its words before it sees a picture, as those know theirs that vision-language models are made of.
+"""The digit scenes in words: in place of each visual token, a word names what is in its cell. A language model pretrained on
+these descriptions knows its language before it sees an image, as the language models behind vision-language models do.
 
     <image> <image> <image> ...        7red 7red nothing ...
 """
@@ -19,18 +19,18 @@ WORDS = tuple(f"{digit}{ink}" for digit in range(10) for ink in INKS)
 
 
 def add_words(tokenizer) -> None:
-    """Teaches the demo's tokenizer a word for each digit in each ink."""
+    """Adds a word for each digit in each ink to the demo's tokenizer."""
     tokenizer.add_tokens(list(WORDS))
 
 
 class Teller:
-    """Makes a scene a part of an item, and items a batch for a language model, padded on the right."""
+    """Turns a scene into part of an item, and items into a batch for a language model, padded on the right."""
 
     def __init__(self, tokenizer):
         self.words, self.pad = tokenizer.get_vocab(), tokenizer.pad_token_id
 
     def told(self, scene: Scene) -> dict:
-        """A scene as the ids of `VISUAL_TOKENS` words, in the order of visual tokens."""
+        """The ids of the `VISUAL_TOKENS` words that describe a scene, in the order of visual tokens."""
         per_cell, ids = SIDE // GRID, []
         for row in range(SIDE):
             for column in range(SIDE):
@@ -46,7 +46,7 @@ class Teller:
 
 
 def new_language_model(processor, depth: int, seed: int) -> LlamaForCausalLM:
-    """The random language model of `new_llava`, by itself."""
+    """The randomly initialized language model of `new_llava`, on its own."""
     torch.manual_seed(seed)
     llava = new_llava(processor, depth)
     model = LlamaForCausalLM(llava.config.text_config)

@@ -19,16 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from saisa_hf.bench import measure
-from saisa_hf.bench.models import (
-    Models,
-    add_size_options,
-    build,
-    draw_picture,
-    draw_text,
-    prompt,
-    visual_tokens,
-    with_sizes,
-)
+from saisa_hf.bench.models import Models, build, draw_image, draw_text, prompt, visual_tokens
+from saisa_hf.bench.options import add_size_options, with_sizes
+from saisa_hf.common.tables import table
 
 
 NOTES = """
@@ -58,7 +51,7 @@ class Row:
 def ways_to_ask(models: Models, args) -> list[Row]:
     saisa, bare, llava = models.saisa, models.bare, models.llava
     options = {"use_cache": True, "logits_to_keep": 1}
-    text, pixels = draw_text(args.text_tokens, args), draw_picture(args)
+    text, pixels = draw_text(args.text_tokens, args), draw_image(args)
     text_ids, ids = torch.tensor([text], device=args.device), prompt(text, 1, args)
     states = {store: saisa.get_visual_states(pixels, store) for store in ("keys_values", "features")}
     projected = llava.model.multi_modal_projector(saisa.get_image_features(pixels).pooler_output)
@@ -96,7 +89,7 @@ def measure_prefill(models: Models, args) -> list[dict]:
     rows = ways_to_ask(models, args)
     seconds = measure.interleaved({row.name: row.call for row in rows}, args.repeats, args.device, args.cpu_time)
     with models.countable(args.attn_implementation):
-        encoder = measure.flops(lambda: models.saisa.get_image_features(draw_picture(args)))
+        encoder = measure.flops(lambda: models.saisa.get_image_features(draw_image(args)))
         counts = {row.name: measure.flops(row.call) - encoder * row.encodes for row in rows}
     medians = {name: measure.quartiles(values)[1] for name, values in seconds.items()}
     bare = rows[0].name
@@ -125,7 +118,7 @@ def show_prefill(rows: list[dict]) -> str:
         times = [f"{median:.1f}", f"{low:.1f}-{high:.1f}", f"{row['to_language_model']:.2f}", first]
         work = [f"{row['flops'] / 1e9:.1f}", f"{row['flops_to_language_model']:.2f}"]
         cells.append([row["name"], *times, *work, *(f"{row[key] / 2**20:.1f}" for key in ("kept_bytes", "peak_bytes"))])
-    return measure.table(header, cells)
+    return table(header, cells)
 
 
 def ask_both_ways(ask: Callable, count: int) -> dict:
@@ -145,7 +138,7 @@ def ask_both_ways(ask: Callable, count: int) -> dict:
 
 def random_questions(models: Models, args) -> dict:
     """Questions of random tokens and lengths, the picture anywhere in them, answered by the random SAISA."""
-    pictures = {"pixels": draw_picture(args), "other": draw_picture(args)}
+    pictures = {"pixels": draw_image(args), "other": draw_image(args)}
     start = time.perf_counter()
     states = models.saisa.get_visual_states(pictures["pixels"])
     made = time.perf_counter() - start

@@ -1,11 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fills the marked blocks of docs/performance.md, and of the README, from what `saisa bench --json` wrote:
+"""Fills the marked blocks of docs/performance.md from what `saisa bench --json` wrote:
 
   python scripts/performance.py
   python scripts/performance.py h200=h200.json
 
 A block is what stands between <!-- NAME: start --> and <!-- NAME: end -->; without arguments, the files NAME.json in
-benchmarks/performance fill them. `two-cores` fills the README's as well.
+benchmarks/performance fill them.
 """
 
 import json
@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 from saisa_hf.bench import measure
-from saisa_hf.bench.run import show_ratios, show_slopes
+from saisa_hf.bench.report import show_ratios, show_slopes
 from saisa_hf.bench.targets import show_targets
 from saisa_hf.common.tables import fill_blocks
 
 
 ROOT = Path(__file__).parent.parent
-PAGE, README, RESULTS = ROOT / "docs" / "performance.md", ROOT / "README.md", ROOT / "benchmarks" / "performance"
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "performance"
 
 
 def machine(result: dict) -> str:
@@ -43,9 +43,6 @@ def main(arguments: list[str]) -> None:
     paths = paths or {path.stem: path for path in sorted(RESULTS.glob("*.json"))}
     results = {name: json.loads(Path(path).read_text(encoding="utf-8")) for name, path in paths.items()}
     fill_blocks(PAGE, {name: block(result) for name, result in results.items()})
-    if "two-cores" in results:
-        result = results["two-cores"]
-        fill_blocks(README, {"two-cores": f"{show_targets(result['targets'])}\n\n{machine(result)}"})
 
 
 if __name__ == "__main__":

@@ -545,7 +545,7 @@ def test_the_table_by_kind_holds_the_means_of_the_seeds():
     shown = [line.split("|")[1:-1] for line in ablations.by_kind({"cells": cells}).splitlines()]
     assert [[value.strip() for value in line] for line in (shown[0], *shown[2:])] == [
         ["model", "place", "larger"],
-        ["the same answer always", "10%", "50%"],
+        ["most frequent answer", "10%", "50%"],
         ["LLaVA", "100%", "0%"],
         ["SAISA", "30%", "70%"],
     ]
@@ -583,7 +583,7 @@ def test_the_whole_study_at_a_size_that_only_shows_that_it_works(few_scans, tmp_
     assert [cell["model"] for cell in result["cells"]] == list(ablations.MODELS)
     assert [line[0] for line in lines[2:15]] == names and len(names) == 13
     assert lines[15][0] == ablations.TOLD and lines[15][-3].endswith("%")
-    assert [line[0] for line in lines[18:32]] == ["the same answer always", *names]
+    assert [line[0] for line in lines[18:32]] == ["most frequent answer", *names]
     assert [line[0] for line in lines[34:40]] == ["LLaVA", *ablations.SWITCHES]
     assert [line[0] for line in lines[42:44]] == [f"seed 0, {name}" for name in ablations.TWINS]
     again = [[name, steps, "1"] for name in ablations.AGAIN.values() for steps in ("2", "6")]

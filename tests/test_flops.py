@@ -14,7 +14,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from saisa_hf import SaisaConfig
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
-from saisa_hf.bench.run import add_arguments, prepared
+from saisa_hf.bench.options import add_arguments
+from saisa_hf.bench.run import prepared
 from saisa_hf.bench.work import Case, model_of, tasks
 from saisa_hf.checkpoints.model_card import flops as card_flops
 from saisa_hf.cli import main

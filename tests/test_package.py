@@ -1,10 +1,19 @@
-"""What the package promises as a whole: its public names, its registration, and that importing it is light."""
+"""What the package promises as a whole: its public names, its registration, that importing it is light, and what is
+distributed."""
 
+import importlib.metadata
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import saisa_hf
@@ -12,25 +21,35 @@ from saisa_hf.checkpoint_saisa import AUTO_MAP, code_files
 from saisa_hf.demo.run import CHECKPOINT
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def modules_after(statement: str) -> set[str]:
     program = f"{statement}; import sys; print(*sys.modules)"
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
-def test_importing_the_package_imports_the_classes_it_builds_on_and_little_else():
+def third_party(modules: set[str]) -> set[str]:
+    return {name for name in modules if name.split(".")[0] not in {"saisa_hf", *sys.stdlib_module_names}}
+
+
+def test_importing_the_package_imports_no_other():
+    assert not third_party(modules_after("import saisa_hf") - modules_after("pass"))
+
+
+def test_the_model_imports_the_classes_it_builds_on_and_little_else():
     building_blocks = (
         "from transformers import AutoModel, AutoConfig, AutoProcessor, AutoModelForImageTextToText, BatchFeature; "
         "from transformers import GenerationMixin, activations; "
         "import transformers.processing_utils, transformers.masking_utils, "
         "transformers.modeling_layers, PIL.ImageOps, huggingface_hub.repocard_data, torch.nn.attention.bias"
     )
-    more = modules_after("import saisa_hf") - modules_after(building_blocks)
-    third_party = {name for name in more if name.split(".")[0] not in {"saisa_hf", *sys.stdlib_module_names}}
-    assert not third_party
+    model = "from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor"
+    assert not third_party(modules_after(model) - modules_after(building_blocks))
 
 
 def test_public_names_are_there_on_both_majors():
-    for name in saisa_hf.__all__:
+    for name in set(saisa_hf.__all__) - {"__version__"}:
         assert getattr(saisa_hf, name).__name__ == name
     if hasattr(transformers, "AutoModelForVision2Seq"):
         assert saisa_hf.AutoModelForVision2Seq is transformers.AutoModelForVision2Seq
@@ -50,3 +69,44 @@ def test_the_shipped_checkpoint_carries_the_code_of_this_package():
     assert {path.name for path in CHECKPOINT.glob("*.py")} == names
     for path in code_files():
         assert (CHECKPOINT / path.name).read_text() == path.read_text(), "run python -m saisa_hf.demo.refresh"
+
+
+def test_all_who_name_the_version_name_the_same():
+    version = saisa_hf.__version__
+    assert importlib.metadata.version("saisa-hf") == version
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == version
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_the_workflow_runs_what_has_to_pass_before_a_change_lands():
+    steps = re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["make"]["strategy"]["matrix"]["target"] == steps
+
+
+def test_the_navigation_of_the_site_names_every_page():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    named = set(re.findall(r"^ +- (?:\w+: )?([\w/]+\.md)", navigation, re.M))
+    in_docs = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert named == in_docs | {"index.md", "contributing.md", "changelog.md"}
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files there are")
+def test_the_distributions_hold_what_the_repository_does(tmp_path):
+    tracked = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    files = {name for name in tracked if (ROOT / name).is_file()}
+    copy, made = tmp_path / "repository", tmp_path / "dist"
+    for name in files:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    with tarfile.open(next(made.glob("*.tar.gz"))) as archive:
+        in_archive = {name.partition("/")[2] for name in archive.getnames()}
+    assert files <= in_archive
+    with zipfile.ZipFile(next(made.glob("*.whl"))) as wheel:
+        in_wheel = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert in_wheel == {name.removeprefix("src/") for name in files if name.startswith("src/")}

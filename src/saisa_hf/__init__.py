@@ -13,7 +13,7 @@ from ._version import __version__ as __version__
 
 
 if TYPE_CHECKING:
-    from .compat_saisa import AutoModelForVision2Seq
+    from .auto_classes import AutoModelForVision2Seq
     from .configuration_saisa import SaisaConfig
     from .inspection.attention_maps import attend
     from .inspection.naavit import apply_naavit
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "AutoModelForVision2Seq": "compat_saisa",
+    "AutoModelForVision2Seq": "auto_classes",
     "SaisaConfig": "configuration_saisa",
     "SaisaForConditionalGeneration": "modeling_saisa",
     "SaisaModel": "modeling_saisa",

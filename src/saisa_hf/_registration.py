@@ -15,7 +15,7 @@ def register() -> None:
     """Makes SAISA's classes known to the Auto classes, and logs a line if transformers is newer than what was tested."""
     from transformers import AutoConfig, AutoModel, AutoProcessor
 
-    from .compat_saisa import AUTO_CLASSES, warn_if_untested
+    from .auto_classes import AUTO_CLASSES
     from .configuration_saisa import SaisaConfig
     from .modeling_saisa import SaisaForConditionalGeneration, SaisaModel
     from .processing_saisa import SaisaProcessor
@@ -28,6 +28,17 @@ def register() -> None:
         auto_class.register(SaisaConfig, SaisaForConditionalGeneration)
 
 
+def warn_if_untested() -> None:
+    """Logs a line where the installed transformers is newer than all that were tested."""
+    from .compat_saisa import NEWEST_TESTED, VERSION, get_logger, tested_releases, transformers
+
+    if VERSION > NEWEST_TESTED:
+        get_logger(__name__).warning(
+            f"saisa_hf was tested with transformers {tested_releases()}; {transformers.__version__} is newer. If something "
+            "fails, take one of those or a newer saisa_hf."
+        )
+
+
 def install() -> None:
     """Registers now, or as soon as transformers is there."""
     if "transformers" in sys.modules:
@@ -37,15 +48,15 @@ def install() -> None:
 
 
 class _UntilTransformers(importlib.abc.MetaPathFinder):
-    """Follows imports of transformers and of this package's model files, and registers when the outermost ends: one of
-    our files that brings transformers in is not complete before."""
+    """Follows imports of transformers and of what `register` imports, and registers when the outermost ends: one of our
+    files that brings transformers in is not complete before."""
 
     def __init__(self):
         self.depth = 0
         self.asking = None  # the module that the other finders are asked for
 
     def find_spec(self, fullname, path=None, target=None):
-        ours = fullname.startswith(f"{__package__}.") and fullname.endswith("_saisa")
+        ours = fullname.startswith(f"{__package__}.") and fullname.endswith(("_saisa", ".auto_classes"))
         if fullname == self.asking or not (ours or fullname == "transformers"):
             return None
         self.asking = fullname

@@ -315,17 +315,15 @@ def slots_of(cache, length: int, device) -> torch.Tensor:
     return torch.arange(length, device=device) + past
 
 
-def packed_documents(position_ids: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:
-    """(B, S) which packed sample a position belongs to: one begins wherever `position_ids` do not go up by one."""
+def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids) -> dict:
+    """What the layers' attention implementations take as masks, by kind of layer. Without a mask and a cache, a packed sample
+    begins wherever `position_ids` do not go up by one."""
+    masks, documents = {}, None
     if position_ids is None:
-        return None
-    starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
-    return starts.cumsum(-1).expand(batch_size, -1)
-
-
-def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids, documents) -> dict:
-    """What the layers' attention implementations take as masks, by kind of layer."""
-    masks = {}
+        position_ids = slots[None]
+    elif attention_mask is None and cache is None:
+        starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
+        documents = starts.cumsum(-1).expand(len(text_BTD), -1)
     for index, layer in enumerate(decoder.layers):
         if layer.mask_kind not in masks:
             given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask

@@ -295,7 +295,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
         "--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, flash_attention_2 ..."
     )
     command.add_argument(
-        "--max-new-tokens", metavar="N", type=positive, default=512, help="longest answer (default: %(default)s)"
+        "--max-new-tokens", metavar="N", type=_positive, default=512, help="longest answer (default: %(default)s)"
     )
     command.add_argument("--system", metavar="TEXT", help="system message, where the model's chat template has one")
     command.add_argument(
@@ -332,7 +332,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if "bench" in asked_for:
-        from .bench.run import add_arguments
+        from .bench.options import add_arguments
 
         add_arguments(command)
     command.set_defaults(run=_bench, parser=command)
@@ -347,9 +347,9 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     )
     action.add_argument("config", metavar="CONFIG", help="YAML file of options, as for saisa train")
     action.add_argument(
-        "--samples", metavar="N", type=positive, default=2, help="samples to print (default: %(default)s)"
+        "--samples", metavar="N", type=_positive, default=2, help="samples to print (default: %(default)s)"
     )
-    action.add_argument("--limit", metavar="N", type=positive, help="samples to check (default: all)")
+    action.add_argument("--limit", metavar="N", type=_positive, help="samples to check (default: all)")
     action.set_defaults(run=_data_check, parser=action)
     action = actions.add_parser(
         "digits",
@@ -359,7 +359,7 @@ def _parser(asked_for: list[str] | tuple = ()) -> argparse.ArgumentParser:
     )
     action.add_argument("folder", metavar="FOLDER", help="folder to make")
     action.add_argument(
-        "--pictures", metavar="N", type=positive, default=4000, help="training pictures (default: %(default)s)"
+        "--pictures", metavar="N", type=_positive, default=4000, help="training pictures (default: %(default)s)"
     )
     action.add_argument("--seed", metavar="N", type=int, default=0, help="of all that is drawn (default: %(default)s)")
     action.set_defaults(run=_data_digits, parser=action)
@@ -389,7 +389,7 @@ def _add_build(commands) -> None:
         help="of the weights (default: the language model's, or the LLaVA's)",
     )
     width = "inner width of the projectors (default: the language model's hidden size, or that of the LLaVA's)"
-    add("--projector-hidden-size", metavar="N", type=positive, help=width)
+    add("--projector-hidden-size", metavar="N", type=_positive, help=width)
     add("--seed", metavar="N", type=_count, default=0, help="of what is drawn (default: %(default)s)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
     add("--push-to-hub", metavar="REPO", help="upload the result to this repository, user/name, as well")
@@ -418,9 +418,9 @@ def _add_build(commands) -> None:
     add = group.add_argument
     add("--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
     add("--images", metavar="FOLDER", help="pictures to fit the projectors on; nothing else is needed")
-    add("--pictures", metavar="N", type=positive, default=2000, help="use N of them at most (default: %(default)s)")
+    add("--pictures", metavar="N", type=_positive, default=2000, help="use N of them at most (default: %(default)s)")
     held_out = "keep N of these to measure on (default: %(default)s)"
-    add("--held-out", metavar="N", type=positive, default=64, help=held_out)
+    add("--held-out", metavar="N", type=_positive, default=64, help=held_out)
     steps = "steps of descent for each layer (default: %(default)s)"
     add("--steps", metavar="N", type=_count, default=500, help=steps)
     distill = "then train the projectors, STEPS steps, on MODEL's own answers to the prompts (default: %(default)s)"
@@ -460,7 +460,7 @@ def _add_upgrade(commands) -> None:
 
 def _add_reduction(add, meaning: str) -> None:
     add("--visual-token-reduction", choices=REDUCTIONS, help=meaning)
-    add("--reduced-visual-tokens", metavar="N", type=positive, help="how many, for resampler and class_attention")
+    add("--reduced-visual-tokens", metavar="N", type=_positive, help="how many, for resampler and class_attention")
 
 
 def _add_attend(commands) -> None:
@@ -486,7 +486,7 @@ def _add_attend(commands) -> None:
     add("--device", default="auto", help=device)
     add("--system", metavar="TEXT", help="system message, where the model's chat template has one")
     longest = "longest answer (default: %(default)s)"
-    add("--max-new-tokens", metavar="N", type=positive, default=64, help=longest)
+    add("--max-new-tokens", metavar="N", type=_positive, default=64, help=longest)
     command.set_defaults(run=_attend, parser=command)
 
 
@@ -499,16 +499,16 @@ def _add_flops(commands) -> None:
     )
     add = command.add_argument
     add("model", metavar="MODEL", help="preset, folder, or hub id")
-    add("--text", metavar="N", type=positive, default=64, help="text tokens (default: %(default)s)")
+    add("--text", metavar="N", type=_positive, default=64, help="text tokens (default: %(default)s)")
     visual = command.add_mutually_exclusive_group()
     visual.add_argument("--visual", metavar="N", type=_count, help="visual tokens (default: those of one picture)")
     visual.add_argument("--images", metavar="N", type=_count, help="pictures, of as many tokens as the encoder yields")
-    add("--batch", metavar="N", type=positive, default=1, help="samples (default: %(default)s)")
+    add("--batch", metavar="N", type=_positive, default=1, help="samples (default: %(default)s)")
     add("--generate", metavar="N", type=_count, default=0, help="tokens to generate (default: %(default)s)")
     bytes_of = "that the bytes are of (default: %(default)s)"
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16", help=bytes_of)
     every = "the Flamingo's cross-attention stands in front of each Nth layer (default: %(default)s)"
-    add("--cross-every", metavar="N", type=positive, default=4, help=every)
+    add("--cross-every", metavar="N", type=_positive, default=4, help=every)
     trained = (
         "what a training step trains: all but the encoder, the projectors alone, or adapters (default: %(default)s)"
     )
@@ -529,10 +529,10 @@ def _add_fit(commands) -> None:
     add("model", metavar="MODEL", help="preset, folder, or hub id")
     add("--gpu-memory", metavar="SIZE", required=True, help="8GiB, 24GB ...")
     add("--reserve", metavar="SIZE", default="512MiB", help="what CUDA and others take of it (default: %(default)s)")
-    add("--text", metavar="N", type=positive, default=512, help="text tokens of a prompt (default: %(default)s)")
+    add("--text", metavar="N", type=_positive, default=512, help="text tokens of a prompt (default: %(default)s)")
     add("--images", metavar="N", type=_count, default=1, help="its pictures (default: %(default)s)")
     add("--generate", metavar="N", type=_count, default=256, help="tokens to generate (default: %(default)s)")
-    add("--batch", metavar="N", type=positive, default=1, help="samples (default: %(default)s)")
+    add("--batch", metavar="N", type=_positive, default=1, help="samples (default: %(default)s)")
     add("--json", action="store_true", help="print all numbers, in bytes, as JSON")
     command.set_defaults(run=_fit, parser=command)
 
@@ -547,7 +547,7 @@ def _add_redundancy(commands) -> None:
     add = command.add_argument
     add("model", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
     add("--images", metavar="FOLDER", required=True, help="pictures to measure on")
-    add("--pictures", metavar="N", type=positive, default=32, help="use the first N at most (default: %(default)s)")
+    add("--pictures", metavar="N", type=_positive, default=32, help="use the first N at most (default: %(default)s)")
     add("--prompt", metavar="TEXT", help="what is asked about each (default: a description)")
     stored = "compute in this (default: auto, what the checkpoint is stored in)"
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=stored)
@@ -558,7 +558,7 @@ def _add_redundancy(commands) -> None:
     command.set_defaults(run=_redundancy, parser=command)
 
 
-def positive(text: str) -> int:
+def _positive(text: str) -> int:
     """An argument of the command line that has to be 1 or more."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
@@ -703,7 +703,8 @@ def _flops(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from .bench.run import bench
 
-    bench(arguments)
+    given = {name: value for name, value in vars(arguments).items() if name not in ("run", "parser")}
+    bench(argparse.Namespace(**given))
     return 0
 
 

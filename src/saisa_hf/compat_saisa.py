@@ -17,7 +17,7 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, DynamicCache, ProcessorMixin
+from transformers import AutoConfig, AutoModel, DynamicCache, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -69,15 +69,6 @@ def get_logger(name: str):
     logger = logging.getLogger(name)
     logger.warning_once = functools.lru_cache(None)(logger.warning)
     return logger
-
-
-def warn_if_untested() -> None:
-    """Logs a line where the installed transformers is newer than all that were tested."""
-    if VERSION > NEWEST_TESTED:
-        get_logger(__name__).warning(
-            f"saisa_hf was tested with transformers {tested_releases()}; {transformers.__version__} is newer. If something "
-            "fails, take one of those or a newer saisa_hf."
-        )
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -564,55 +555,12 @@ def _encoder_conversions(model) -> list:
     return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
 
 
-def as_saved(model) -> dict[str, torch.Tensor]:
-    """The tensors of `model` under the names that they are saved under."""
-    with encoder_names_of_all_releases(model) as options:
-        if not options.get("save_original_format"):
-            return model.state_dict()
-        feature = f"The names in checkpoints of an encoder of type {model.config.vision_config.model_type}"
-        revert_weight_conversion = needed(feature, "transformers.core_model_loading", "revert_weight_conversion")
-        return revert_weight_conversion(model, model.state_dict())
-
-
-AutoModelForVision2Seq = optional("transformers", "AutoModelForVision2Seq")
-if AutoModelForVision2Seq is None:
-
-    class AutoModelForVision2Seq(AutoModelForImageTextToText):
-        """transformers 4's auto class, which 5.x no longer has. It finds what `AutoModelForImageTextToText` finds."""
-
-
-# the auto classes of models that answer about pictures with text
-AUTO_CLASSES = {AutoModelForImageTextToText, AutoModelForVision2Seq}
-AUTO_CLASSES |= {optional("transformers", "AutoModelForMultimodalLM", AutoModelForImageTextToText)}
-
-
 def name_for_serving(model_type: str, class_name: str) -> None:
     """Puts a model into the table of names by which `transformers serve` (5.6 and later) finds out how to load it and that it
     takes pictures. `AutoModelForMultimodalLM.register` and a checkpoint's `auto_map` do not reach that table."""
     names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
     if names is not None:
         names[model_type] = class_name
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-def training_arguments(warmup_ratio: float, checkpointing: dict | None, **arguments):
-    """`TrainingArguments` whose warm-up is a share of the steps, which compute hidden states again in backward where
-    `checkpointing` has arguments for that, and which leave the model's config as it is: 5.x has one name for shares and
-    numbers of steps, a new one for checkpointing, and turns the cache off in the config that checkpoints are saved with."""
-    TrainingArguments = needed("Training", "transformers", "TrainingArguments")
-    fields = TrainingArguments.__dataclass_fields__
-    if checkpointing is not None:
-        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-        arguments |= {name: True, f"{name}_kwargs": checkpointing}
-    if fields["warmup_steps"].type in (float, "float"):
-        arguments["warmup_steps"] = warmup_ratio
-    else:
-        arguments["warmup_ratio"] = warmup_ratio
-    if "use_cache" in fields:
-        arguments["use_cache"] = True
-    return TrainingArguments(**arguments)
 
 
 # --- processors -------------------------------------------------------------------------------------------------------

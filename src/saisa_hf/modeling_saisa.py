@@ -31,7 +31,6 @@ from .attention_saisa import (
     hide_marked_keys,
     implementation_of,
     mark_hidden,
-    packed_documents,
     slots_of,
     warn_of_no_probabilities,
 )
@@ -398,10 +397,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         text_BTX = layout.text(inputs)
         text_BTD = self.family.scaled_input(self.embed_tokens(text_BTX) if inputs_embeds is None else text_BTX)
         slots = slots_of(cache, inputs.shape[1], text_BTD.device) if cache_position is None else cache_position
-        documents = packed_documents(position_ids, len(inputs)) if attention_mask is None and cache is None else None
-        position_ids = slots[None] if position_ids is None else position_ids
-        masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids, documents)
-        rotations = rotations_of(self, layout, text_BTD, position_ids)
+        masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids)
+        rotations = rotations_of(self, layout, text_BTD, slots[None] if position_ids is None else position_ids)
         if output_attentions:
             warn_of_no_probabilities(self.config)
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}

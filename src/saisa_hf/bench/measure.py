@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: the machine, times that can be compared, FLOPs, peak memory, and tables."""
+"""What the benchmarks share: the machine, times that can be compared, FLOPs, and peak memory."""
 
 import ctypes
 import gc
@@ -8,10 +8,10 @@ import os
 import platform
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 import transformers
@@ -19,11 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saisa_hf
 
-from ..common.tables import table  # noqa: F401
+from .names import CLOCKS
+
+
+T = TypeVar("T")
 
 
 def machine(device: str) -> dict:
-    """What a number depends on: processors, threads, other load, versions."""
+    """What the numbers depend on: processors, threads, other load, versions."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
@@ -52,11 +55,11 @@ MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def keep_memory() -> None:
-    """Has the C library keep freed memory for the rest of this process. By default it hands large pieces back to the system,
-    and a call waits until the system has cleared them anew, page by page: the longer, the more a model holds.
+    """Makes the C library keep freed memory for the rest of this process. By default it returns large pieces to the system,
+    and a call waits until the system has cleared them again, page by page: the longer, the more a model holds.
 
     Raises:
-        OSError: it is not glibc, which alone is known to do so.
+        OSError: the C library is not glibc, the only one that can be told so.
     """
     if not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
         raise OSError("--keep-memory: expected glibc as the C library. Leave the option out.")
@@ -64,18 +67,15 @@ def keep_memory() -> None:
     ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, 2**30)
 
 
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
-
-
 def interleaved_by_clock(calls: dict[str, Callable], repeats: int, device: str) -> dict[str, dict[str, list[float]]]:
-    """For each of `CLOCKS` the seconds of each call, `repeats` times all of them in turn, so that what else the machine does
-    meets all alike. What a call returns is freed outside of its time. The first round warms up and is not counted.
+    """For each of `CLOCKS` the seconds of each call. All calls take turns, `repeats` times, so that other load on the machine
+    affects them alike. What a call returns is freed outside its time. The first round is a warm-up and is not counted.
 
-    `"processor"` is the time of all threads of this process; on a GPU it says nothing about the GPU.
+    `"processor"` is the time of all threads of this process; it says nothing about a GPU.
     """
     seconds = {clock: {name: [] for name in calls} for clock in CLOCKS}
     for _ in progress(range(repeats + 1), "timing"):
-        gc.collect()  # rather than within some call
+        gc.collect()  # rather than during a call
         for name, call in calls.items():
             _wait(device)
             start = {clock: now() for clock, now in CLOCKS.items()}
@@ -114,14 +114,14 @@ PEAK_MEMORY = {
 
 
 def peak_memory(call: Callable, device: str) -> int:
-    """The most bytes that `call` holds at once, above what is there before (see `PEAK_MEMORY`)."""
+    """The most bytes that `call` holds at once, beyond what was there before (see `PEAK_MEMORY`)."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would tell of its own start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its own start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def peak_memory(call: Callable, device: str) -> int:
     return peak
 
 
-def progress(items, what: str):
+def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """`items`, counted on the last line of a terminal."""
     items = list(items)
     for number, item in enumerate(items, start=1):
@@ -146,12 +146,12 @@ def progress(items, what: str):
 
 
 def write_json(path: str | Path, result: dict) -> None:
-    """`result` with the version of saisa_hf, as a file, which is there as a whole or not at all."""
+    """Writes `result`, with the version of saisa_hf, to a file that is complete or does not exist."""
     part = Path(f"{path}.part")
     part.write_text(json.dumps({"saisa_hf": saisa_hf.__version__, **result}, indent=1) + "\n")
     part.replace(path)
 
 
-def _wait(device: str):
+def _wait(device: str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,10 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Random models of a given size, and random prompts and pictures for them: SAISA, its bare language model, a LLaVA, and a
+"""Random models of a given size, and random prompts and images for them: SAISA, its bare language model, a LLaVA, and a
 Flamingo (transformers' Idefics)."""
 
 import argparse
 import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -22,80 +23,35 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .. import SaisaConfig, SaisaForConditionalGeneration
-from ..cli import positive
-from ..costs.presets import CLIP_336, LANGUAGE_MODELS
-
-
-def _sizes(name: str) -> dict:
-    text = LANGUAGE_MODELS[name]
-    kv_heads = text["num_key_value_heads"]
-    return {
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["hidden_size"],
-        "intermediate_size": text["intermediate_size"],
-        "layers": text["num_hidden_layers"],
-        "heads": text["num_attention_heads"],
-        "kv_heads": kv_heads,
-        "text_tokens": 64,
-        "vision_width": CLIP_336["hidden_size"],
-        "vision_layers": CLIP_336["num_hidden_layers"],
-        "image_size": CLIP_336["image_size"],
-    }
-
-
-PRESETS = {name: _sizes(name) for name in ("vicuna-7b", "vicuna-13b", "llama3-8b")}
-SMALL = {"hidden_size": 1024, "intermediate_size": 2752, "layers": 8, "heads": 16, "kv_heads": 16}
-PRESETS = {"small": PRESETS["vicuna-7b"] | SMALL, **PRESETS}
-PATCH_SIZE = CLIP_336["patch_size"]
-
-
-def add_size_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="sizes; the next options change single ones")
-    for name in PRESETS["small"]:
-        values = ", ".join(f"{preset}: {sizes[name]}" for preset, sizes in PRESETS.items())
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=positive, metavar="N", default=argparse.SUPPRESS, help=values)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all weights")
-    parser.add_argument("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, ...")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
-
-
-def with_sizes(args: argparse.Namespace) -> argparse.Namespace:
-    """`args` with what the preset says where no option did. As many key/value heads as heads, where `--heads` alone was
-    given."""
-    if not hasattr(args, "kv_heads") and hasattr(args, "heads"):
-        args.kv_heads = args.heads
-    for name, value in PRESETS[args.preset].items():
-        setattr(args, name, getattr(args, name, value))
-    return args
+from .names import PATCH_SIZE
 
 
 @dataclass
 class Models:
-    """Random models of the same language model and encoder: a SAISA, its language model by itself, a LLaVA, and, where it was
-    asked for, a Flamingo, which has as many key heads as heads."""
+    """Random models with the same language model and encoder: a SAISA, its language model alone, a LLaVA, and, if asked
+    for, a Flamingo, which has as many key heads as heads."""
 
     saisa: SaisaForConditionalGeneration
     bare: LlamaForCausalLM
     llava: LlavaForConditionalGeneration
     flamingo: IdeficsForVisionText2Text | None = None
 
-    def set_attention(self, implementation: str):
-        for model in (self.saisa, self.bare, self.flamingo):  # LLaVA consists of the parts of the first two
+    def set_attention(self, implementation: str) -> None:
+        """Lets all models attend by `implementation`."""
+        for model in (self.saisa, self.bare, self.flamingo):  # LLaVA is made of parts of the first two
             if model is not None:
                 model.set_attn_implementation(implementation)
 
     @contextmanager
-    def countable(self, implementation: str):
-        """Within, attention consists of matrix products, which the FLOP counter knows on every device."""
+    def countable(self, implementation: str) -> Iterator[None]:
+        """Inside, attention is made of matrix products, which the FLOP counter knows on every device."""
         self.set_attention("eager")
         yield
         self.set_attention(implementation)
 
     @contextmanager
-    def encoded_by(self, encoder: nn.Module):
-        """Within, SAISA and LLaVA have `encoder` in place of their own."""
+    def encoded_by(self, encoder: nn.Module) -> Iterator[None]:
+        """Inside, SAISA and LLaVA use `encoder` instead of their own."""
         models = (self.saisa.model, self.llava.model)
         towers = [model.vision_tower for model in models]
         for model in models:
@@ -108,10 +64,10 @@ class Models:
 
 
 class GivenFeatures(nn.Module):
-    """Looks like an encoder and hands out states that are there already, whatever the picture.
+    """An encoder that returns given states, whatever the image.
 
     Args:
-        states: (pictures, 1 + visual tokens, C), the class token in front.
+        states: (images, 1 + visual tokens, C), the class token first.
     """
 
     def __init__(self, states: torch.Tensor):
@@ -123,17 +79,17 @@ class GivenFeatures(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=self.states, hidden_states=(self.states, self.states))
 
 
-def build(args, flamingo_every: int | None = None) -> Models:
-    """Random models that share their weights, but for the projectors, and ask for no gradients. Weights are as large as keeps
-    activations from vanishing, so that answers depend on the picture.
+def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models:
+    """Random models that share all weights but the projectors, and need no gradients. Weights are large enough to keep
+    activations from vanishing, so that answers depend on the image.
 
     Args:
-        args: what `add_size_options` and `with_sizes` make; `projector_sharing` may be there as well.
-        flamingo_every: put gated cross-attention in front of each so many layers of a Flamingo; None: make none. Where keys
-            are shared by several heads, its decoder layers, which know nothing of that, have weights of their own.
+        args: of `add_size_options` and `with_sizes`; may have `projector_sharing` as well.
+        flamingo_every: a Flamingo with gated cross-attention before every so many layers; None: no Flamingo. Where several
+            heads share keys, which Idefics does not support, its decoder layers have weights of their own.
 
     Raises:
-        ValueError: `flamingo_every` does not divide the layers, as Idefics wants.
+        ValueError: the number of layers is not a multiple of `flamingo_every`, as Idefics requires.
     """
     if flamingo_every is not None and args.layers % flamingo_every:
         raise ValueError(f"cross_every={flamingo_every}: expected a divisor of the {args.layers} layers.")
@@ -159,7 +115,7 @@ def build(args, flamingo_every: int | None = None) -> Models:
     )
     parts = {"vision_config": vision, "text_config": text, "image_seq_length": visual_tokens(args)}
     torch.manual_seed(args.seed)
-    # rather than a cast, which would round the rotary frequencies too
+    # a cast would also round the rotary frequencies
     torch.set_default_dtype(getattr(torch, args.dtype))
     try:
         with torch.device(args.device):
@@ -200,7 +156,7 @@ def _flamingo(text: LlamaConfig, vision: CLIPVisionConfig, every: int) -> Idefic
         **{name: getattr(text, name) for name in text_names},
         vision_config={name: getattr(vision, name) for name in vision_names} | {"embed_dim": vision.hidden_size},
         cross_layer_interval=every,
-        # gates that are shut would leave the picture out
+        # closed gates would leave the image out
         alpha_initializer="ones",
         freeze_text_layers=False,
         freeze_vision_layers=False,
@@ -209,21 +165,23 @@ def _flamingo(text: LlamaConfig, vision: CLIPVisionConfig, every: int) -> Idefic
     return IdeficsForVisionText2Text(config).eval()
 
 
-def visual_tokens(args) -> int:
-    """Visual tokens of a picture."""
+def visual_tokens(args: argparse.Namespace) -> int:
+    """Visual tokens of an image."""
     return (args.image_size // PATCH_SIZE) ** 2
 
 
-def prompt(text: list[int], place: int, args) -> torch.Tensor:
-    """(1, S) token ids: `text` with the picture in front of its token number `place`."""
+def prompt(text: list[int], place: int, args: argparse.Namespace) -> torch.Tensor:
+    """(1, S) token ids: `text` with the image before its token number `place`."""
     ids = [*text[:place], *[args.vocab_size - 1] * visual_tokens(args), *text[place:]]
     return torch.tensor([ids], device=args.device)
 
 
-def draw_text(length: int, args) -> list[int]:
+def draw_text(length: int, args: argparse.Namespace) -> list[int]:
+    """Random token ids, without special tokens and image tokens."""
     return torch.randint(3, args.vocab_size - 1, (length,)).tolist()
 
 
-def draw_picture(args) -> torch.Tensor:
+def draw_image(args: argparse.Namespace) -> torch.Tensor:
+    """(1, 3, H, W) random pixel values."""
     size = args.image_size
     return torch.randn(1, 3, size, size, device=args.device, dtype=getattr(torch, args.dtype))

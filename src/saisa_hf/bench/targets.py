@@ -1,6 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""`saisa bench --targets`: what SAISA is held to, beside what is measured. One set of rows is for two CPU cores, one for an
-H200; each comes from one run."""
+"""`saisa bench --targets`: SAISA's targets beside the measurements. One set of rows is for two CPU cores, one for an H200;
+each comes from one run."""
 
 import argparse
 import copy
@@ -8,9 +8,11 @@ from collections.abc import Iterator
 
 import torch
 
-from . import measure
-from .models import PRESETS, Models, build, with_sizes
-from .run import CURVE, measure_case, median, slopes
+from ..common.tables import table
+from .models import Models, build
+from .names import CURVE, PRESETS
+from .options import with_sizes
+from .results import measure_case, median, slopes
 from .work import Case
 
 
@@ -23,9 +25,9 @@ def run_targets(args: argparse.Namespace, which: str) -> dict:
     """Measures the rows of `which`, `"cpu"` or `"h200"`.
 
     Returns:
-        `results` (of `measure_case`), `slopes`, and `targets`, one dict per row: `work`, `machine`, `target` (the most that
-        it may be, or the least where `at_least`), `measured`, `spread` (quartiles of ratios of times), `limit` (the ratio of
-        FLOPs, where there is one), `over` (how many times it the target is, where that is how it is set), and `met` (None: no
+        `results` (of `measure_case`), `slopes`, and `targets`, one dict per row: `work`, `machine`, `target` (the largest
+        value that meets it, or the smallest where `at_least`), `measured`, `spread` (quartiles of ratios of times), `limit`
+        (the ratio of FLOPs, if there is one), `over` (target / limit, if the target is set like that), and `met` (None: no
         target, for information).
     """
     results, targets = [], []
@@ -43,6 +45,7 @@ def run_targets(args: argparse.Namespace, which: str) -> dict:
 
 
 def show_targets(targets: list[dict]) -> str:
+    """The rows of `run_targets` as a table."""
     rows = []
     for row in targets:
         sign = "at least" if row["at_least"] else "at most"
@@ -53,7 +56,7 @@ def show_targets(targets: list[dict]) -> str:
         verdict = {None: "", True: "met", False: "missed"}[row["met"]]
         limit = "" if row["limit"] is None else f"{row['limit']:.3f}"
         rows.append([row["work"], row["machine"], limit, target, f"{row['measured']:.3f}", spread, verdict])
-    return measure.table(["work", "machine", "FLOPs", "target", "measured", "quartiles", ""], rows)
+    return table(["work", "machine", "FLOPs", "target", "measured", "quartiles", ""], rows)
 
 
 def _row(work, machine, measured, target=None, spread=None, limit=None, over=None, at_least=False) -> dict:
@@ -64,7 +67,7 @@ def _row(work, machine, measured, target=None, spread=None, limit=None, over=Non
 
 
 def _ratio(result: dict, other: str, machine: str, most: float | None = None, over: float | None = None) -> dict:
-    """The row of SAISA's time over `other`'s, which may be `most`, or `over` times the ratio of FLOPs."""
+    """The row of SAISA's time over `other`'s, which may be at most `most`, or `over` times the ratio of FLOPs."""
     low, mid, high = result["ratios"][other]["time"]
     limit = result["ratios"][other]["flops"]
     name = {"llava": "LLaVA", "language_model": "language model on the text"}[other]
@@ -87,8 +90,8 @@ def _training(result: dict, machine: str) -> list[dict]:
     return rows
 
 
-def _sized(args, preset: str, dtype: str) -> argparse.Namespace:
-    """The options with the sizes of `preset`, but for those that were given one by one."""
+def _sized(args: argparse.Namespace, preset: str, dtype: str) -> argparse.Namespace:
+    """The options with the sizes of `preset`, except those that were given one by one."""
     sized = copy.copy(args)
     for name in PRESETS[preset].keys() - args.given_sizes:
         delattr(sized, name)
@@ -96,7 +99,7 @@ def _sized(args, preset: str, dtype: str) -> argparse.Namespace:
     return with_sizes(sized)
 
 
-def _cpu_rows(args) -> Iterator[tuple[dict, list[dict]]]:
+def _cpu_rows(args: argparse.Namespace) -> Iterator[tuple[dict, list[dict]]]:
     args = _sized(args, "small", "float32")
     models = build(args)
 
@@ -114,12 +117,12 @@ def _cpu_rows(args) -> Iterator[tuple[dict, list[dict]]]:
     for visual in CURVE:
         names = pair if visual <= (args.llava_up_to or 8192) else ["saisa"]
         yield measured(names, Case("prefill", 1, visual=visual), 5), []
-    # last, since memory that was in use once costs less the next time
+    # last, since memory that was in use before costs less the next time
     result = measured(pair, Case("train", 8, trained="full"), 5)
     yield result, _training(result, CPU)
 
 
-def _h200_rows(args) -> Iterator[tuple[dict, list[dict]]]:
+def _h200_rows(args: argparse.Namespace) -> Iterator[tuple[dict, list[dict]]]:
     pair = ["saisa", "llava"]
     for preset in ("vicuna-7b", "llama3-8b"):
         sized = _sized(args, preset, "bfloat16")
@@ -149,8 +152,8 @@ def _h200_rows(args) -> Iterator[tuple[dict, list[dict]]]:
             torch.cuda.empty_cache()
 
 
-def _stage_one(args) -> Models:
-    """The models of the paper's first stage, where all layers share a projector."""
+def _stage_one(args: argparse.Namespace) -> Models:
+    """The models of the paper's first stage, in which all layers share one projector."""
     args = copy.copy(args)
     args.projector_sharing = "shared"
     return build(args)
@@ -160,8 +163,8 @@ def _named(result: dict, preset: str) -> dict:
     return result | {"name": f"{preset}, {result['name']}", "preset": preset}
 
 
-def _repeating(args, most: int) -> argparse.Namespace:
-    """The options with `most` rounds at most, for what takes long."""
+def _repeating(args: argparse.Namespace, most: int) -> argparse.Namespace:
+    """The options with at most `most` rounds, for what takes long."""
     args = copy.copy(args)
     args.repeats = min(args.repeats, most)
     return args

@@ -1,11 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is measured: for each kind of work a call per model, its FLOPs, its times and its memory.
+"""What is measured: for each kind of work a call per model, and its FLOPs.
 
-All models get the same text and features. Where the encoder is no part of the work, SAISA and LLaVA get its states from a
-stand-in, so that what runs is each model's own forward pass from pixels but for the encoder; the Flamingo takes features.
-Every prefill computes the logits of the last position alone, as `generate` has it do.
+All models get the same text and features. Where the encoder is not part of the work, a stand-in returns its states for
+SAISA and LLaVA, which otherwise run their own forward pass from pixels; the Flamingo takes features. A prefill computes the
+logits of the last position only, as `generate` does.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,20 +20,11 @@ from ..compat_saisa import CACHE
 from ..costs.flops import Step, encoder_flops, step_flops, training_flops
 from ..training.stages import LORA_TARGETS
 from .models import GivenFeatures, Models, draw_text, visual_tokens
+from .names import WITHOUT_IMAGE
 
 
-WORKS = {
-    "prefill": "language model and projectors read a prompt whose pictures are encoded already",
-    "first-token": "from pixels to the first token, the encoder included",
-    "second-question": "a prompt about a picture whose keys and values are kept",
-    "decode": "one token more, behind a prompt in the cache",
-    "train": "forward, backward and AdamW step, on encoded pictures",
-}
-TRAINED = ("full", "projectors", "lora")  # all but the encoder, the projectors alone, adapters
 RANK = 64  # of the adapters
-MODELS = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": "Flamingo", "language_model": "language model, text alone"}
-WITHOUT_PICTURE = "language_model"
-# where it has no such argument, it makes the logits of all positions
+# without this argument, it computes the logits of all positions
 IDEFICS_KEEPS_LOGITS = "logits_to_keep" in signature(IdeficsForVisionText2Text.forward).parameters
 
 
@@ -41,11 +33,11 @@ class Case:
     """One point of a measurement.
 
     Attributes:
-        work: one of `WORKS`.
+        work: one of `WORKS` (see `names.py`).
         batch: samples.
         text, visual: tokens of each sample.
         trained: with `"train"`, one of `TRAINED`.
-        tokens: with `"decode"`, how many a call decodes.
+        tokens: with `"decode"`, how many each call decodes.
     """
 
     work: str
@@ -57,7 +49,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """What it is, in a few words."""
+        """Its description in a few words."""
         what = self.work if self.trained is None else f"{self.work} {self.trained}"
         return f"{what}, batch {self.batch}, {self.text} + {self.visual} tokens"
 
@@ -68,9 +60,9 @@ class Task:
 
     Attributes:
         call: does it once.
-        uncached: the same without keeping keys and values, where it makes some: what it holds then are activations.
-        flops: of a call, by `saisa_hf.flops`.
-        held: tensors besides the model that it needs between calls, as bytes.
+        uncached: the same without keeping keys and values, if it makes any: all that it holds are activations.
+        flops: of a call, by `saisa_hf.costs.flops`.
+        held: bytes of the tensors besides the model that it needs between calls.
     """
 
     call: Callable
@@ -80,14 +72,14 @@ class Task:
 
 
 class Inputs:
-    """Random text, features and pictures for a case. A prompt is one text token, the picture, and the rest of the text."""
+    """Random text, features and images for a case. A prompt is one text token, the image, and the rest of the text."""
 
-    def __init__(self, case: Case, args):
+    def __init__(self, case: Case, args: argparse.Namespace):
         place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-        image = torch.full((case.batch, case.visual), args.vocab_size - 1)
+        placeholders = torch.full((case.batch, case.visual), args.vocab_size - 1)
         text_ids = torch.tensor([draw_text(case.text, args) for _ in range(case.batch)])
         self.text_ids = text_ids.to(args.device)
-        self.ids = torch.cat([text_ids[:, :1], image, text_ids[:, 1:]], dim=1).to(args.device)
+        self.ids = torch.cat([text_ids[:, :1], placeholders, text_ids[:, 1:]], dim=1).to(args.device)
         self.encoder = GivenFeatures(torch.randn(case.batch, 1 + case.visual, args.vision_width, **place))
         self.nothing = torch.zeros(case.batch, 3, 1, 1, **place)
         self.image_mask = torch.ones(case.batch, case.text, 1, dtype=torch.long, device=args.device)
@@ -95,25 +87,25 @@ class Inputs:
         if case.work == "first-token":
             if case.visual % visual_tokens(args):
                 raise ValueError(
-                    f"visual={case.visual}: from pixels, expected a multiple of the {visual_tokens(args)} visual tokens of a "
-                    "picture. Change the number, or --image-size."
+                    f"visual={case.visual}: from pixels, expected a multiple of the {visual_tokens(args)} visual tokens of "
+                    "an image. Change the number, or --image-size."
                 )
-            pictures = case.batch * (case.visual // visual_tokens(args))
-            self.pixels = torch.randn(pictures, 3, args.image_size, args.image_size, **place)
+            images = case.batch * (case.visual // visual_tokens(args))
+            self.pixels = torch.randn(images, 3, args.image_size, args.image_size, **place)
 
     def tokens(self, name: str) -> torch.Tensor:
-        """Token ids, with placeholders for the models whose pictures stand among the text."""
+        """Token ids, with placeholders for the models that have images in the text."""
         return self.ids if name in ("saisa", "llava") else self.text_ids
 
     def labels(self, name: str) -> torch.Tensor:
-        """The same with -100 up to the picture's end."""
+        """The same with -100 up to the end of the image."""
         labels = self.tokens(name).clone()
         labels[:, : self.ids.shape[1] - self.text_ids.shape[1] + 1 if name in ("saisa", "llava") else 1] = -100
         return labels
 
     def features(self, name: str) -> dict:
-        """The arguments by which a model's forward pass gets the pictures, encoded by `encoder`."""
-        if name == WITHOUT_PICTURE:
+        """The arguments of a model's forward pass for the images, encoded by `encoder`."""
+        if name == WITHOUT_IMAGE:
             return {}
         if name == "flamingo":
             return {
@@ -122,9 +114,9 @@ class Inputs:
             }
         return {"pixel_values": self.nothing}
 
-    def pictures(self, name: str) -> dict:
-        """The arguments by which it gets them as pixels."""
-        if name == WITHOUT_PICTURE:
+    def images(self, name: str) -> dict:
+        """The same for the images as pixels."""
+        if name == WITHOUT_IMAGE:
             return {}
         if name == "flamingo":
             pixels = self.pixels.unflatten(0, (len(self.ids), -1))
@@ -134,13 +126,15 @@ class Inputs:
 
 def model_of(models: Models, name: str) -> torch.nn.Module:
     """The model called `name` in `MODELS`."""
-    return models.bare if name == WITHOUT_PICTURE else getattr(models, name)
+    return models.bare if name == WITHOUT_IMAGE else getattr(models, name)
 
 
 @contextmanager
-def tasks(models: Models, names: list[str], case: Case, args, cross_every: int = 4) -> Iterator[dict[str, Task]]:
-    """The work of `case` by each of the models `names`, to be done within. Behind it models are as before, but for weights
-    that training has changed."""
+def tasks(
+    models: Models, names: list[str], case: Case, args: argparse.Namespace, cross_every: int = 4
+) -> Iterator[dict[str, Task]]:
+    """The work of `case` by each of the models `names`, to be done inside. Afterwards the models are as before, except for
+    weights that training has changed."""
     inputs, config = Inputs(case, args), models.saisa.config
     step = Step(case.text, case.visual, batch=case.batch)
     if case.work == "train":
@@ -158,19 +152,19 @@ def tasks(models: Models, names: list[str], case: Case, args, cross_every: int =
 
 
 def _flops(name, step, inputs, case, config, cross_every) -> int:
-    """FLOPs of a call of any work but training."""
+    """FLOPs of a call of any work except training."""
     steps = [step]
     if name == "flamingo":
         if not IDEFICS_KEEPS_LOGITS:
             step = replace(step, logits=None)
-        # from pixels, it attends to the class tokens as well
-        pictures = 0 if inputs.pixels is None else len(inputs.pixels) // case.batch
-        steps = [replace(step, visual=step.visual + pictures)]
+        # from pixels, it also attends to the class tokens
+        images = 0 if inputs.pixels is None else len(inputs.pixels) // case.batch
+        steps = [replace(step, visual=step.visual + images)]
     if case.work == "second-question" and name == "saisa":
         steps = [replace(step, visual=0, cached_visual=step.visual)]
     if case.work == "decode":
         steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
-    encoder = inputs.pixels is not None and name != WITHOUT_PICTURE
+    encoder = inputs.pixels is not None and name != WITHOUT_IMAGE
     total = len(inputs.pixels) * encoder_flops(config) if encoder else 0
     return total + sum(sum(step_flops(config, name, one, cross_every).values()) for one in steps)
 
@@ -189,7 +183,7 @@ def _first_token(models, name, inputs, case) -> Task:
     model, ids = model_of(models, name), inputs.tokens(name)
 
     def call():
-        outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs.pictures(name))
+        outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs.images(name))
         return outputs.logits[:, -1].argmax(-1)
 
     return Task(call, 0)
@@ -202,7 +196,7 @@ def _second_question(models, name, inputs, case) -> Task:
         states = models.saisa.get_visual_states(inputs.nothing)
 
     def call():
-        with models.encoded_by(inputs.encoder):  # which the states are told to belong to
+        with models.encoded_by(inputs.encoder):  # the states are checked to be of this encoder
             return models.saisa(input_ids=inputs.ids, visual_states=states, use_cache=True, logits_to_keep=1)
 
     return Task(call, 0, held=lambda: states.nbytes)
@@ -211,13 +205,13 @@ def _second_question(models, name, inputs, case) -> Task:
 def _decode(models, name, inputs, case) -> Task:
     model, cache = model_of(models, name), _prefill(models, name, inputs, case).call()[CACHE]
     token = inputs.text_ids[:, -1:]
-    pictures = inputs.features(name) if name == "flamingo" else {}
-    if pictures:
-        pictures["image_attention_mask"] = inputs.image_mask[:, :1]
+    images = inputs.features(name) if name == "flamingo" else {}
+    if images:
+        images["image_attention_mask"] = inputs.image_mask[:, :1]
 
     def call():
         for _ in range(case.tokens):
-            model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **pictures)
+            model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **images)
         cache.crop(-case.tokens)
 
     return Task(call, 0)
@@ -225,7 +219,7 @@ def _decode(models, name, inputs, case) -> Task:
 
 @contextmanager
 def _training(models: Models, names: list[str], case: Case) -> Iterator[dict]:
-    """The models in training mode, with what is to be trained, and nothing else, asking for gradients."""
+    """The models in training mode; only what is to be trained needs gradients."""
     trained = {name: model_of(models, name) for name in names}
     for model in trained.values():
         model.requires_grad_(False)
@@ -259,16 +253,15 @@ def _with_adapters(model):
 def _training_task(model, name, models, inputs, case, config, cross_every) -> Task:
     weights = [p for p in model.parameters() if p.requires_grad]
     device = inputs.ids.device.type
-    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)  # as `Trainer` has it
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)  # as in `Trainer`
     ids, labels = inputs.tokens(name), inputs.labels(name)
-    options = {"skip_logits": True} if name == "saisa" else {}  # as `saisa train` has it
+    options = {"skip_logits": True} if name == "saisa" else {}  # as in `saisa train`
     dtype = inputs.nothing.dtype
     precision = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
     def call():
         with models.encoded_by(inputs.encoder), precision:
-            pictures = inputs.features(name)
-            loss = model(input_ids=ids, labels=labels, use_cache=False, **pictures, **options).loss
+            loss = model(input_ids=ids, labels=labels, use_cache=False, **inputs.features(name), **options).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -277,7 +270,7 @@ def _training_task(model, name, models, inputs, case, config, cross_every) -> Ta
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         return sum(x.numel() * x.element_size() for x in (*model.parameters(), *states))
 
-    # the token in front of the picture predicts nothing, and for SAISA no token of the picture does
+    # the token before the image predicts nothing, and in SAISA no token of the image does
     rows = {"saisa": case.text - 2}.get(name)
     step = Step(case.text, case.visual, batch=case.batch, logits=rows)
     return Task(call, training_flops(config, name, step, case.trained, RANK, cross_every), held=held)

@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import with_pictures
 from ..common.destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
-from ..compat_saisa import as_saved
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .model_card import licence_in_card, write_model_card
+from .names import as_saved
 from .weight_files import DTYPES
 
 

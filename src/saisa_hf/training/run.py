@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from ..compat_saisa import training_arguments
 from ..modeling_saisa import SaisaDecoderLayer, SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .arguments import training_arguments
 from .curve import loss_curve
 from .encoding import ConversationEncoder, SaisaCollator, template_source
 from .options import TrainingOptions

@@ -1,0 +1,43 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What can be measured, by name: kinds of work, models, clocks, sizes. Importing it imports no torch: the command line needs
+these for its help."""
+
+import time
+
+from ..costs.presets import CLIP_336, LANGUAGE_MODELS
+
+
+WORKS = {
+    "prefill": "language model and projectors read a prompt whose images are already encoded",
+    "first-token": "from pixels to the first token, with the encoder",
+    "second-question": "a prompt about an image whose keys and values are kept",
+    "decode": "one more token, after a prompt in the cache",
+    "train": "forward, backward and AdamW step, on encoded images",
+}
+TRAINED = ("full", "projectors", "lora")  # all but the encoder, the projectors alone, adapters
+MODELS = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": "Flamingo", "language_model": "language model, text alone"}
+WITHOUT_IMAGE = "language_model"
+CURVE = (64, 256, 576, 1024, 2048, 4096, 8192, 16384)  # visual tokens
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+
+
+def _sizes(name: str) -> dict[str, int]:
+    text = LANGUAGE_MODELS[name]
+    return {
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "layers": text["num_hidden_layers"],
+        "heads": text["num_attention_heads"],
+        "kv_heads": text["num_key_value_heads"],
+        "text_tokens": 64,
+        "vision_width": CLIP_336["hidden_size"],
+        "vision_layers": CLIP_336["num_hidden_layers"],
+        "image_size": CLIP_336["image_size"],
+    }
+
+
+PRESETS = {name: _sizes(name) for name in ("vicuna-7b", "vicuna-13b", "llama3-8b")}
+SMALL = {"hidden_size": 1024, "intermediate_size": 2752, "layers": 8, "heads": 16, "kv_heads": 16}
+PRESETS = {"small": PRESETS["vicuna-7b"] | SMALL, **PRESETS}
+PATCH_SIZE = CLIP_336["patch_size"]

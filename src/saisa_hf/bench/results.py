@@ -1,0 +1,66 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""One case measured on all its models, and what follows from it: ratios, medians, exponents."""
+
+import argparse
+import math
+
+from . import measure
+from .models import Models
+from .names import MODELS, WITHOUT_IMAGE
+from .work import Case, tasks
+
+
+def measure_case(models: Models, names: list[str], case: Case, args: argparse.Namespace) -> dict:
+    """One case: seconds by clock, FLOPs and bytes of each model, and the ratios of SAISA to the others."""
+    with tasks(models, names, case, args, args.cross_every) as todo:
+        calls = {name: task.call for name, task in todo.items()}
+        clocks = measure.interleaved_by_clock(calls, args.repeats, args.device)
+        found = {}
+        for name, task in todo.items():
+            seconds = {clock: clocks[clock][name] for clock in clocks}
+            found[name] = {"seconds": seconds, "flops": task.flops, "held_bytes": task.held()}
+            if args.memory:
+                found[name]["peak_bytes"] = measure.peak_memory(task.call, args.device)
+                if task.uncached is not None:
+                    found[name]["activation_bytes"] = measure.peak_memory(task.uncached, args.device)
+    others = [name for name in names if name != "saisa"] if "saisa" in names else []
+    ratios = {name: _ratio(found["saisa"], found[name], args.clock) for name in others}
+    return {**vars(case), "name": case.name, "models": found, "ratios": ratios}
+
+
+def _ratio(one: dict, other: dict, clock: str) -> dict:
+    """Quartiles of `one`'s time over `other`'s, round by round, and the ratios of FLOPs and bytes."""
+    rounds = [a / b for a, b in zip(one["seconds"][clock], other["seconds"][clock])]
+    ratio = {"time": measure.quartiles(rounds), "flops": one["flops"] / other["flops"]}
+    ratio |= {key: one[key] / other[key] for key in ("peak_bytes", "activation_bytes") if key in one and other.get(key)}
+    return ratio
+
+
+def median(result: dict, name: str, clock: str) -> float:
+    """Median seconds of a model in a result of `measure_case`."""
+    return measure.quartiles(result["models"][name]["seconds"][clock])[1]
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """The exponent that fits (x, y) best: the slope of log y over log x by least squares."""
+    xs, ys = zip(*[(math.log(x), math.log(y)) for x, y in points])
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys)) / sum((a - x) ** 2 for a in xs)
+
+
+def slopes(results: list[dict], clock: str, first: int = 1024) -> list[dict]:
+    """For each model the exponents of time, memory and FLOPs in visual tokens, from `first` on, over prefills that differ in
+    nothing else: of one batch size, and with the same text."""
+    found = []
+    for name in MODELS:
+        prefills = [r for r in results if r["work"] == "prefill" and name in r["models"] and r["visual"] >= first]
+        prefills = [r for r in prefills if r["batch"] == prefills[0]["batch"] and r["text"] == prefills[0]["text"]]
+        if name == WITHOUT_IMAGE or len({r["visual"] for r in prefills}) < 2:
+            continue
+        one = {"model": name, "from": min(r["visual"] for r in prefills), "to": max(r["visual"] for r in prefills)}
+        one["time"] = slope([(r["visual"], median(r, name, clock)) for r in prefills])
+        one["FLOPs"] = slope([(r["visual"], r["models"][name]["flops"]) for r in prefills])
+        if all("peak_bytes" in r["models"][name] for r in prefills):
+            one["peak"] = slope([(r["visual"], r["models"][name]["peak_bytes"]) for r in prefills])
+        found.append(one)
+    return found
