@@ -152,12 +152,6 @@ def saved_dinov2(model, processor):
         other_encoder(model).save_pretrained(folder)
 
 
-def encoder_from_disk(model, processor):
-    with tempfile.TemporaryDirectory() as folder:
-        model.config.vision_config.save_pretrained(folder)
-        sibling(model, "parts")._encoder(folder, torch.float32)
-
-
 def unhidden_torchao(model, processor):
     type(model).from_pretrained(model.name_or_path, quantization_config={"quant_method": "torchao", "quant_type": "x"})
 
@@ -184,8 +178,6 @@ def chat(model, processor):
 
 FEATURES = {  # name -> (what uses the feature, whether it fails there, on which major releases)
     "AddedToken": (lambda m, p: sibling(m, "processing").add_image_token(p.tokenizer), True, "45"),
-    "AutoModelForCausalLM": (lambda m, p: type(m).from_parts("nowhere", "nowhere"), True, "45"),
-    "_model_mapping": (encoder_from_disk, True, "45"),
     "httpx": (lambda m, p: sibling(m, "compat").read_url("http://127.0.0.1:1/"), True, "5"),
     "ALL_PARALLEL_STYLES": (lambda m, p: type(m).from_pretrained(m.name_or_path, tp_plan="auto"), True, "45"),
     "MultiModalData": (lambda m, p: p._get_num_multimodal_tokens([(32, 32)]), True, "45"),

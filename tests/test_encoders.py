@@ -247,5 +247,5 @@ def test_timms_encoders_run_through_transformers_wrapper(architecture, arguments
 def test_without_timm_the_extra_is_named():
     if is_timm_available():
         pytest.skip("timm is installed here")
-    with pytest.raises(ImportError, match=r"saisa-hf\[timm\]"):
+    with pytest.raises(ImportError, match=r"pip install timm"):
         tiny_config("llama", TimmWrapperConfig(architecture="convnext_atto", num_labels=2), None)

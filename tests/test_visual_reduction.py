@@ -487,7 +487,7 @@ def test_attention_maps_lie_in_the_grid_of_what_is_left():
             {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 2, "vision_feature_layer": 0},
             "not the embeddings",
         ),
-        ("clip", {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 5}, "makes 4 of a picture"),
+        ("clip", {"visual_token_reduction": "class_attention", "reduced_visual_tokens": 5}, "makes 4 of an image"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(name, settings, message):
