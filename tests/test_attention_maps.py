@@ -417,7 +417,7 @@ def test_the_command_writes_sheet_and_page_and_says_where_the_words_look(tmp_pat
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["{checkpoint}", "no.png", "who?"], 1, "There is no picture 'no.png'"),
+        (["{checkpoint}", "no.png", "who?"], 1, "There is no image 'no.png'"),
         (["{tmp}/none", "{scene}", "who?"], 1, "is not a folder"),
         (["{tmp}/llama", "{scene}", "who?"], 2, "has model_type 'llama': expected 'saisa'"),
         (["{checkpoint}", "{scene}", "who?", "--output", "{tmp}/none/look"], 1, "none is no folder"),

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Iterable
 
-from ..common.loading import load_model, quiet_transformers, read_picture
+from ..common.loading import load_model, quiet_transformers, read_image
 from .conversation import Conversation
 
 
@@ -45,7 +45,7 @@ def chat(
             commands raise these too.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    waiting = [read_picture(path) for path in images]
+    waiting = [read_image(path) for path in images]
     sampling = {} if temperature is None else {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -106,7 +106,7 @@ class Terminal:
             if line or self.waiting:
                 self.answer(line)
         elif command[0] == "/image":
-            self.show([read_picture(path) for path in _paths(line.removeprefix("/image").strip())])
+            self.show([read_image(path) for path in _paths(line.removeprefix("/image").strip())])
         elif command[0] == "/clear":
             self.conversation.clear()
             self.waiting = []
