@@ -23,9 +23,9 @@ from saisa_hf.training import (
     open_source,
     read_sample,
 )
-from saisa_hf.training.run import check
+from saisa_hf.training.check import check
 from saisa_hf.training.sampler import GroupedSampler
-from saisa_hf.training.samples import open_pictures
+from saisa_hf.training.samples import open_images
 
 
 # Where a reader of the text finds the answers; nothing here knows the templates' source.
@@ -108,7 +108,7 @@ def test_captions_stand_on_the_line_below_their_pictures():
 
 def test_a_template_that_changes_earlier_turns_is_refused():
     forgets = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '...' }}{% endfor %}"
-    with pytest.raises(BadSample, match=r"a\.json, sample 3: the chat template prints turn 1 otherwise"):
+    with pytest.raises(BadSample, match=r"a\.json, sample 3: the chat template prints turn 1 differently"):
         encode(conversation("Hi", "Hello.", "So?", "Bye."), forgets, name="a.json, sample 3")
 
 
@@ -199,9 +199,9 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
     ("record", "message"),
     [
         ({"question": "a", "answer": "b"}, "one of the keys 'conversations', 'messages'.*'question', 'answer'"),
-        (conversation("<image>\nA?", "B."), "0 pictures for 1 <image>"),
-        (conversation("A?", "B.", image="a.png"), "1 pictures for 0 <image>"),
-        (conversation("<image>\nA?", "B.", image=["a.png", "b.png"]), "2 pictures for 1 <image>"),
+        (conversation("<image>\nA?", "B."), "0 images for 1 <image>"),
+        (conversation("A?", "B.", image="a.png"), "1 images for 0 <image>"),
+        (conversation("<image>\nA?", "B.", image=["a.png", "b.png"]), "2 images for 1 <image>"),
         (conversation("A?", "  ", "B?", ""), "no turn of the assistant has text"),
         (conversation("A?"), "no turn of the assistant has text"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
@@ -220,7 +220,7 @@ def test_bad_records_are_named_with_what_is_wrong(record, message):
 
 def test_half_a_character_is_a_bad_sample():
     sample = read_sample(conversation("A?", "B\ud800."), "q.json, sample 4")
-    with pytest.raises(BadSample, match=r"q.json, sample 4: text 0 has half a character in it, '\\ud800' at "):
+    with pytest.raises(BadSample, match=r"q.json, sample 4: text 0 has half a character, '\\ud800' at "):
         ConversationEncoder(processor_for())(sample)
 
 
@@ -237,7 +237,7 @@ def test_a_missing_or_broken_picture_is_fatal_or_counted_as_one_chooses(tmp_path
     encoder = ConversationEncoder(processor_for())
     strict = ConversationDataset([source], encoder)
     assert learned(strict[2]) == [" 2.</s>"]
-    with pytest.raises(BadSample, match=r"q\.json, sample 3: picture 0 \(.*missing\.png\) cannot be read"):
+    with pytest.raises(BadSample, match=r"q\.json, sample 3: image 0 \(.*missing\.png\) cannot be read"):
         strict[3]
     lenient = ConversationDataset([source], encoder, bad_samples="skip")
     assert [learned(lenient[i])[0][1] for i in range(10)] == list("0124457789")
@@ -328,7 +328,7 @@ def test_pictures_in_base64_are_read_wherever_the_file_is(tmp_path):
         {"role": "assistant", "content": "2."},
     ]
     for record in (conversation("<image>\nA?", "2.", image=text), {"messages": in_parts}):
-        (image,) = open_pictures(read_sample(record, folder=str(tmp_path)))["images"]
+        (image,) = open_images(read_sample(record, folder=str(tmp_path)))["images"]
         assert np.array_equal(np.asarray(image), np.asarray(picture(2)))
 
 
@@ -364,7 +364,7 @@ def test_data_check_prints_every_token_with_its_mask_and_names_what_is_bad(tmp_p
     shown = re.findall(r"^ *(\d+) +(\d+)  (learn|     )  '(.*?)'( x 4)?$", out, re.M)
     assert [token for _, _, mark, token, _ in shown if mark == "learn"] == [" ", "0", ".", "</s>"]
     assert [token for *_, token, many in shown if many] == ["<image>"]
-    assert "8 samples with 8 pictures" in out and "sample 3" in out and "sample 6" in out
+    assert "8 samples with 8 images" in out and "sample 3" in out and "sample 6" in out
     assert "2 of 10 samples cannot be used" in err
 
 
