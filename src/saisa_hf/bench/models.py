@@ -150,8 +150,8 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models
 
 def _flamingo(text: LlamaConfig, vision: CLIPVisionConfig, every: int) -> IdeficsForVisionText2Text:
     vision_names = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
-    text_names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text_names += ("max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id")
+    text_names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    text_names += ["max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id"]
     config = IdeficsConfig(
         **{name: getattr(text, name) for name in text_names},
         vision_config={name: getattr(vision, name) for name in vision_names} | {"embed_dim": vision.hidden_size},
