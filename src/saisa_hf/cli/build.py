@@ -122,7 +122,7 @@ def _check(arguments: argparse.Namespace) -> None:
         parser.error(f"expected {' '.join(wanted)}, got {' '.join(arguments.paths)}")
     for name in arguments.of_parts if from_llava else arguments.of_llava:
         if getattr(arguments, name) != parser.get_default(name):
-            rule = "does not go with --from-llava" if from_llava else "goes with --from-llava alone"
+            rule = "does not go with --from-llava" if from_llava else "only goes with --from-llava"
             parser.error(f"--{name.replace('_', '-')} {rule}")
     if from_llava and arguments.images is None:
         parser.error("--from-llava needs --images FOLDER, images to fit the projectors on")

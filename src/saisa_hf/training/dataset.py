@@ -18,15 +18,24 @@ logger = logging.getLogger(__name__)
 
 
 class _Reader:
-    """What both kinds of data set share: encoding of records, and a count of bad samples over all processes."""
+    """What both kinds of data set share: encoding of records, and a count of bad samples over all processes.
+
+    Args:
+        sources: `Source`s, or sequences of records (lists, `datasets.Dataset`s).
+        encode: a `ConversationEncoder`.
+        image_token: the processor's.
+        captions: see `read_sample`.
+        bad_samples: `"fail"` raises `BadSample`; `"skip"` logs it and uses the next sample instead.
+    """
 
     def __init__(
         self,
         sources: Iterable,
         encode: Callable[[dict], dict],
-        image_token: str,
-        captions: bool,
-        bad_samples: str,
+        *,
+        image_token: str = IMAGE,
+        captions: bool = False,
+        bad_samples: str = "fail",
     ):
         if bad_samples not in ("fail", "skip"):
             raise ValueError(f"bad_samples={bad_samples!r}: expected 'fail' or 'skip'.")
@@ -57,27 +66,18 @@ class _Reader:
         logger.warning("left out: %s", error)
 
 
-class ConversationDataset(Dataset, _Reader):
+class ConversationDataset(_Reader, Dataset):
     """Samples of one or several sources, encoded when they are accessed.
 
     Args:
-        sources: `Source`s, or sequences of records (lists, `datasets.Dataset`s).
-        encode: a `ConversationEncoder`.
-        image_token: the processor's.
-        captions: see `read_sample`.
-        bad_samples: `"fail"` raises `BadSample`; `"skip"` logs it and uses the next sample instead.
+        sources, encode, options: of `_Reader`.
+
+    Raises:
+        ValueError: the sources are empty.
     """
 
-    def __init__(
-        self,
-        sources: Iterable,
-        encode: Callable[[dict], dict],
-        *,
-        image_token: str = IMAGE,
-        captions: bool = False,
-        bad_samples: str = "fail",
-    ):
-        _Reader.__init__(self, sources, encode, image_token, captions, bad_samples)
+    def __init__(self, sources: Iterable, encode: Callable[[dict], dict], **options: Any):
+        super().__init__(sources, encode, **options)
         self._ends = list(accumulate(len(source.records) for source in self.sources))
         if not self._ends or self._ends[-1] == 0:
             raise ValueError("The data set is empty: expected at least one sample.")
@@ -146,23 +146,12 @@ def _estimate(record: Any, tokens_per_image: int, has_images: bool) -> tuple[int
     return text // 4 + images * tokens_per_image, images > 0
 
 
-class StreamedConversations(IterableDataset, _Reader):
+class StreamedConversations(_Reader, IterableDataset):
     """As `ConversationDataset`, over streamed sources, which are read from start to end, over and over.
 
     With several workers each takes every n-th record; of a streamed `datasets.IterableDataset` it takes the files (shards)
     that `datasets` assigns to it.
     """
-
-    def __init__(
-        self,
-        sources: Iterable,
-        encode: Callable[[dict], dict],
-        *,
-        image_token: str = IMAGE,
-        captions: bool = False,
-        bad_samples: str = "fail",
-    ):
-        _Reader.__init__(self, sources, encode, image_token, captions, bad_samples)
 
     def name(self, index: int) -> str:
         """The name of record `index` of the stream in error messages."""

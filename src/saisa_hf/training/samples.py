@@ -46,6 +46,27 @@ def read_sample(
     record = {key: value for key, value in record.items() if value is not None}
     spares = record.get("images", record.get("image", []))
     spares = list(spares) if isinstance(spares, (list, tuple)) else [spares]
+    messages, places = _messages(record, name, image_token)
+    if not any(message["role"] == "assistant" and words(message["content"]).strip() for message in messages):
+        raise BadSample(f"{name}: no turn of the assistant has text, so there is nothing to learn.")
+    if len(spares) != places.count(None):
+        raise BadSample(
+            f"{name}: {len(spares)} images for {places.count(None)} {IMAGE} in its text. Expected the same number of both."
+        )
+    spare = iter(spares)
+    images = [_resolved(next(spare) if place is None else place, folder) for place in places]
+    if captions:
+        if not images:
+            raise BadSample(f"{name}: captions need an image, and this sample has none.")
+        said = next(words(m["content"]) for m in messages if m["role"] == "assistant" and words(m["content"]).strip())
+        messages = [{"role": "user", "content": image_token}, {"role": "assistant", "content": said.strip() + "\n"}]
+        images = images[:1]
+    return {"name": name, "messages": messages, "images": images}
+
+
+def _messages(record: dict, name: str, image_token: str) -> tuple[list[dict], list]:
+    """The turns of a record, with `image_token` for images; and for each of these the image, or None if it is one of those
+    beside the turns."""
     caption = record.get("caption", record.get("text"))
     turns = record.get("conversations", record.get("messages", []))
     if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
@@ -66,22 +87,7 @@ def read_sample(
         if message.get("role") not in ROLES.values():
             raise BadSample(f"{name}: role {message.get('role')!r}: expected one of 'system', 'user', 'assistant'.")
         message["content"] = _content(message.get("content"), name, image_token, places)
-    if not any(message["role"] == "assistant" and words(message["content"]).strip() for message in messages):
-        raise BadSample(f"{name}: no turn of the assistant has text, so there is nothing to learn.")
-    images = [*spares]
-    if len(spares) != places.count(None):
-        raise BadSample(
-            f"{name}: {len(spares)} images for {places.count(None)} {IMAGE} in its text. Expected the same number of both."
-        )
-    spare = iter(spares)
-    images = [_resolved(next(spare) if place is None else place, folder) for place in places]
-    if captions:
-        if not images:
-            raise BadSample(f"{name}: captions need an image, and this sample has none.")
-        said = next(words(m["content"]) for m in messages if m["role"] == "assistant" and words(m["content"]).strip())
-        messages = [{"role": "user", "content": image_token}, {"role": "assistant", "content": said.strip() + "\n"}]
-        images = images[:1]
-    return {"name": name, "messages": messages, "images": images}
+    return messages, places
 
 
 def _llava_turn(turn: dict, name: str, image_token: str) -> dict:
