@@ -174,7 +174,7 @@ def test_an_error_leaves_the_conversation_as_it_was(monkeypatch):
     before = list(conversation.messages)
     with pytest.raises(ValueError, match="Nothing to ask"):
         next(conversation.ask(""))
-    with pytest.raises(ValueError, match="'<image>' in it"):
+    with pytest.raises(ValueError, match="contains '<image>'"):
         next(conversation.ask("what is <image>?"))
     with pytest.raises(ValueError, match=r"nowhere\.png"):
         next(conversation.ask("a", ["nowhere.png"]))
@@ -266,7 +266,7 @@ def test_the_first_error_in_a_pipe_is_one_line_and_the_exit_status(monkeypatch, 
     assert "There is no image 'nowhere.png'" in error(1, "--image", "nowhere.png")
     assert "text.png' cannot be read: Unidentified" in error(1, "--image", str(tmp_path / "text.png"))
     assert "There is no image 'a b.png'" in error(1, lines=f"/image 'a b.png'\n{COUNT}\n")
-    assert "/photo is no command" in error(2, lines="/photo\n")
+    assert "/photo is not a command" in error(2, lines="/photo\n")
     assert "/image needs the path" in error(2, lines="/image\n")
     assert "MODEL './nowhere' is not a folder" in error(1, model="./nowhere")
     assert "model_type 'llava'" in error(2, model=tmp_path)
