@@ -380,7 +380,7 @@ def test_tensorboard_gets_every_report(start, tmp_path, monkeypatch):
 
 
 def test_compiled_layers_learn_the_same_in_few_graphs(start, plain_run, tmp_path):
-    """With batches of other shapes at every step, and one of text and pictures at unlike places."""
+    """With batches of other shapes at every step, and one of text and images at unlike places."""
     torch._dynamo.utils.counters.clear()
     how = {"torch_compile": True, "compile_backend": "eager"} | PLAIN
     folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
