@@ -92,7 +92,7 @@ def own_bytes() -> int:
 
 
 def bytes_in_files(model) -> int:
-    """Bytes of weights that are in a memory-mapped file. The rest of the file was read to be quantized and stays in memory only
+    """Bytes of weights that are in a memory-mapped file. The rest of the file, read to be quantized, stays in memory only
     until the system needs the space."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]

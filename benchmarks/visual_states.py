@@ -228,7 +228,8 @@ def main(argv=None) -> dict:
     result = {"machine": measure.machine(args.device), "settings": vars(args)}
     print(measure.describe(result["machine"]))
     print(f"{args.layers} layers, hidden {args.hidden_size}, {args.heads} heads, {args.kv_heads} key heads; "
-          f"{args.text_tokens} text and {visual_tokens(args)} visual tokens; {args.dtype}, {args.attn_implementation}\n")  # fmt: skip
+          f"{args.text_tokens} text and {visual_tokens(args)} visual tokens; {args.dtype}, "
+          f"{args.attn_implementation}\n")  # fmt: skip
     models = build(args)
     result["prefill"] = measure_prefill(models, args)
     key_width = args.kv_heads * (args.hidden_size // args.heads)
