@@ -1,11 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Does the word that names a digit look at that digit? The demo's checkpoint answers questions about pictures in handwriting
-held out, and the attention of its one-word answers is added up over the nine cells of the picture.
+"""Does the word that names a digit attend to that digit? The demo's checkpoint answers questions about images with held-out
+handwriting, and the attention of its one-word answers is summed over the nine cells of the image.
 
     python benchmarks/attention_maps.py --json result.json --tables page.md --picture sheet.png
 
-Two kinds of question are answered by the digit in a cell that is known: the digit at a place, and the digit of a colour. What
-is in the JSON file already, of the same settings, is not computed again.
+The answer to each question is the digit in a known cell: the digit at a place, or the digit of a colour. Results that are
+already in the JSON file, with the same settings, are not computed again.
 """
 
 import argparse
@@ -28,26 +28,26 @@ SHOWN = "Describe the picture."  # the question of the contact sheet
 
 
 def questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
-    """`count` test scenes with a question each, the two kinds in turn."""
+    """`count` test scenes with one question each, alternating between the two kinds."""
     return questions_in_turn(KINDS, count, (seed, 5))
 
 
 def asked_cell(scene: Scene, question: Question) -> int:
-    """The cell that holds the digit which a question is about."""
+    """The cell of the digit that a question is about."""
     if question.kind == KINDS[0]:
         return next(cell for cell, place in enumerate(PLACES) if f" {place}?" in question.text)
     return next(glyph.cell for glyph in scene.glyphs if f" {glyph.ink}?" in question.text)
 
 
 def by_cell(weights: np.ndarray) -> np.ndarray:
-    """Weights (..., rows, columns) of visual tokens, added up over the cells of the picture, (..., 9)."""
+    """Weights (..., rows, columns) of visual tokens, summed over the cells of the image, (..., 9)."""
     *axes, rows, columns = weights.shape
     parts = weights.reshape(*axes, GRID, rows // GRID, GRID, columns // GRID)
     return parts.sum((-3, -1)).reshape(*axes, GRID * GRID)
 
 
 def measure(model, processor, scene: Scene, question: Question) -> dict:
-    """What there is to say about one question. `mass` and `first` are lists: the mean over the layers, then each layer."""
+    """The measurements of one question. `mass`, `first` and `on_picture` are lists: the mean over layers, then each layer."""
     maps = attend(model, processor, Image.fromarray(draw(scene)), question.text, max_new_tokens=8)
     cells = by_cell(np.concatenate([maps.mean()[None], maps.pictures[0].weights])[:, 0])  # of the first word
     cell = asked_cell(scene, question)
@@ -62,7 +62,7 @@ def measure(model, processor, scene: Scene, question: Question) -> dict:
 
 
 def tables(result: dict) -> dict[str, str]:
-    """The page's blocks: by layer, and by kind of question and right or wrong answer."""
+    """The page's tables: by layer, and by kind of question and right or wrong answer."""
     measured = result["measured"]
     names = ["mean of the layers", *(f"layer {layer}" for layer in range(len(measured[0]["mass"]) - 1))]
 
@@ -91,7 +91,7 @@ def tables(result: dict) -> dict[str, str]:
         for name, rows in groups.items()
         if rows
     ]
-    head = ["", "mass in the right cell", "right cell has the most", "attention on the picture"]
+    head = ["", "mass in the right cell", "right cell has the most", "attention on the image"]
     return {
         "layers": table(head, layers),
         "kinds": table(["mean of the layers", "questions", *head[1:3]], kinds),
@@ -100,11 +100,11 @@ def tables(result: dict) -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--pictures", type=int, default=200, help="with one question each (default: 200)")
-    parser.add_argument("--seed", type=int, default=1, help="of scenes and questions (default: 1)")
-    parser.add_argument("--json", type=Path, help="write all numbers there, or read them if they are there")
-    parser.add_argument("--tables", type=Path, metavar="PAGE", help="write the tables into the blocks of this page")
-    parser.add_argument("--picture", type=Path, help="write a contact sheet of the first scene there")
+    parser.add_argument("--pictures", type=int, default=200, help="images, with one question each (default: 200)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of scenes and questions (default: 1)")
+    parser.add_argument("--json", type=Path, help="write all results here, or read them if the file exists")
+    parser.add_argument("--tables", type=Path, metavar="PAGE", help="update the marked tables of this Markdown page")
+    parser.add_argument("--picture", type=Path, help="write a contact sheet of the first scene here")
     args = parser.parse_args(argv)
     settings = {"pictures": args.pictures, "seed": args.seed}
     result = json.loads(args.json.read_text()) if args.json and args.json.exists() else None

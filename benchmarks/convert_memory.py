@@ -1,12 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a conversion needs: makes a large checkpoint in the layout of the SAISA authors' code, converts it in a process of its
-own, and prints that process's peak memory by the operating system's account, the time, and whether every tensor is equal
-to what was generated (made again from its name, not read from the source).
+"""What a conversion needs: generates a large checkpoint in the layout of the SAISA authors' code, converts it in its own
+process, and prints that process's peak memory as reported by the operating system, the time, and whether every tensor equals
+the generated one (regenerated from its name, not read from the source).
 
   python benchmarks/convert_memory.py --gigabytes 6 --folder /somewhere/with/twenty/gigabytes
 
-The bound that it checks: twice the largest weight file of the source plus 1 GB. The sizes are Vicuna-7B's with as many
-layers as `--gigabytes` asks for, and CLIP ViT-L/14-336's. Everything is deleted in the end.
+Peak memory must be below twice the largest weight file of the source plus 1 GB. Sizes are those of Vicuna-7B, with as many
+layers as `--gigabytes` requires, and of CLIP ViT-L/14-336. All files are deleted at the end.
 """
 
 import argparse
@@ -32,7 +32,7 @@ STORED = {"float16": "F16", "bfloat16": "BF16"}
 
 
 def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The 16-bit patterns of a tensor, from its name alone: values between -2 and 2 in float16 and in bfloat16."""
+    """The 16-bit patterns of a tensor, derived from its name: values between -2 and 2 in float16 and in bfloat16."""
     count = int(np.prod(shape))
     raw = np.random.SFC64(zlib.crc32(name.encode())).random_raw(-(-count // 4)).view(np.uint16)[:count]
     return (raw & np.uint16(0xBFFF)).reshape(shape)
@@ -85,7 +85,7 @@ def size(text: dict) -> int:
 
 
 def generate(folder: Path, form: str, dtype: str, text: dict, vision: dict, shard_bytes: float) -> None:
-    """Writes the checkpoint, a tensor (safetensors) or a shard (.bin) in memory at a time."""
+    """Writes the checkpoint with one tensor (safetensors) or one shard (.bin) in memory at a time."""
     (folder / "vision").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(text))
     (folder / "vision" / "config.json").write_text(json.dumps(vision))
@@ -126,12 +126,12 @@ def write_pickle(file: Path, shard: list, dtype: str) -> None:
 
 
 def run_conversion(source: Path, destination: Path, dtype: str | None) -> dict:
-    """Converts in this process, which has done nothing else, and returns what the operating system says of it."""
+    """Converts in this process, which has done nothing else, and returns its time and memory."""
     import resource
 
     anonymous, done = [0], threading.Event()
 
-    def watch():  # the peak of memory that no file stands behind; the other two are the kernel's own
+    def watch():  # the peak of memory not mapped from files; the kernel keeps the other two peaks itself
         while not done.wait(0.02):
             anonymous[0] = max(anonymous[0], status("RssAnon"))
 
@@ -147,14 +147,14 @@ def run_conversion(source: Path, destination: Path, dtype: str | None) -> dict:
 
 
 def status(key: str) -> int:
-    """Bytes of an entry of /proc/self/status; 0 where there is none."""
+    """Bytes of an entry of /proc/self/status; 0 if there is none."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), 0)
 
 
 def compare(destination: Path, text: dict, vision: dict, dtype: str, stored: str) -> dict:
-    """How many tensors of the result equal what was generated, and how many there are besides."""
+    """How many tensors of the result equal the generated ones, and how many others there are."""
     import torch
     from safetensors import safe_open
 
@@ -185,7 +185,7 @@ def compare(destination: Path, text: dict, vision: dict, dtype: str, stored: str
 
 
 def measured(options, form: str, folder: Path) -> dict:
-    """One line of the table: generated, converted and compared, each in a process of its own."""
+    """One line of the table. Generation, conversion and comparison each run in their own process."""
     source, destination = folder / "source", folder / "converted"
     text, vision = settings(options.gigabytes)
     stored = options.store or options.dtype
@@ -208,14 +208,16 @@ def measured(options, form: str, folder: Path) -> dict:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6.0, help="least size of the checkpoint")
+    parser.add_argument("--gigabytes", type=float, default=6.0, help="minimum size of the checkpoint")
     parser.add_argument("--shard-gigabytes", type=float, default=2.0, help="largest weight file of the source")
-    parser.add_argument("--form", choices=("bin", "safetensors"), action="append", help="of the source (default: both)")
-    parser.add_argument("--dtype", choices=tuple(STORED), default="float16", help="of the source")
     parser.add_argument(
-        "--store", choices=("float16", "bfloat16", "float32"), help="of the result (default: the source's)"
+        "--form", choices=("bin", "safetensors"), action="append", help="format of the source (default: both)"
     )
-    parser.add_argument("--folder", help="where to work (default: the system's folder for temporary files)")
+    parser.add_argument("--dtype", choices=tuple(STORED), default="float16", help="dtype of the source")
+    parser.add_argument(
+        "--store", choices=("float16", "bfloat16", "float32"), help="dtype of the result (default: the source's)"
+    )
+    parser.add_argument("--folder", help="working folder (default: the system's temporary folder)")
     return parser.parse_args(argv)
 
 

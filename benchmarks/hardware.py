@@ -1,12 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What quantization saves and costs: load time, resident memory beside what `saisa fit` tells, and how far logits and the
-most likely next tokens are from float32's, for a random model of 1.1 billion parameters on a CPU.
+"""What quantization saves and costs: load time, resident memory against the estimate of `saisa fit`, and how far logits and
+most likely next tokens are from those of float32, for a random model of 1.1 billion parameters on a CPU.
 
     python benchmarks/hardware.py --json result.json
 
-Each way of loading is a process of its own. Prompts have no, one and two pictures; behind each stand the tokens with which
-the model continues it in float32, and the next token is asked for at each of them. Memory is the operating system's account
-(Linux).
+Each variant runs in its own process. Prompts have zero, one and two images. Each is followed by the model's greedy
+continuation in float32, and the next-token predictions are compared at each of its tokens. Memory is as reported by the
+operating system (Linux).
 """
 
 import argparse
@@ -44,7 +44,7 @@ VARIANTS = {
     "nf4, encoder and projectors too": NF4 | ALL_BUT_HEAD,
     "nf4, double quantization, encoder and projectors too": NF4 | {"bnb_4bit_use_double_quant": True} | ALL_BUT_HEAD,
 }
-# what `saisa fit` calls them
+# their names in `saisa fit`
 WAYS = {name: name for name in ("float32", "bfloat16", "8-bit")}
 WAYS |= {"nf4": "4-bit (nf4)", "nf4, double quantization": "4-bit (nf4), double quantization"}
 SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 8}
@@ -85,16 +85,15 @@ def prompts(model) -> list[dict]:
 
 
 def own_bytes() -> int:
-    """Bytes of this process that are in memory and no part of a file, by the operating system's account, without what was
-    freed."""
+    """Bytes of resident memory of this process not mapped from a file, after returning freed memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return status("RssAnon")
 
 
 def bytes_in_files(model) -> int:
-    """Bytes of weights that lie in a file, which is mapped into memory. The rest of the file, read in order to be quantized,
-    stays there only until the system needs the place."""
+    """Bytes of weights that are in a memory-mapped file. The rest of the file, read to be quantized, stays in memory only
+    until the system needs the space."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
     own = [p for p in model.parameters() if any(start <= p.data_ptr() < end for start, end in ranges)]
@@ -102,7 +101,7 @@ def bytes_in_files(model) -> int:
 
 
 def most_own_bytes(work: Callable[[], object], interval: float = 0.005) -> int:
-    """The largest `own_bytes` while `work` runs, looked at every `interval` seconds."""
+    """The largest `own_bytes` while `work` runs, sampled every `interval` seconds."""
     most, done = own_bytes(), threading.Event()
 
     def look():
@@ -122,7 +121,7 @@ def most_own_bytes(work: Callable[[], object], interval: float = 0.005) -> int:
 
 @torch.no_grad()
 def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
-    """What loading as `name` says takes, and how far it is from what float32 has written to the file `exact`."""
+    """Time and memory of the variant `name`, and its distance from the results that float32 wrote to the file `exact`."""
     quantization = VARIANTS[name]
     options = {} if quantization is None else {"quantization_config": BitsAndBytesConfig(**quantization)}
     torch.ones(8, 8) @ torch.ones(8, 8)
@@ -159,10 +158,8 @@ def measure_variant(name: str, folder: str, exact: Path, tokens: int) -> dict:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", help="write the result there")
-    parser.add_argument(
-        "--tables", metavar="PATH", help="a Markdown page whose marked table is written anew from --json"
-    )
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--tables", metavar="PATH", help="update the marked table of this Markdown page from --json")
     parser.add_argument("--layers", type=int, default=12, help="decoder layers (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens to compare per prompt (default: %(default)s)")
@@ -181,7 +178,7 @@ def main(argv=None) -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         write_model(folder, args.layers, args.image_size)
-        for name in measure.progress(VARIANTS, "ways of loading"):
+        for name in measure.progress(VARIANTS, "variants"):
             command = [sys.executable, __file__, "--variant", name, "--folder", folder, "--tokens", str(args.tokens)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found[name] = json.loads(done.stdout.splitlines()[-1])
@@ -193,7 +190,7 @@ def main(argv=None) -> None:
 
 
 def show(variants: dict[str, dict]) -> str:
-    """A row for each way of loading; what `saisa fit` tells stands in brackets."""
+    """A row for each variant, with the estimates of `saisa fit` in brackets."""
 
     def gib(one, name):
         told = f" ({one[f'told_{name}'] / 2**30:.2f})" if f"told_{name}" in one else ""
@@ -210,7 +207,7 @@ def show(variants: dict[str, dict]) -> str:
         ]
         for name, one in variants.items()
     ]
-    header = ["", "load, s", "resident, GiB", "most in a generation, GiB", "logit error", "greedy tokens"]
+    header = ["", "load, s", "resident, GiB", "peak in generation, GiB", "logit error", "same greedy tokens"]
     return table(header, rows)
 
 

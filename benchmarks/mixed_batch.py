@@ -1,8 +1,9 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What a batch of rows with and without images costs: rows through the feed-forward networks, FLOPs and time.
 
-Half of the rows hold an image of 576 visual tokens and 64 tokens of text, the others 64 tokens of text alone. The same batch
-with an image in every row is measured beside it, in turns. `--other FOLDER` measures another checkout of this package in a
-process of its own, each round next to this one's. Prints a Markdown table.
+Half of the rows have an image of 576 visual tokens and 64 text tokens, the others 64 text tokens alone. The same batch with
+an image in every row is measured in alternation. `--other FOLDER` also measures another checkout of this package, in its own
+process and in alternation with this one. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def make_model() -> SaisaForConditionalGeneration:
 
 
 def batch(images: list[bool], side: str) -> dict[str, torch.Tensor]:
-    """Rows of 64 text tokens, with an image in front of the second half of them where `images` says so."""
+    """Rows of 64 text tokens, with an image before their second half where `images` is true."""
     generator, rows = torch.Generator().manual_seed(0), []
     for has_image in images:
         ids = torch.randint(0, IMAGE, (TEXT,), generator=generator)
@@ -90,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed passes of each batch (default: 9)")
     parser.add_argument(
-        "--other", type=Path, help="another checkout of this repository, measured in turns with this one"
+        "--other", type=Path, help="another checkout of this repository, measured in alternation with this one"
     )
     parser.add_argument("--json", action="store_true", help="print this checkout's figures as JSON")
     arguments = parser.parse_args()

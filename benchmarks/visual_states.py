@@ -1,12 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Many questions about one picture: what the second costs, against the first, against the language model without any
-picture, and against LLaVA; and whether answers from visual states are those from the picture itself.
+"""Many questions about one image: the cost of the second against the first, against the language model without an image, and
+against LLaVA; and whether answers from visual states equal those from the image itself.
 
     python benchmarks/visual_states.py
     python benchmarks/visual_states.py --preset vicuna-7b --device cuda --dtype bfloat16
 
-All models are random and share one language model and one encoder. A question of the table is a prompt of one text token,
-the picture, and the rest of the text.
+All models have random weights and share one language model and one encoder. A question of the table is a prompt of one text
+token, the image, and the rest of the text.
 """
 
 import argparse
@@ -26,20 +26,20 @@ from saisa_hf.common.tables import table
 
 NOTES = """
 ms: {clock} time, median of {repeats} rounds in which all rows take turns
-x LM: over the language model without a picture; x first: over the same model's first question
-GFLOPs: matrix products of projectors, language model and head, counted while they run; the encoder is left out
+x LM: relative to the language model without an image; x first: relative to the same model's first question
+GFLOPs: matrix products of projectors, language model and head, counted while they run; without the encoder
 features kept: every layer's projector runs, as in a first question whose encoder costs nothing
-kept: of the picture between questions; 2 * V * h_kv * L * bytes = {kept:.1f} MiB of keys and values
+kept: what is kept of the image between questions; 2 * V * h_kv * L * bytes = {kept:.1f} MiB of keys and values
 peak: beyond weights and what is kept, with the filled cache, as {peak}
-same beginning cached: LLaVA's keys and values depend on all that is in front of them, so that they serve only prompts that
-begin alike up to and with the picture; SAISA's states serve any prompt, anywhere in it
+same prefix cached: LLaVA's keys and values depend on everything before them, so they serve only prompts with the same
+prefix, up to and including the image; SAISA's states serve any prompt, anywhere in it
 """
 
 
 @dataclass
 class Row:
-    """One way to ask: its name, the row of the same model's first question, what is run, the bytes kept of the picture
-    beforehand, and whether the encoder is part of it."""
+    """One way to ask: its name, the name of the same model's first question, the call to measure, the bytes kept of the image
+    beforehand, and whether the call runs the encoder."""
 
     name: str
     first: str | None
@@ -73,19 +73,19 @@ def ways_to_ask(models: Models, args) -> list[Row]:
     prefix_bytes = sum(x.numel() * x.element_size() for layer in prefix.layers for x in (layer.keys, layer.values))
     own, other = "SAISA, first question", "LLaVA, first question"
     return [
-        Row("language model, no picture", None, lambda: bare(input_ids=text_ids, **options)),
+        Row("language model, no image", None, lambda: bare(input_ids=text_ids, **options)),
         Row(own, own, lambda: saisa(input_ids=ids, pixel_values=pixels, **options), encodes=True),
         Row("SAISA, making its states", own, lambda: saisa.get_visual_states(pixels), encodes=True),
         Row("SAISA, second, keys and values kept", own, with_states("keys_values"), states["keys_values"].nbytes),
         Row("SAISA, second, features kept", own, with_states("features"), states["features"].nbytes),
         Row(other, other, lambda: llava(input_ids=ids, pixel_values=pixels, **options), encodes=True),
         Row("LLaVA, second, embeddings kept", other, llava_from_embeddings, projected.numel() * projected.element_size()),
-        Row("LLaVA, second, same beginning cached", other, llava_behind_prefix, prefix_bytes),
+        Row("LLaVA, second, same prefix cached", other, llava_behind_prefix, prefix_bytes),
     ]  # fmt: skip
 
 
 def measure_prefill(models: Models, args) -> list[dict]:
-    """For each way to ask the seconds, FLOPs and bytes."""
+    """Seconds, FLOPs and bytes of each way to ask."""
     rows = ways_to_ask(models, args)
     seconds = measure.interleaved({row.name: row.call for row in rows}, args.repeats, args.device, args.cpu_time)
     with models.countable(args.attn_implementation):
@@ -122,8 +122,9 @@ def show_prefill(rows: list[dict]) -> str:
 
 
 def ask_both_ways(ask: Callable, count: int) -> dict:
-    """`ask(number, way)` answers question `number` from the picture (`"pixels"`) or from its states (`"states"`); to see
-    that answers depend on the picture, one in five also from states of another (`"other"`)."""
+    """Asks each question from the image and from its states and compares the answers. `ask(number, way)` answers question
+    `number` from the image (`"pixels"`) or from its states (`"states"`). One question in five is also asked from states of
+    another image (`"other"`), to check that answers depend on the image."""
     seconds, equal, changed = {"pixels": 0.0, "states": 0.0}, 0, 0
     for number in measure.progress(range(count), "questions"):
         answers = {}
@@ -137,13 +138,13 @@ def ask_both_ways(ask: Callable, count: int) -> dict:
 
 
 def random_questions(models: Models, args) -> dict:
-    """Questions of random tokens and lengths, the picture anywhere in them, answered by the random SAISA."""
-    pictures = {"pixels": draw_image(args), "other": draw_image(args)}
+    """Questions of random tokens and lengths, with the image anywhere in them, answered by the random SAISA."""
+    images = {"pixels": draw_image(args), "other": draw_image(args)}
     start = time.perf_counter()
-    states = models.saisa.get_visual_states(pictures["pixels"])
+    states = models.saisa.get_visual_states(images["pixels"])
     made = time.perf_counter() - start
-    inputs = {"pixels": {"pixel_values": pictures["pixels"]}, "states": {"visual_states": states}}
-    inputs["other"] = {"visual_states": models.saisa.get_visual_states(pictures["other"])}
+    inputs = {"pixels": {"pixel_values": images["pixels"]}, "states": {"visual_states": states}}
+    inputs["other"] = {"visual_states": models.saisa.get_visual_states(images["other"])}
     prompts = []
     for _ in range(args.questions):
         length = int(torch.randint(1, args.text_tokens + 1, ()))
@@ -157,14 +158,14 @@ def random_questions(models: Models, args) -> dict:
 
 
 def demo_questions(args) -> dict:
-    """Real questions about one picture, answered by the demo's checkpoint."""
+    """Real questions about one image, answered by the demo's checkpoint."""
     import numpy as np
     from PIL import Image
 
     from saisa_hf.demo import run, scenes
 
     model, processor = run.load(device=args.device)
-    pictures = [Image.fromarray(scenes.draw(scenes.make_scene("test", np.random.default_rng(seed)))) for seed in (1, 2)]
+    images = [Image.fromarray(scenes.draw(scenes.make_scene("test", np.random.default_rng(seed)))) for seed in (1, 2)]
     blanks = {"place": scenes.PLACES, "ink": scenes.INKS, "digit": range(10)}
     questions = {
         template.format(place=place, ink=ink, digit=digit)
@@ -172,15 +173,15 @@ def demo_questions(args) -> dict:
         for place, ink, digit in itertools.product(*blanks.values())
     }
     questions = sorted(questions)[: args.questions]
-    pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values.to(model.device)
+    pixels = processor.image_processor(images, return_tensors="pt").pixel_values.to(model.device)
     start = time.perf_counter()
     states = {"states": model.get_visual_states(pixels[:1])}
     made = time.perf_counter() - start
     states["other"] = model.get_visual_states(pixels[1:])
 
     def ask(number, way):
-        picture = {"type": "image", "image": pictures[0]} if way == "pixels" else {"type": "image"}
-        chat = [{"role": "user", "content": [picture, {"type": "text", "text": questions[number]}]}]
+        part = {"type": "image", "image": images[0]} if way == "pixels" else {"type": "image"}
+        chat = [{"role": "user", "content": [part, {"type": "text", "text": questions[number]}]}]
         options = {} if way == "pixels" else {"visual_states": states[way]}
         inputs = processor.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **options
@@ -194,26 +195,28 @@ def show_questions(what: str, result: dict) -> str:
     seconds = result["seconds"]
     return (
         f"{what}: {result['equal']} of {result['asked']} answers equal from pixels, in {seconds['pixels']:.1f} s, and from "
-        f"states, in {seconds['states']:.1f} s and {result['seconds_for_states']:.2f} s to make them. From another picture's "
-        f"states {result['others_differ']} of {result['others']} answers differ."
+        f"states, in {seconds['states']:.1f} s plus {result['seconds_for_states']:.2f} s to compute them. From another "
+        f"image's states {result['others_differ']} of {result['others']} answers differ."
     )
 
 
 def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measures the prefill of a second question about a picture by visual states against the first, against "
-        "the language model without a picture and against LLaVA, and compares answers from states with those from pixels.",
+        description="Measures the prefill of a second question about an image with visual states, against the first, the "
+        "language model without an image and LLaVA, and compares answers from states with those from pixels.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_size_options(parser)
-    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU; None: as PyTorch chooses")
-    cpu_time = "time by the processor time of this process, which other load disturbs less; with --threads 1"
+    parser.add_argument("--threads", type=int, help="threads of PyTorch on a CPU; None: PyTorch's default")
+    cpu_time = "measure CPU time of this process, which is less sensitive to other load; use with --threads 1"
     parser.add_argument("--cpu-time", action="store_true", help=cpu_time)
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds")
-    parser.add_argument("--questions", type=int, default=100, help="asked from pixels and from states; 0: none")
-    parser.add_argument("--new-tokens", type=int, default=8, help="length of their answers")
-    parser.add_argument("--demo", action="store_true", help="ask the demo's checkpoint as many real questions, too")
-    parser.add_argument("--json", metavar="PATH", help="write all numbers to this file")
+    parser.add_argument(
+        "--questions", type=int, default=100, help="questions to ask from pixels and from states; 0: none"
+    )
+    parser.add_argument("--new-tokens", type=int, default=8, help="length of the answers")
+    parser.add_argument("--demo", action="store_true", help="also ask the demo's checkpoint as many real questions")
+    parser.add_argument("--json", metavar="PATH", help="write all results to this file")
     return with_sizes(parser.parse_args(argv))
 
 
@@ -224,15 +227,16 @@ def main(argv=None) -> dict:
         torch.set_num_threads(args.threads)
     result = {"machine": measure.machine(args.device), "settings": vars(args)}
     print(measure.describe(result["machine"]))
-    print(f"{args.layers} layers, hidden {args.hidden_size}, {args.heads} heads, {args.kv_heads} of keys; {args.text_tokens} "
-          f"text and {visual_tokens(args)} visual tokens; {args.dtype}, {args.attn_implementation}\n")  # fmt: skip
+    print(f"{args.layers} layers, hidden {args.hidden_size}, {args.heads} heads, {args.kv_heads} key heads; "
+          f"{args.text_tokens} text and {visual_tokens(args)} visual tokens; {args.dtype}, "
+          f"{args.attn_implementation}\n")  # fmt: skip
     models = build(args)
     result["prefill"] = measure_prefill(models, args)
     key_width = args.kv_heads * (args.hidden_size // args.heads)
     item_size = torch.finfo(getattr(torch, args.dtype)).bits // 8
     result["kept_formula"] = 2 * visual_tokens(args) * key_width * args.layers * item_size
     print(show_prefill(result["prefill"]))
-    clock, peak = "processor" if args.cpu_time else "wall", measure.PEAK_MEMORY[torch.device(args.device).type]
+    clock, peak = "CPU" if args.cpu_time else "wall", measure.PEAK_MEMORY[torch.device(args.device).type]
     print(NOTES.format(clock=clock, repeats=args.repeats, kept=result["kept_formula"] / 2**20, peak=peak))
     if args.questions:
         result["questions"] = random_questions(models, args)

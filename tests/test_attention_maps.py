@@ -417,12 +417,12 @@ def test_the_command_writes_sheet_and_page_and_says_where_the_words_look(tmp_pat
 @pytest.mark.parametrize(
     "arguments, status, message",
     [
-        (["{checkpoint}", "no.png", "who?"], 1, "There is no picture 'no.png'"),
+        (["{checkpoint}", "no.png", "who?"], 1, "There is no image 'no.png'"),
         (["{tmp}/none", "{scene}", "who?"], 1, "is not a folder"),
         (["{tmp}/llama", "{scene}", "who?"], 2, "has model_type 'llama': expected 'saisa'"),
-        (["{checkpoint}", "{scene}", "who?", "--output", "{tmp}/none/look"], 1, "none is no folder"),
+        (["{checkpoint}", "{scene}", "who?", "--output", "{tmp}/none/look"], 1, "none is not a folder"),
         (["{checkpoint}", "{scene}", "who?", "--output", "/proc/look"], 1, "/proc/look.png cannot be written"),
-        (["{checkpoint}", "{scene}", "<image>?", "--output", "{tmp}/look"], 2, "has '<image>' in it"),
+        (["{checkpoint}", "{scene}", "<image>?", "--output", "{tmp}/look"], 2, "contains '<image>'"),
         (["{checkpoint}", "{scene}", "how many digits?", "--layers", "9", "--output", "{tmp}/look"], 2, "layers has 9"),
     ],
 )

@@ -174,7 +174,7 @@ def test_saisas_flops_grow_linearly_in_visual_tokens_and_llavas_do_not(models):
     assert slope([(x, 3 * x**1.5) for x in (1, 2, 5, 9)]) == pytest.approx(1.5)
 
 
-def test_the_plot_is_a_picture_of_the_curves(capsys, tmp_path):
+def test_the_plot_is_an_image_of_the_curves(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     options = ["--work", "prefill", "--visual", "9", "30", "60", "--text", "12", "--no-memory"]
     _, result = bench(capsys, tmp_path, *options, f"--plot={tmp_path / 'curve.png'}")

@@ -80,7 +80,7 @@ def test_the_demo_answers_real_questions_alike_from_states_and_from_pixels():
 
 def test_a_second_question_computes_the_language_model_and_attention_to_the_visual_keys_and_nothing_else(printed):
     flops = {row["name"]: row["flops"] for row in printed[1]["prefill"]}
-    bare, layers, hidden = flops["language model, no picture"], TINY["layers"], TINY["hidden_size"]
+    bare, layers, hidden = flops["language model, no image"], TINY["layers"], TINY["hidden_size"]
     attention = layers * 4 * TEXT * VISUAL * TINY["heads"] * HEAD_SIZE
     angles = VISUAL * HEAD_SIZE  # of the rotary embedding, a matrix product in some releases of transformers
     assert flops[SECOND] - bare - attention in (0, angles)

@@ -469,7 +469,7 @@ def test_timms_encoders_get_an_image_processor_that_needs_no_torchvision(tmp_pat
 
 def test_an_encoder_that_refuses_its_processors_pictures_is_reported_and_nothing_is_left(tmp_path):
     lm, vision = parts_on_disk(tmp_path, side=12)
-    with pytest.raises(ValueError, match=r"does not take the pictures \(1, 3, 12, 12\)"):
+    with pytest.raises(ValueError, match=r"does not accept images of shape \(1, 3, 12, 12\)"):
         quietly(lm, vision, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "vision"]
 
@@ -529,7 +529,7 @@ def test_the_seed_decides_on_the_projectors_alone(tmp_path):
     "paths, status, message",
     [
         (["lm", "vision"], 2, "expected LANGUAGE_MODEL VISION_MODEL DST"),
-        (["./missing", "vision", "out"], 1, "./missing is not a folder"),
+        (["./missing", "vision", "out"], 1, "LANGUAGE_MODEL './missing' is not a folder"),
     ],
 )
 def test_a_wrong_command_line_is_explained(tmp_path, capsys, monkeypatch, paths, status, message):

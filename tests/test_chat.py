@@ -174,7 +174,7 @@ def test_an_error_leaves_the_conversation_as_it_was(monkeypatch):
     before = list(conversation.messages)
     with pytest.raises(ValueError, match="Nothing to ask"):
         next(conversation.ask(""))
-    with pytest.raises(ValueError, match="'<image>' in it"):
+    with pytest.raises(ValueError, match="contains '<image>'"):
         next(conversation.ask("what is <image>?"))
     with pytest.raises(ValueError, match=r"nowhere\.png"):
         next(conversation.ask("a", ["nowhere.png"]))
@@ -263,10 +263,10 @@ def test_the_first_error_in_a_pipe_is_one_line_and_the_exit_status(monkeypatch, 
 
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    assert "There is no picture 'nowhere.png'" in error(1, "--image", "nowhere.png")
+    assert "There is no image 'nowhere.png'" in error(1, "--image", "nowhere.png")
     assert "text.png' cannot be read: Unidentified" in error(1, "--image", str(tmp_path / "text.png"))
-    assert "There is no picture 'a b.png'" in error(1, lines=f"/image 'a b.png'\n{COUNT}\n")
-    assert "/photo is no command" in error(2, lines="/photo\n")
+    assert "There is no image 'a b.png'" in error(1, lines=f"/image 'a b.png'\n{COUNT}\n")
+    assert "/photo is not a command" in error(2, lines="/photo\n")
     assert "/image needs the path" in error(2, lines="/image\n")
     assert "MODEL './nowhere' is not a folder" in error(1, model="./nowhere")
     assert "model_type 'llava'" in error(2, model=tmp_path)
@@ -330,7 +330,7 @@ def test_a_person_asks_stops_an_answer_and_goes_on(tmp_path):
         person.types("\x03")
         assert "(stopped)" in person.sees(r"\n> $")
         person.types("/image nowhere.png\n")
-        assert "error: There is no picture 'nowhere.png'." in person.sees(r"\n> $")
+        assert "error: There is no image 'nowhere.png'." in person.sees(r"\n> $")
         person.types(f"{THREE}\n")
         person.sees(r"\nno \w+")
         person.types("\x03")

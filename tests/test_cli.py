@@ -11,9 +11,10 @@ import pytest
 import yaml
 from test_convert import authors_checkpoint
 
-from saisa_hf import SaisaConfig
+from saisa_hf import SaisaConfig, vision_saisa
 from saisa_hf.checkpoints.model_card import flops, licence_in_card, model_card, parameter_counts, write_model_card
 from saisa_hf.cli import main
+from saisa_hf.cli.options import REDUCTIONS
 
 
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008,
@@ -52,6 +53,35 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "bench",
         "data",
     ]
+
+
+COMMANDS = ["", "demo", "convert", "build", "upgrade", "chat", "attend", "train", "flops", "fit", "redundancy", "bench"]
+COMMANDS += ["data", "data check", "data digits"]
+
+HELP_AND_WHAT_IT_IMPORTED = """
+import resource, sys
+from saisa_hf.cli import main
+try:
+    main(sys.argv[1:])
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    heavy = [name for name in ("torch", "transformers", "huggingface_hub", "numpy", "PIL") if name in sys.modules]
+    print(used.ru_utime + used.ru_stime, *heavy, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once(command):
+    argv = [sys.executable, "-c", HELP_AND_WHAT_IT_IMPORTED, *command.split(), "--help"]
+    run = subprocess.run(argv, capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("usage: saisa")
+    seconds, *heavy = run.stderr.split()
+    assert not heavy
+    assert float(seconds) < 1  # of processor time: a tenth of it on a desktop
+
+
+def test_names_that_the_command_line_repeats_are_those_of_the_slow_modules():
+    assert REDUCTIONS == vision_saisa.REDUCTIONS
 
 
 def test_help_of_convert_says_enough_to_use_it(capsys):

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-import saisa_hf.checkpoints.convert as convert_module
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf.checkpoints import weight_writing
 from saisa_hf.checkpoints.convert import convert
 
 
@@ -331,8 +331,8 @@ def test_a_checkpoint_of_the_first_stage_becomes_a_model_with_one_projector(tmp_
 @pytest.mark.parametrize(
     "choice, tensors, message",
     [
-        ("use", language_tensors, r"model\.safetensors: tensor model\.layers\.0\.mm_projector\.0\.\w+ is a projector of one "
-         r"layer's own.*Leave out --shared-projector use"),
+        ("use", language_tensors, r"model\.safetensors: tensor model\.layers\.0\.mm_projector\.0\.\w+ is a projector of a "
+         r"single layer.*Leave out --shared-projector use"),
         ("keep", lambda: {k: v for k, v in language_tensors().items() if k != "model.mm_projector.2.bias"},
          r"model\.safetensors: tensor model\.mm_projector\.2\.bias is missing"),
         ("keep", lambda: language_tensors() | {"model.mm_projector.0.weight": torch.ones(64, 3)},
@@ -385,8 +385,8 @@ def test_a_file_that_reads_back_otherwise_than_it_was_written_is_noticed(tmp_pat
         file.write_bytes(content)
         return digests
 
-    write = convert_module.write_safetensors
-    monkeypatch.setattr(convert_module, "write_safetensors", write_and_flip_a_bit)
+    write = weight_writing.write_safetensors
+    monkeypatch.setattr(weight_writing, "write_safetensors", write_and_flip_a_bit)
     with pytest.raises(OSError, match=r"model\.safetensors: .* differs from its source"):
         convert(authors_checkpoint(tmp_path / "source"), tmp_path / "converted", log=lambda line: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -454,7 +454,7 @@ def test_a_single_weight_file_comes_before_an_index_that_an_earlier_save_left(tm
 def test_without_a_tokenizer_the_model_alone_is_converted_and_the_terminal_says_so(tmp_path):
     lines = []
     convert(authors_checkpoint(tmp_path / "source"), tmp_path / "converted", log=lines.append)
-    assert any("no tokenizer" in line and "no processor" in line for line in lines)
+    assert any("no tokenizer" in line and "without a processor" in line for line in lines)
     assert not (tmp_path / "converted" / "tokenizer_config.json").exists()
     assert {"README.md", "config.json", "generation_config.json", "modeling_saisa.py"} <= {
         path.name for path in (tmp_path / "converted").iterdir()

@@ -1,4 +1,4 @@
-"""The shipped checkpoint answers as the README says, because it looks at the picture; and its training runs."""
+"""The shipped checkpoint answers as the README says, because it looks at the image; and its training runs."""
 
 import json
 
@@ -6,8 +6,11 @@ import pytest
 from PIL import Image
 
 from saisa_hf.cli import main
-from saisa_hf.demo.run import CHECKPOINT, ask_model, load, run_demo
+from saisa_hf.demo import CHECKPOINT
+from saisa_hf.demo.asking import ask_model, load
+from saisa_hf.demo.run import run_demo
 from saisa_hf.demo.scenes import KINDS, held_out_questions
+from saisa_hf.demo.train import main as train
 
 
 def test_the_demo_answers_500_fresh_questions(tmp_path, capsys):
@@ -22,7 +25,7 @@ def test_the_demo_answers_500_fresh_questions(tmp_path, capsys):
     assert f"{right / asked:.1%}" in capsys.readouterr().out
 
 
-def test_with_the_pictures_of_other_questions_it_fails():
+def test_with_the_images_of_other_questions_it_fails():
     model, processor = load(CHECKPOINT)
     asked = held_out_questions(140, seed=4)
     scenes = [scene for scene, _ in asked]
@@ -33,14 +36,12 @@ def test_with_the_pictures_of_other_questions_it_fails():
 
 def test_the_training_command_writes_a_checkpoint_that_the_demo_loads(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from saisa_hf.demo.train import main as train
-
     assert train(["--output", "mine", "--scale", "0.001"]) == 0
     assert {path.name for path in (tmp_path / "mine").iterdir()} >= {path.name for path in CHECKPOINT.iterdir()}
     record = json.loads((tmp_path / "mine" / "training.json").read_text())
     assert record["recipe"]["encoder_steps"] == 2 and set(record["right"]) == set(KINDS)
     assert main(["demo", "--checkpoint", "mine", "--questions", "7", "--output", "sheet.png"]) == 0
-    assert "7 questions about unseen pictures" in capsys.readouterr().out
+    assert "7 questions about unseen images" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_is_not_there_is_named(capsys):

@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The demo's pictures and questions: held-out handwriting stays held out, and every question has one right answer."""
+"""The demo's images and questions: held-out handwriting stays held out, and every question has one right answer."""
 
 import re
 from collections import Counter
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 
-pytest.importorskip("sklearn", reason="the demo's pictures need scikit-learn: pip install saisa-hf[demo]")
+pytest.importorskip("sklearn", reason="the demo's images need scikit-learn: pip install saisa-hf[demo]")
 
 import torch
 from PIL import Image
 
 from saisa_hf.demo import scenes
-from saisa_hf.demo.contact_sheet import contact_sheet, terminal_pictures
+from saisa_hf.demo.contact_sheet import contact_sheet, terminal_images
 from saisa_hf.demo.language import CHAT_TEMPLATE, IMAGE, Conversation, make_tokenizer
 
 
@@ -214,14 +214,14 @@ def test_training_sequences_are_what_the_chat_template_writes():
     assert tokenizer(prompt, add_special_tokens=False).input_ids == ids[:start]
 
 
-def test_contact_sheet_and_terminal_show_the_pictures():
+def test_contact_sheet_and_terminal_show_the_images():
     asked = scenes.held_out_questions(6, seed=1)
     shown = [(scenes.draw(scene), question, question.answer) for scene, question in asked]
     right = contact_sheet(shown, "six")
     wrong = contact_sheet([(picture, question, "never") for picture, question, _ in shown], "six")
     assert right.size == wrong.size and right.width > 4 * 72 * 2
     assert np.asarray(right)[..., 1].astype(int).mean() != np.asarray(wrong)[..., 1].astype(int).mean()
-    text = terminal_pictures([picture for picture, _, _ in shown], width=80)
+    text = terminal_images([picture for picture, _, _ in shown], width=80)
     assert text.count("\n") == 11 and text.count("\u2580") == 3 * 24 * 12
 
 
@@ -244,7 +244,7 @@ def test_training_sees_the_pixels_and_ids_that_the_processor_makes():
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
-def test_the_shipped_checkpoint_answers_questions_about_unseen_pictures(tmp_path, capsys):
+def test_the_shipped_checkpoint_answers_questions_about_unseen_images(tmp_path, capsys):
     from saisa_hf.demo.run import run_demo
 
     scores = run_demo(questions=140, seed=7, output=tmp_path / "sheet.png")

@@ -198,9 +198,9 @@ def test_the_command_prints_the_mean_over_the_pictures_and_draws_it(folders, tmp
 @pytest.mark.parametrize(
     ("model", "images", "message"),
     [
-        ("llava", "llava", "holds no pictures"),
+        ("llava", "llava", "holds no images"),
         ("llava", "nowhere", "is not a folder"),
-        ("llava", "pictures --plot nowhere/layers.png", "nowhere is no folder"),
+        ("llava", "pictures --plot nowhere/layers.png", "nowhere is not a folder"),
         ("saisa", "pictures", "MODEL .* is a 'saisa': expected a 'llava' or 'llava_next'"),
     ],
 )

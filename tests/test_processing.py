@@ -326,7 +326,7 @@ def test_truncation_never_cuts_a_picture(side):
     processor = make_processor(tokenizer)
     text = "is in the image <image>" if side == "right" else "<image> is in the image"
     full = processor(text=["a", text], images=open_picture())["input_ids"][1]
-    with pytest.raises(ValueError, match=r"max_length=12.*picture 0.*text 1.*Set max_length to (\d+)"):
+    with pytest.raises(ValueError, match=r"max_length=12.*image 0.*text 1.*Set max_length to (\d+)"):
         processor(text=["a", text], images=open_picture(), truncation=True, max_length=12)
     longer = f"{text} the image" if side == "right" else f"the image {text}"
     cut = processor(text=longer, images=open_picture(), truncation=True, max_length=len(full))["input_ids"][0]
@@ -346,11 +346,11 @@ def test_text_alone_has_no_pixels_and_pictures_alone_no_ids():
 @pytest.mark.parametrize(
     ("images", "text", "message"),
     [
-        (2, "<image> a", r"2 pictures.*1 '<image>'"),
-        (0, ["a", "<image>"], r"text 1 has 1 '<image>', but no `images`"),
-        (1, "no token", r"1 pictures.*0 '<image>'"),
-        ([[1], []], ["<image>", "<image>"], r"text 1 has 1 '<image>', but 0 pictures"),
-        ([[1], [1]], "<image><image>", r"2 lists, but there are 1 texts"),
+        (2, "<image> a", r"`images` has 2 images.*\[1\] '<image>'"),
+        (0, ["a", "<image>"], r"`images` has no images.*\[0, 1\] '<image>'"),
+        (1, "no token", r"1 images.*\[0\] '<image>'"),
+        ([[1], []], ["<image>", "<image>"], r"\[1, 0\] images.*\[1, 1\] '<image>', text by text"),
+        ([[1], [1]], "<image><image>", r"\[1, 1\] images.*\[2\] '<image>'.*one list per text"),
     ],
 )
 def test_pictures_and_image_tokens_have_to_match(images, text, message):
@@ -426,7 +426,7 @@ def test_a_chat_takes_visual_states_for_its_bare_image_parts():
     nested = processor.apply_chat_template(chats, processor_kwargs={"visual_states": states}, **options)
     assert nested["visual_states"] is states
     own = [{"role": "user", "content": [{**bare, "image": open_picture()}, text]}]
-    with pytest.raises(ValueError, match=r"brings pictures.*visual_states"):
+    with pytest.raises(ValueError, match=r"brings images.*visual_states"):
         processor.apply_chat_template(own, visual_states=visual_states(N_VISUAL), **options)
 
 
@@ -435,9 +435,9 @@ def test_a_chat_takes_visual_states_for_its_bare_image_parts():
     [
         (
             {"text": ["<image>a", "<image>b"]},
-            r"has 1 pictures.*2 '<image>': \[1, 1\].*expand\(n\).*states\[\[\.\.\.\]\]",
+            r"has 1 images.*\[1, 1\] '<image>', text by text.*expand\(n\).*states\[\[\.\.\.\]\]",
         ),
-        ({"text": "a"}, r"has 1 pictures.*0 '<image>'"),
+        ({"text": "a"}, r"has 1 images.*\[0\] '<image>'"),
         ({"text": "<image>", "images": gradient()}, r"`images` and `visual_states`.*Pass one"),
         ({}, r"`visual_states` was given without `text`"),
         ({"text": "<image>", "visual_states": [visual_states(3)]}, r"a list of \['SaisaVisualStates'\].*cat"),
@@ -489,7 +489,7 @@ def test_pictures_come_from_addresses_and_data_uris(tmp_path):
         lines = base64.encodebytes((tmp_path / "picture.png").read_bytes()).decode()
         for source in (f"{address}/picture.png", f"data:image/png;base64,{data}", data, lines):
             assert np.array_equal(pixels_of(source), np.asarray(gradient()))
-        with pytest.raises(ValueError, match=r"picture 1 of 2.*missing\.png.*404"):
+        with pytest.raises(ValueError, match=r"image 1 of 2.*missing\.png.*404"):
             make_processor()(images=[gradient(), f"{address}/missing.png"])
         server.shutdown()
     dot = "R0lGODlhAQABAPAAAP///wAAACwAAAAAAQABAAACAkQBADs="  # shorter than many a path
@@ -615,7 +615,7 @@ def test_unreadable_pictures_are_named(tmp_path):
         np.zeros((0, 3, 3)),
     ]
     for broken in cases:
-        with pytest.raises(ValueError, match="picture 1 of 2"):
+        with pytest.raises(ValueError, match="image 1 of 2"):
             make_processor()(images=[gradient(), broken])
     with pytest.raises(ValueError, match=r"half\.png"):
         make_processor()(images=[str(tmp_path / "half.png")])
@@ -625,10 +625,10 @@ def test_oversized_pictures_are_refused_before_they_are_decoded(tmp_path, monkey
     gradient((40, 40)).save(tmp_path / "large.png")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"picture 0 of 1.*1600|picture 0 of 1.*40 x 40 pixels"):
+    with pytest.raises(ValueError, match=r"image 0 of 1.*1600|image 0 of 1.*40 x 40 pixels"):
         make_processor()(images=tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # beyond twice the limit Pillow raises an error of its own
-    with pytest.raises(ValueError, match="picture 0 of 1"):
+    with pytest.raises(ValueError, match="image 0 of 1"):
         make_processor()(images=tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert make_processor()(images=tmp_path / "large.png")["pixel_values"][0].shape == (3, 56, 56)
@@ -636,7 +636,7 @@ def test_oversized_pictures_are_refused_before_they_are_decoded(tmp_path, monkey
 
 @pytest.mark.parametrize("pad", [False, True])
 def test_a_thin_picture_cannot_blow_up(pad):
-    with pytest.raises(ValueError, match=r"picture 0 of 1 (padded|resized).*MAX_IMAGE_PIXELS"):
+    with pytest.raises(ValueError, match=r"image 0 of 1 (padded|resized).*MAX_IMAGE_PIXELS"):
         make_processor(pad_to_square=pad)(images=Image.new("RGB", (200_000, 1)))
 
 
@@ -710,7 +710,7 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
     processor.chat_template = {"default": chat_template("vicuna"), "short": chat_template("plain")}
     assert processor.apply_chat_template(messages, chat_template="short") == "a"
     assert processor.apply_chat_template(messages).endswith("USER: a ")
-    with pytest.raises(ValueError, match="names 1 pictures"):
+    with pytest.raises(ValueError, match="names 1 images"):
         processor.apply_chat_template([{"role": "user", "content": "<image>a"}], tokenize=True)
 
 
@@ -768,7 +768,9 @@ def test_the_folder_has_what_every_release_reads(tmp_path):
     assert config["tokenizer"]["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(config["tokenizer"].get("extra_special_tokens"), list)
     assert (tmp_path / "chat_template.jinja").read_text() == chat_template("plain")
-    assert {"processing_saisa.py", "compat_saisa.py", "checkpoint_saisa.py"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"processing_saisa.py", "compat_saisa.py", "checkpoint_saisa.py"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

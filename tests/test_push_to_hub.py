@@ -274,5 +274,8 @@ def test_convert_asks_the_hub_who_it_is_before_it_begins(tmp_path):
     with HubStandIn() as hub:
         said = run(hub, tmp_path, CONVERT_WITHOUT_A_TOKEN, str(source), without=["HF_TOKEN"])
         assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
-    assert "saisa: error: --push-to-hub someone/converted: the hub does not let us in" in said and "HF_TOKEN" in said
+    assert (
+        "saisa: error: --push-to-hub someone/converted: the hub does not accept the login" in said
+        and "HF_TOKEN" in said
+    )
     assert not (tmp_path / "ours").exists()

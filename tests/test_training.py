@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 from saisa_hf.checkpoint_saisa import code_files
 
 
-# whether the one picture in front is bright decides the answer
+# whether the one image in front is bright decides the answer
 QUESTION, BRIGHT, DARK = [5, 6], 7, 8
 
 
@@ -39,7 +39,7 @@ def trainer_for(model, folder, **arguments):
 
 @pytest.mark.parametrize("text", ["llama", "qwen3"])
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=str)
-def test_the_answer_about_a_picture_is_learnt(text, options, tmp_path):
+def test_the_answer_about_an_image_is_learnt(text, options, tmp_path):
     trainer = trainer_for(tiny_model(text), tmp_path, **options)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

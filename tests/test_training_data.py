@@ -23,9 +23,9 @@ from saisa_hf.training import (
     open_source,
     read_sample,
 )
-from saisa_hf.training.run import check
+from saisa_hf.training.check import check
 from saisa_hf.training.sampler import GroupedSampler
-from saisa_hf.training.samples import open_pictures
+from saisa_hf.training.samples import open_images
 
 
 # Where a reader of the text finds the answers; nothing here knows the templates' source.
@@ -55,7 +55,7 @@ TALK = conversation("<image>\nWhich?", "Seven.", "Sure?", "Yes, a 7.", "Why?", "
 
 
 def text_of(ids):
-    """The text of token ids, a picture's placeholders as one "@"."""
+    """The text of token ids, an image's placeholders as one "@"."""
     tokens = character_tokenizer().convert_ids_to_tokens(ids)
     return "".join(tokens).replace("<image>" * TOKENS, "@")
 
@@ -92,14 +92,14 @@ def test_what_only_looks_like_an_answer_is_not_learned():
     assert learned(item) == [" Fine.</s>"]
 
 
-def test_the_first_token_behind_a_picture_has_no_predictor_and_no_label():
+def test_the_first_token_behind_an_image_has_no_predictor_and_no_label():
     close = "{% for m in messages %}{{ m.content }}{% endfor %}"
     item = encode({"messages": [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "cat"}],
                    "image": picture()}, close)  # fmt: skip
     assert text_of(item["input_ids"]) == "@cat" and learned(item) == ["at"]
 
 
-def test_captions_stand_on_the_line_below_their_pictures():
+def test_captions_stand_on_the_line_below_their_images():
     record = conversation("Render a summary.\n<image>", "A dog. ", image=picture())
     item = encode(record, "plain", captions=True)
     assert text_of(item["input_ids"]) == "@\nA dog.\n" and learned(item) == ["A dog.\n"]
@@ -108,7 +108,7 @@ def test_captions_stand_on_the_line_below_their_pictures():
 
 def test_a_template_that_changes_earlier_turns_is_refused():
     forgets = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '...' }}{% endfor %}"
-    with pytest.raises(BadSample, match=r"a\.json, sample 3: the chat template prints turn 1 otherwise"):
+    with pytest.raises(BadSample, match=r"a\.json, sample 3: the chat template prints turn 1 differently"):
         encode(conversation("Hi", "Hello.", "So?", "Bye."), forgets, name="a.json, sample 3")
 
 
@@ -123,10 +123,10 @@ def test_an_answer_in_llamas_tokens_is_learned_from_its_space_to_its_end():
     assert said == [*tokenizer("A dog.", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
-# --- pictures and length ---
+# --- images and length ---
 
 
-def test_the_picture_of_a_turn_comes_first_and_several_stay_where_they_are():
+def test_the_image_of_a_turn_comes_first_and_several_stay_where_they_are():
     assert (
         read_sample(conversation("What?\n<image>", "A.", image="a.png"))["messages"][0]["content"] == "<image>\nWhat?"
     )
@@ -136,14 +136,14 @@ def test_the_picture_of_a_turn_comes_first_and_several_stay_where_they_are():
     assert sample["images"] == ["pictures/a.png", "pictures/b.png"]
 
 
-def test_pictures_in_parts_and_beside_the_messages_keep_their_order():
+def test_images_in_parts_and_beside_the_messages_keep_their_order():
     parts = [{"type": "image", "path": "b.png"}, {"type": "text", "text": "or", "path": None}, {"type": "image"}]
     messages = [{"role": "user", "content": "<image>"}, {"role": "user", "content": parts}]
     record = {"messages": [*messages, {"role": "assistant", "content": "A."}], "images": ["a.png", "c.png"]}
     assert read_sample(record)["images"] == ["a.png", "b.png", "c.png"]
 
 
-def test_a_long_sample_is_cut_at_the_end_and_never_inside_a_picture():
+def test_a_long_sample_is_cut_at_the_end_and_never_inside_an_image():
     record = conversation("<image>\nA?", "Yes.", "<image>\nB?", "No.", image=[picture(1), picture(2)])
     whole = encode(record)
     second = [i for i, token in enumerate(whole["input_ids"]) if text_of([token]) == "<image>"][TOKENS]
@@ -156,7 +156,7 @@ def test_a_long_sample_is_cut_at_the_end_and_never_inside_a_picture():
         encode(record, max_length=12)
 
 
-def test_batches_hold_pictures_and_text_alone():
+def test_batches_hold_images_and_text_alone():
     processor = processor_for()
     collate = SaisaCollator(ConversationEncoder(processor))
     records = [TALK, conversation("Hi", "Hello."), conversation("<image>\nA?", "B.", image=picture(9))]
@@ -178,7 +178,7 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
     ]
     model, encoder = tiny_model(text, attn_implementation=implementation), ConversationEncoder(processor_for())
     samples = [read_sample(record) for record in records]
-    for part in (samples, samples[1:2] * 3):  # with pictures, and text alone
+    for part in (samples, samples[1:2] * 3):  # with images, and text alone
         found = []
         for packing in (False, True):
             batch = SaisaCollator(encoder, packing=packing)(part)
@@ -199,9 +199,9 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
     ("record", "message"),
     [
         ({"question": "a", "answer": "b"}, "one of the keys 'conversations', 'messages'.*'question', 'answer'"),
-        (conversation("<image>\nA?", "B."), "0 pictures for 1 <image>"),
-        (conversation("A?", "B.", image="a.png"), "1 pictures for 0 <image>"),
-        (conversation("<image>\nA?", "B.", image=["a.png", "b.png"]), "2 pictures for 1 <image>"),
+        (conversation("<image>\nA?", "B."), "0 images for 1 <image>"),
+        (conversation("A?", "B.", image="a.png"), "1 images for 0 <image>"),
+        (conversation("<image>\nA?", "B.", image=["a.png", "b.png"]), "2 images for 1 <image>"),
         (conversation("A?", "  ", "B?", ""), "no turn of the assistant has text"),
         (conversation("A?"), "no turn of the assistant has text"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
@@ -220,24 +220,24 @@ def test_bad_records_are_named_with_what_is_wrong(record, message):
 
 def test_half_a_character_is_a_bad_sample():
     sample = read_sample(conversation("A?", "B\ud800."), "q.json, sample 4")
-    with pytest.raises(BadSample, match=r"q.json, sample 4: text 0 has half a character in it, '\\ud800' at "):
+    with pytest.raises(BadSample, match=r"q.json, sample 4: text 0 has half a character, '\\ud800' at "):
         ConversationEncoder(processor_for())(sample)
 
 
 def broken(folder):
-    """Ten samples of which the fourth has a missing and the seventh a broken picture."""
+    """Ten samples of which the fourth has a missing and the seventh a broken image."""
     picture().save(folder / "good.png")
     (folder / "broken.png").write_bytes(b"not a picture")
     names = {3: "missing.png", 6: "broken.png"}
     return [conversation("<image>\nA?", f"{i}.", image=names.get(i, "good.png")) for i in range(10)]
 
 
-def test_a_missing_or_broken_picture_is_fatal_or_counted_as_one_chooses(tmp_path, caplog):
+def test_a_missing_or_broken_image_is_fatal_or_counted_as_one_chooses(tmp_path, caplog):
     source = Source(broken(tmp_path), "q.json", str(tmp_path))
     encoder = ConversationEncoder(processor_for())
     strict = ConversationDataset([source], encoder)
     assert learned(strict[2]) == [" 2.</s>"]
-    with pytest.raises(BadSample, match=r"q\.json, sample 3: picture 0 \(.*missing\.png\) cannot be read"):
+    with pytest.raises(BadSample, match=r"q\.json, sample 3: image 0 \(.*missing\.png\) cannot be read"):
         strict[3]
     lenient = ConversationDataset([source], encoder, bad_samples="skip")
     assert [learned(lenient[i])[0][1] for i in range(10)] == list("0124457789")
@@ -265,7 +265,7 @@ def test_an_empty_data_set_is_refused(tmp_path):
 # --- files ---
 
 
-def test_json_and_json_lines_are_read_with_pictures_beside_them(tmp_path):
+def test_json_and_json_lines_are_read_with_images_beside_them(tmp_path):
     records = broken(tmp_path)[:2]
     (tmp_path / "a.json").write_text(json.dumps(records))
     records[0]["note"] = "one\u2028line\u0085"
@@ -319,7 +319,7 @@ def test_data_sets_of_datasets_parquet_files_folders_and_streams(tmp_path):
     assert [learned(next(items))[0] for _ in range(4)] == [" 0.</s>", " 1.</s>", " 2.</s>", " 0.</s>"]
 
 
-def test_pictures_in_base64_are_read_wherever_the_file_is(tmp_path):
+def test_images_in_base64_are_read_wherever_the_file_is(tmp_path):
     file = io.BytesIO()
     picture(2).save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
@@ -328,7 +328,7 @@ def test_pictures_in_base64_are_read_wherever_the_file_is(tmp_path):
         {"role": "assistant", "content": "2."},
     ]
     for record in (conversation("<image>\nA?", "2.", image=text), {"messages": in_parts}):
-        (image,) = open_pictures(read_sample(record, folder=str(tmp_path)))["images"]
+        (image,) = open_images(read_sample(record, folder=str(tmp_path)))["images"]
         assert np.array_equal(np.asarray(image), np.asarray(picture(2)))
 
 
@@ -364,7 +364,7 @@ def test_data_check_prints_every_token_with_its_mask_and_names_what_is_bad(tmp_p
     shown = re.findall(r"^ *(\d+) +(\d+)  (learn|     )  '(.*?)'( x 4)?$", out, re.M)
     assert [token for _, _, mark, token, _ in shown if mark == "learn"] == [" ", "0", ".", "</s>"]
     assert [token for *_, token, many in shown if many] == ["<image>"]
-    assert "8 samples with 8 pictures" in out and "sample 3" in out and "sample 6" in out
+    assert "8 samples with 8 images" in out and "sample 3" in out and "sample 6" in out
     assert "2 of 10 samples cannot be used" in err
 
 

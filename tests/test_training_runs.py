@@ -40,7 +40,7 @@ from transformers import (
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.checkpoint_saisa import code_files
-from saisa_hf.cli import _parser, main
+from saisa_hf.cli import main, make_parser
 from saisa_hf.demo import scenes
 from saisa_hf.training import BadSample, NonFiniteLoss, TrainingOptions, load_options, train
 from saisa_hf.training.curve import loss_curve
@@ -60,8 +60,8 @@ NEEDED = {"model": "m", "data": "d.json", "output": "o"}
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"learning_rat": 1}, "'learning_rat' is no option: did you mean 'learning_rate'"),
-        ({"zzz": 1}, "'zzz' is no option: see saisa train --help"),
+        ({"learning_rat": 1}, "'learning_rat' is not an option: did you mean 'learning_rate'"),
+        ({"zzz": 1}, "'zzz' is not an option: see saisa train --help"),
         ({"learning_rate": "fast"}, "learning_rate='fast': expected a number"),
         ({"batch_size": 2.5}, "batch_size=2.5: expected a whole number"),
         ({"batch_size": 0}, "batch_size=0: expected a positive"),
@@ -103,7 +103,7 @@ def test_the_command_line_comes_before_the_file_and_knows_every_option(tmp_path,
 def test_a_batch_has_to_divide_among_the_devices():
     options = TrainingOptions(**NEEDED, batch_size=128, per_device_batch_size=4)
     assert options.accumulation(8) == 4
-    with pytest.raises(ValueError, match="batch_size=128 is no multiple of 12"):
+    with pytest.raises(ValueError, match="batch_size=128 is not a multiple of 12"):
         options.accumulation(3)
 
 
@@ -142,7 +142,7 @@ def test_the_shipped_configs_are_the_papers_recipe(name):
         assert options.accumulation(1) and options.accumulation(8)
 
     comment = (ROOT / "configs" / f"{name}_stage1.yaml").read_text().split("First: saisa ")[1].split("\nmodel:")[0]
-    command = _parser().parse_args(comment.replace("\\\n#", " ").split())
+    command = make_parser().parse_args(comment.replace("\\\n#", " ").split())
     assert command.paths[1:] == ["openai/clip-vit-large-patch14-336", f"./{first.model}"]
     assert (command.projector_sharing, command.pad_to_square) == ("shared", True)
 
@@ -380,7 +380,7 @@ def test_tensorboard_gets_every_report(start, tmp_path, monkeypatch):
 
 
 def test_compiled_layers_learn_the_same_in_few_graphs(start, plain_run, tmp_path):
-    """With batches of other shapes at every step, and one of text and pictures at unlike places."""
+    """With batches of other shapes at every step, and one of text and images at unlike places."""
     torch._dynamo.utils.counters.clear()
     how = {"torch_compile": True, "compile_backend": "eager"} | PLAIN
     folder = train(options(start, tmp_path / "run", **how), log=lambda _: None)
@@ -466,7 +466,7 @@ def test_held_out_questions_may_be_in_parts_and_are_looked_at_before_the_trainin
         train(given, log=lambda _: None)
     assert not (tmp_path / "run").exists()
     said = []
-    monkeypatch.setattr("saisa_hf.training.run.ask", lambda model, processor, samples, _: ["yes."] * len(samples))
+    monkeypatch.setattr("saisa_hf.training.held_out.ask", lambda model, processor, samples, _: ["yes."] * len(samples))
     train(dataclasses.replace(given, bad_samples="skip"), said.append)
     assert said[-2:] == [
         "  A?  yes.  (wanted: Yes.)",
@@ -506,7 +506,7 @@ def test_a_workers_bad_sample_ends_the_run_with_one_sentence(start, tmp_path):
     records[1]["image"] = "missing.png"
     (tmp_path / "q.json").write_text(json.dumps(records))
     given = options(start, tmp_path / "run", data=str(tmp_path / "q.json"), images=str(start), workers=1)
-    with pytest.raises(BadSample, match=r"^\S*q\.json, sample 1: picture 0 \(.*missing\.png\) cannot be read: [^\n]*$"):
+    with pytest.raises(BadSample, match=r"^\S*q\.json, sample 1: image 0 \(.*missing\.png\) cannot be read: [^\n]*$"):
         train(given, log=lambda _: None)
 
 

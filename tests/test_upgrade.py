@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hub_standin import HubStandIn
 
+import saisa_hf
 from saisa_hf import SaisaConfig
 from saisa_hf.checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.checkpoints import upgrade
@@ -22,7 +23,7 @@ from saisa_hf.checkpoints.model_card import _flop_table, _usage, model_card
 from saisa_hf.cli import main
 
 
-DEMO = Path(upgrade.__file__).parent / "demo" / "checkpoint"
+DEMO = Path(saisa_hf.__file__).parent / "demo" / "checkpoint"
 REPO = "someone/old-saisa"
 
 # Code of an older release in little. Its modules have the names of today's, and another content: a folder in which both are
@@ -388,7 +389,7 @@ def test_a_repository_gets_one_commit_and_its_weights_are_not_downloaded(tmp_pat
         assert "modeling_saisa.py: would be brought up" in out and "README.md: would be brought up" in out
         assert "someone/nobody is no folder here and cannot be had from the hub" in out
         out = run(hub, tmp_path, (1, REPO, "--push-to-hub"), without=["HF_TOKEN"])
-        assert "the hub does not let us in" in out
+        assert "the hub does not accept the login" in out
         assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]
         out = run(hub, tmp_path, (0, REPO, "--push-to-hub"), (0, REPO, "--check"), (0, REPO, "--push-to-hub"))
         assert out.count("uploaded it to") == 1 and out.count(f"{REPO} is up to date") == 2

@@ -30,11 +30,11 @@ def register() -> None:
 
 def warn_if_untested() -> None:
     """Logs a line where the installed transformers is newer than all that were tested."""
-    from .compat_saisa import NEWEST_TESTED, VERSION, get_logger, tested_releases, transformers
+    from .compat_saisa import NEWEST_TESTED, TESTED_RELEASES, VERSION, get_logger, transformers
 
     if VERSION > NEWEST_TESTED:
         get_logger(__name__).warning(
-            f"saisa_hf was tested with transformers {tested_releases()}; {transformers.__version__} is newer. If something "
+            f"saisa_hf was tested with transformers {TESTED_RELEASES}; {transformers.__version__} is newer. If something "
             "fails, take one of those or a newer saisa_hf."
         )
 

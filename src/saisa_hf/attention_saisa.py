@@ -5,9 +5,9 @@ A text query at position p sees the keys at positions <= p, text and visual alik
 
 - a mask tensor (B, 1, T, L), boolean for `sdpa` and additive for `eager`;
 - a block mask, the same rule as a function of indices, for `flex_attention`;
-- runs. A run is a stretch of text between pictures. The run that covers positions [a, b) attends to the keys [0, b) with
-  a plain causal mask that is aligned to the bottom right, as a chunk of a prefill does. So every fused kernel applies and
-  no mask exists: `flash_attention_2` and its kin, and `sdpa` where a mask would be large.
+- runs. A run is a stretch of text between images. The run that covers positions [a, b) attends to the keys [0, b) with a
+  plain causal mask aligned to the bottom right, as a chunk of a prefill does. So every fused kernel applies and no mask
+  exists: `flash_attention_2` and its kin, and `sdpa` where a mask would be large.
 
 Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a given order.
 """
@@ -36,8 +36,8 @@ from .token_layout_saisa import TokenLayout, segments_of
 
 logger = get_logger(__name__)
 
-# A key that stands where a decoder layer does not see the picture. It marks its place in the cache as hidden, in any cache
-# that gives back the keys it got. No text token has it: all of its components are the smallest normal float16.
+# All components of a key that stands where a decoder layer does not see the image. It marks its place as hidden, in any cache
+# that gives back the keys it got. No text token has such a key: this is the smallest normal float16.
 HIDDEN_KEY = 2.0**-14
 
 # From this many elements on (64 MiB of booleans) `sdpa` does without a mask tensor where it can.
@@ -54,7 +54,7 @@ class Visibility:
     """Which keys the text queries see, and the forms in which attention implementations want to know it.
 
     Attributes:
-        layout: where text and pictures are.
+        layout: where text and images are.
         slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
         key_range: (length, offset) of the keys in the cache.
         window: sliding window in positions, or None.
@@ -84,44 +84,39 @@ class Visibility:
         return self.mask()
 
     def mask(self) -> torch.Tensor:
-        """bool (B or 1, 1, T, L), True is visible. Every query sees itself, so that no row is empty."""
+        """bool (B or 1, 1, T, L), True is visible."""
         length, offset = self.key_range
-        query_BT1 = self._query_slots()[:, :, None]
         key_L = torch.arange(length, device=self.slots.device) + offset
-        visible_BTL = key_L <= query_BT1
-        if self.window is not None:
-            visible_BTL = visible_BTL & (key_L > query_BT1 - self.window)
-        real_BL = self.real_keys()
-        if real_BL is not None:
-            visible_BTL = visible_BTL & real_BL[:, None]
+        real_BL, same_BTL = self.real_keys(), None
         if self.document_BS is not None:
-            document_BT = self.document_BS.gather(1, self.layout.query_position_BT)
-            visible_BTL = visible_BTL & (document_BT[:, :, None] == self.document_BS[:, None, :])
-        return (visible_BTL | (key_L == query_BT1))[:, None]
+            same_BTL = self._query_documents()[:, :, None] == self.document_BS[:, None, :]
+        real_B1L = None if real_BL is None else real_BL[:, None]
+        return self._sees(self._query_slots()[:, :, None], key_L, real_B1L, same_BTL)[:, None]
 
     def block_mask(self) -> BlockMask:
         """The same as a function of indices, with the blocks that are empty."""
         length, offset = self.key_range
-        query_BT, real_BL = self._query_slots(), self.real_keys()
-        document_BS, document_BT = self.document_BS, None
-        if document_BS is not None:
-            document_BT = document_BS.gather(1, self.layout.query_position_BT)
+        query_BT, real_BL, document_BS = self._query_slots(), self.real_keys(), self.document_BS
+        document_BT = None if document_BS is None else self._query_documents()
 
         def visible(b, _head, t, k):
-            query, key = query_BT[b, t], k + offset
-            seen = key <= query
-            if self.window is not None:
-                seen = seen & (key > query - self.window)
-            if real_BL is not None:
-                seen = seen & real_BL[b, k]
-            if document_BS is not None:
-                seen = seen & (document_BT[b, t] == document_BS[b, k])
-            return seen | (key == query)
+            real = None if real_BL is None else real_BL[b, k]
+            same = None if document_BS is None else document_BT[b, t] == document_BS[b, k]
+            return self._sees(query_BT[b, t], k + offset, real, same)
 
         return create_block_mask(visible, len(query_BT), None, query_BT.shape[1], length, device=self.slots.device)
 
+    def _sees(self, query, key, is_real, same_document) -> torch.Tensor:
+        """Whether queries at the places `query` see the keys at `key`. Every query sees itself, so that no row is empty."""
+        seen = key <= query
+        if self.window is not None:
+            seen = seen & (key > query - self.window)
+        for condition in (is_real, same_document):
+            seen = seen if condition is None else seen & condition
+        return seen | (key == query)
+
     def equal_in_all_samples(self) -> bool:
-        """Whether every sample has its pictures at the same positions and nothing to skip."""
+        """Whether every sample has its images at the same positions and nothing to skip."""
         skips = self.attention_mask is not None and not bool(self.attention_mask.all())
         return self.layout.segments is not None and not skips and self.document_BS is None
 
@@ -137,14 +132,15 @@ class Visibility:
         """(B or 1, T) places of the queries."""
         return self.slots[None] if self.layout.visual_BS is None else self.slots[self.layout.query_position_BT]
 
+    def _query_documents(self) -> torch.Tensor:
+        """(B, T) packed samples that the queries belong to."""
+        return self.document_BS.gather(1, self.layout.query_position_BT)
+
 
 class Runs:
     """NAAViT as plain causal attention: each run of text over all keys up to its own end.
 
     Padding and other packed samples are left out of the queries and keys of a run; a sliding window is the kernel's affair.
-
-    Args:
-        visibility: what the queries see.
     """
 
     def __init__(self, visibility: Visibility):
@@ -162,20 +158,16 @@ class Runs:
             return self._kernel(implementation, module, query, key, value, **options, **lengths)
 
         if self.slices is not None:
-            inputs = (query_BNTH, key_BKLH, value_BKLH)
-            runs = [[x[:, :, part] for x, part in zip(inputs, (t, k, k))] for t, k in self.slices]
+            runs = ((query_BNTH[:, :, t], key_BKLH[:, :, k], value_BKLH[:, :, k]) for t, k in self.slices)
             return torch.cat([kernel(*run) for run in runs], dim=1)
         query_RNH, key_RKH, value_RKH = (x.transpose(1, 2).flatten(0, 1) for x in (query_BNTH, key_BKLH, value_BKLH))
-        output_RNH = torch.zeros_like(query_RNH)
+        output_RNH, device = torch.zeros_like(query_RNH), query_RNH.device
         for queries, keys, lengths in self.rows:
-            queries, keys = queries.to(query_RNH.device), keys.to(query_RNH.device)
-            run = [
-                x[rows][None].transpose(1, 2) for x, rows in zip((query_RNH, key_RKH, value_RKH), (queries, keys, keys))
-            ]
-            lengths = {
-                name: n.to(query_RNH.device) if isinstance(n, torch.Tensor) else n for name, n in lengths.items()
-            }
-            output_RNH = output_RNH.index_copy(0, queries, kernel(*run, **lengths)[0])
+            queries, keys = queries.to(device), keys.to(device)
+            selected = (query_RNH[queries], key_RKH[keys], value_RKH[keys])
+            lengths = {name: n.to(device) if isinstance(n, torch.Tensor) else n for name, n in lengths.items()}
+            run_RNH = kernel(*(x_RNH[None].transpose(1, 2) for x_RNH in selected), **lengths)[0]
+            output_RNH = output_RNH.index_copy(0, queries, run_RNH)
         batch_size, heads, queries, head_size = query_BNTH.shape
         return output_RNH.view(batch_size, queries, heads, head_size)
 
@@ -204,8 +196,8 @@ def _runs_as_slices(visibility: Visibility):
 
 def _runs_as_rows(visibility: Visibility):
     """Yields for the first run of all samples, then for the second of all that have one, and so on: its rows (R,) of the
-    flattened (B * T) queries, those of the flattened (B * L) keys, and how many of them each sample has, as transformers'
-    flash attentions want to be told."""
+    flattened (B * T) queries, those of the flattened (B * L) keys, and how many of them each sample has, as arguments of
+    transformers' flash attentions."""
     layout, (length, offset) = visibility.layout, visibility.key_range
     visual_BS, slot_S = layout.visual_BS.cpu(), visibility.slots.cpu() - offset
     key_L, real_BL = torch.arange(length), visibility.real_keys()
@@ -226,29 +218,24 @@ def _runs_as_rows(visibility: Visibility):
         by_sample.append(runs)
     for number in range(max(map(len, by_sample))):
         queries, keys = zip(*(runs[number] for runs in by_sample if len(runs) > number))
-        yield torch.cat(queries), torch.cat(keys), _varlen_arguments(queries, keys)
+        arguments = {}
+        for name, rows in (("q", queries), ("k", keys)):
+            lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
+            arguments[f"cu_seq_lens_{name}"] = lengths.cumsum(0, dtype=torch.int32)
+            arguments[f"max_length_{name}"] = int(lengths.max())
+        yield torch.cat(queries), torch.cat(keys), arguments
 
 
 def _text_segments(visual_S: torch.Tensor, document_S: torch.Tensor | None) -> list[tuple[int, int]]:
-    """The stretches [start, end) of text in one sample; those of unlike documents are stretches of their own."""
+    """The stretches [start, end) of text in one sample, cut where a packed sample follows another."""
     segments = [(start, end) for visual, start, end in segments_of(visual_S) if not visual]
     if document_S is None:
         return segments
     cut = []
     for start, end in segments:
         changes = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1)
-        bounds = [start, *(changes + start + 1).tolist(), end]
-        cut += pairwise(bounds)
+        cut += pairwise([start, *(changes + start + 1).tolist(), end])
     return cut
-
-
-def _varlen_arguments(queries: list[torch.Tensor], keys: list[torch.Tensor]) -> dict:
-    arguments = {}
-    for name, rows in (("q", queries), ("k", keys)):
-        lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
-        arguments[f"cu_seq_lens_{name}"] = lengths.cumsum(0, dtype=torch.int32)
-        arguments[f"max_length_{name}"] = int(lengths.max())
-    return arguments
 
 
 # --- what the decoder asks for ----------------------------------------------------------------------------------------

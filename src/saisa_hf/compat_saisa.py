@@ -1,9 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every difference between the supported transformers releases (4.57 to 5.x) that this package has to know.
+"""What this package has to know about the supported transformers releases, 4.57 to 5.x.
 
-What the model cannot be without, it imports by name: few public classes. All else goes through `optional`, with what takes
-its place where a release has no such thing, or through `needed`, inside the feature that it serves. So a release that moves
-a name costs that feature, and not the model. docs/compatibility.md lists the names.
+Part 1: names that a release may not have. The few public classes that the model cannot do without are imported by name. All
+else goes through `optional`, with a fallback, or through `needed`, inside the feature that uses it. So a release that moves a
+name costs that feature, not the model. docs/compatibility.md lists the names. Part 2: what each release has in its own form.
 """
 
 import contextlib
@@ -21,21 +21,16 @@ from transformers import AutoConfig, AutoModel, DynamicCache, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
-# The minor releases that the test suites and `make compat` have run on: the oldest, the newest, and all between. This is the
-# one place that names them.
+# The minor releases that the test suites and `make compat` have run on: the oldest, the newest, and all between.
 OLDEST_TESTED = (4, 57)
 NEWEST_TESTED = (5, 24)
+TESTED_RELEASES = " to ".join(".".join(map(str, minor)) for minor in (OLDEST_TESTED, NEWEST_TESTED))
 
 VERSION = tuple(int(number) for number in re.findall(r"\d+", transformers.__version__)[:2])
 TRANSFORMERS_5 = VERSION >= (5,)
 
 
-# --- names that a release may not have --------------------------------------------------------------------------------
-
-
-def tested_releases() -> str:
-    """The minor releases that were tested, in words."""
-    return " to ".join(".".join(map(str, minor)) for minor in (OLDEST_TESTED, NEWEST_TESTED))
+# --- part 1: names that a release may not have, and their fallbacks ---------------------------------------------------
 
 
 def optional(module: str, name: str, default=None):
@@ -47,280 +42,58 @@ def optional(module: str, name: str, default=None):
 
 
 def needed(feature: str, module: str, name: str):
-    """`name` of `module`, without which there is no `feature`.
-
-    Raises:
-        ImportError: the installed release has no such thing.
-    """
+    """`name` of `module`; an ImportError that names the `feature` where the installed release has no such thing."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"{feature}: this needs {module}.{name}, which transformers {transformers.__version__} does not have. Everything "
-            f"else works. Take a release from {tested_releases()}, on which saisa_hf was tested, or a newer saisa_hf."
+            f"else works. Take a release from {TESTED_RELEASES}, on which saisa_hf was tested, or a newer saisa_hf."
         ) from error
 
 
 def get_logger(name: str):
     """transformers' logger of that name, which has `warning_once`."""
     module = optional("transformers.utils", "logging")
-    if module is not None:
-        return module.get_logger(name)
-    logger = logging.getLogger(name)
-    logger.warning_once = functools.lru_cache(None)(logger.warning)
+    logger = logging.getLogger(name) if module is None else module.get_logger(name)
+    if module is None:
+        logger.warning_once = functools.lru_cache(None)(logger.warning)
     return logger
 
 
-# --- configs ----------------------------------------------------------------------------------------------------------
+def known_model_types() -> tuple[str, ...]:
+    """Every `model_type` that the installed release knows, or none where it does not say."""
+    return tuple(optional("transformers", "CONFIG_MAPPING", ()))
 
 
-def readable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config written by any release, with the rotary settings in the form the installed one reads.
-
-    4.x has `rope_theta` and `rope_scaling`, 5.x one dict `rope_parameters`. Read by the other, either is ignored in
-    silence, so that a theta of 500000 turns into 10000.
-    """
-    config = dict(config)
-    rope = config.get("rope_parameters")
-    if rope is None:
-        return config
-    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
-        config.pop(name, None)
-    if not TRANSFORMERS_5:
-        del config["rope_parameters"]
-        config |= {name: value for name, value in _rope_of_4(rope, config).items() if value is not None}
-    return config
+def model_class_of(config):
+    """The class that `AutoModel` makes of `config`; None where the installed release does not say."""
+    mapping = getattr(AutoModel, "_model_mapping", None)
+    return None if mapping is None else mapping[type(config)]
 
 
-def portable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config as the installed release writes it, in a form that 4.57 and 5.x read alike: with the rotary
-    settings of both."""
-    config = dict(config)
-    if "_name_or_path" in config:
-        config["_name_or_path"] = ""  # where a part came from on the machine that saved it
-    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
-        config["num_experts"] = config["num_local_experts"]  # 5.x's name, and the one that 4.57 reads
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and ("rope_theta" in rope or "full_attention" in rope):
-        config |= _rope_of_4(rope, config)
-    elif rope is None and config.get("rope_theta") is not None:
-        config["rope_parameters"] = _rope_of_5(config)
-    return config
-
-
-def _rope_of_4(rope: dict, config: dict) -> dict:
-    """The rotary settings of 4.x for `rope`, those of 5.x; Gemma 3 has two sets of them."""
-    found = {}
-    if "full_attention" in rope:
-        found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10000.0)
-        rope = rope["full_attention"]
-    found["rope_theta"] = rope.get("rope_theta", 10000.0)
-    if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    if scaling.get("rope_type", "default") == "default":
-        scaling = None
-    elif config.get("model_type") == "phi3":  # it insists on these three
-        scaling = {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
-    return {**found, "rope_scaling": scaling}
-
-
-def _rope_of_5(config: dict) -> dict:
-    """The rotary settings of 5.x for those of 4.x in `config`."""
-    scaling = dict(config.get("rope_scaling") or {})
-    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
-    rope = {"rope_theta": config["rope_theta"], **scaling}
-    if config.get("partial_rotary_factor") is not None:
-        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
-    if config.get("rope_local_base_freq") is not None:
-        local = {"rope_theta": config["rope_local_base_freq"], "rope_type": "default"}
-        return {"full_attention": rope, "sliding_attention": local}
-    return rope
-
-
-def comparable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config as the installed release writes it, equal to what that release reads back from config.json:
-    4.57 keeps the form of the rotary settings that it does not use, 5.x drops it, or keeps it beside its own."""
-    if TRANSFORMERS_5:
-        return {name: value for name, value in config.items() if name != "partial_rotary_factor"}
-    return portable_config_dict(config)
-
-
-# --- caches and masks -------------------------------------------------------------------------------------------------
-
-# what the installed release calls a cache, in outputs and in arguments: 5.24 renamed it
-CACHE = "past_key_values" if "past_key_values" in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
-
-
-class EitherCacheName:
-    """A part of output classes: the cache is there under both of its names, which are `past_key_values` up to 5.23."""
-
-    if CACHE == "past_key_values":
-
-        @property
-        def cache(self):
-            return self.past_key_values
-
-        def __getitem__(self, key):
-            return super().__getitem__(CACHE if key == "cache" else key)
-
-
-def one_cache(past_key_values, cache):
-    """The cache, which may be handed in under either of its names.
-
-    Raises:
-        ValueError: there are two.
-    """
-    if past_key_values is None or cache is None or past_key_values is cache:
-        return cache if past_key_values is None else past_key_values
-    raise ValueError("Expected past_key_values or cache, got both: they are two names of one argument.")
-
-
-def is_paged(cache) -> bool:
-    """Whether this is the cache of continuous batching, which knows nothing of lengths: masks and places come with it."""
-    return cache is not None and not hasattr(cache, "get_mask_sizes")
-
-
-def is_quantized(cache) -> bool:
-    """Whether a cache gives back other keys than it got."""
-    return any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
-
-
-def _parameters(function) -> dict:
-    return {} if function is None else inspect.signature(function).parameters
-
-
-# Where one of these is missing, the model's own masks, or the padding mask, take its place.
-create_causal_mask = optional("transformers.masking_utils", "create_causal_mask")
-create_sliding_window_causal_mask = optional("transformers.masking_utils", "create_sliding_window_causal_mask")
-create_masks_for_generate = optional("transformers.masking_utils", "create_masks_for_generate")
-# What an empty layer of a cache is. Without it, `Cache.update` makes a copy.
-DynamicLayer = optional("transformers.cache_utils", "DynamicLayer")
-
-_CAUSAL_MASK_ARGUMENTS = _parameters(create_causal_mask)
-_CACHE_ARGUMENT = "past_key_values" if "past_key_values" in _CAUSAL_MASK_ARGUMENTS else "cache"
-_EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _CAUSAL_MASK_ARGUMENTS else "input_embeds"
-_MASKS_TAKE_CACHE_POSITION = (
-    "cache_position" in _CAUSAL_MASK_ARGUMENTS
-    and _CAUSAL_MASK_ARGUMENTS["cache_position"].default is inspect.Parameter.empty
-)
-_UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in _parameters(DynamicCache.update)
-_LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in _parameters(getattr(DynamicLayer, "lazy_initialization", None))
-_MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in _parameters(DynamicCache.get_mask_sizes)
-
-
-def makes_causal_masks(attention_type: str) -> bool:
-    """Whether the installed transformers has the function that `causal_mask` asks for this kind of layer."""
-    kinds = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-    return create_causal_mask is not None and kinds[attention_type] is not None
-
-
-def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, cache, position_ids):
-    """The mask that transformers' own decoders use: a tensor, or None where the attention needs none.
-
-    Args:
-        attention_type: `"full_attention"` or `"sliding_attention"`.
-        config: the language model's config.
-        inputs_embeds: (B, S, D), for its shape, dtype and device.
-        attention_mask: (B, past + S), or None.
-        slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
-    """
-    create = create_causal_mask if attention_type == "full_attention" else create_sliding_window_causal_mask
-    arguments = {_EMBEDS_ARGUMENT: inputs_embeds, _CACHE_ARGUMENT: cache}
-    if _MASKS_TAKE_CACHE_POSITION:
-        arguments["cache_position"] = slots
-    return create(
-        config=config,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        **arguments,
-    )
-
-
-def cached_key_range(cache, layer_idx, slots) -> tuple[int, int]:
-    """(length, offset) of the keys that `layer_idx` will attend to once the tokens at `slots` (S,) are in the cache."""
-    if cache is None:
-        return slots.shape[0], 0
-    query = slots if _MASK_SIZES_TAKE_CACHE_POSITION else slots.shape[0]
-    return cache.get_mask_sizes(query, layer_idx)
-
-
-def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_arguments: dict):
-    """Appends keys and values to the cache and returns all of those to attend to. A paged cache changes what the attention
-    function is told; up to 5.23 it is that function which asks the cache."""
-    if is_paged(cache):
-        if "kwargs" in inspect.signature(cache.update).parameters:
-            return cache.update(key_BKSH, value_BKSH, layer_idx, kwargs=attention_arguments)
-        attention_arguments["cache"] = cache
-        return key_BKSH, value_BKSH
-    layers = getattr(cache, "layers", ())
-    layer = layers[layer_idx] if layer_idx < len(layers) else None
-    if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
-        # what `update` does to an empty layer, but for a copy of what lies as in a cache: behind a picture these are large
-        key_BKSH, value_BKSH = key_BKSH.contiguous(), value_BKSH.contiguous()
-        layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
-        layer.keys, layer.values = key_BKSH, value_BKSH
-        return key_BKSH, value_BKSH
-    if _UPDATE_TAKES_CACHE_POSITION:
-        return cache.update(key_BKSH, value_BKSH, layer_idx, {"cache_position": slots})
-    return cache.update(key_BKSH, value_BKSH, layer_idx)
-
-
-def has_empty_places(cache) -> bool:
-    """Whether a cache hands out all of its places, also those that nothing was written to: those of a fixed size do."""
-    return cache is not None and cache.is_compileable
-
-
-def decoding_masks(config, attention_mask, **kwargs):
-    """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is.
-
-    For caches of a fixed size `generate` makes (B, 1, S, L) masks in advance. A prompt needs none of that size: only its
-    text tokens are queries, and the model masks those. Flex attention gets a mask tensor as well: `generate` cannot hand
-    over a block mask on every release, and one that is made here moves on with the cache before it is used.
-    """
-    config = config.get_text_config()
-    embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
-    if create_masks_for_generate is None:
-        return attention_mask
-    # for flash attention transformers would cut the padding mask to the places of the cache, whichever tokens these hold
-    if embeds.shape[1] > 1 or "flash" in (config._attn_implementation or ""):
-        return attention_mask
-    if config._attn_implementation == "flex_attention":
-        config = copy.copy(config)
-        config._attn_implementation_internal = "eager"
-    masks = create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
-    none_made = masks is None or (isinstance(masks, dict) and None in masks.values())
-    return attention_mask if none_made else masks  # left padding counts where transformers sees no need for a mask, too
-
-
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
-def tied_weights(target: str, source: str):
-    """`_tied_weights_keys` for a parameter `target` that shares `source`."""
-    return {target: source} if TRANSFORMERS_5 else [target]
-
-
-def _copy(tensor, other):
-    with torch.no_grad():
-        return tensor.copy_(other)
+def name_for_serving(model_type: str, class_name: str) -> None:
+    """Puts a model into the table where `transformers serve` (5.6 and later) finds how to load it and that it takes images.
+    Neither `AutoModelForMultimodalLM.register` nor a checkpoint's `auto_map` does."""
+    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+    if names is not None:
+        names[model_type] = class_name
 
 
 class init:
-    """What 5.x calls `transformers.initialization`, which leaves alone what was loaded. 4.x asks for new weights only where
-    none were loaded."""
+    """5.x's `transformers.initialization`, which leaves alone what was loaded; 4.x asks only for weights that were not."""
 
     zeros_ = staticmethod(optional("transformers.initialization", "zeros_", nn.init.zeros_))
-    copy_ = staticmethod(optional("transformers.initialization", "copy_", _copy))
+    copy_ = staticmethod(optional("transformers.initialization", "copy_", torch.no_grad()(torch.Tensor.copy_)))
 
 
 class PlainActivations(dict):
-    """Activations by the names that they have in configs: those that encoders, language models and projectors mostly use."""
+    """The activations that encoders, language models and projectors mostly use, by their names in configs."""
 
     def __init__(self):
         tanh = functools.partial(nn.GELU, approximate="tanh")
-        kinds = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "swish": nn.SiLU, "tanh": nn.Tanh}
-        super().__init__(kinds, sigmoid=nn.Sigmoid, gelu_new=tanh, gelu_pytorch_tanh=tanh)
+        super().__init__(gelu=nn.GELU, gelu_new=tanh, gelu_pytorch_tanh=tanh, relu=nn.ReLU, sigmoid=nn.Sigmoid)
+        self.update(silu=nn.SiLU, swish=nn.SiLU, tanh=nn.Tanh)
 
     def __getitem__(self, name):
         return super().__getitem__(name)()
@@ -329,6 +102,9 @@ class PlainActivations(dict):
 class PlainAttention(dict):
     """PyTorch's fused attention, called as attention implementations are; all others are transformers' own."""
 
+    def __init__(self):
+        super().__init__(sdpa=self.sdpa)
+
     def __missing__(self, name):
         return needed(f"attn_implementation={name!r}", "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")[name]
 
@@ -336,22 +112,14 @@ class PlainAttention(dict):
     def sdpa(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout=0.0, scaling=None, **kwargs):
         """(B, T, N, H), and None in place of probabilities."""
         is_causal = attention_mask is None and query_BNTH.shape[2] > 1 and kwargs.get("is_causal", True)
+        grouped = query_BNTH.shape[1] != key_BKLH.shape[1]
         output_BNTH = nn.functional.scaled_dot_product_attention(
-            query_BNTH,
-            key_BKLH,
-            value_BKLH,
-            attention_mask,
-            dropout,
-            is_causal,
-            scale=scaling,
-            enable_gqa=query_BNTH.shape[1] != key_BKLH.shape[1],
+            query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=grouped
         )
         return output_BNTH.transpose(1, 2), None
 
 
-def plain_eager_attention(
-    module, query_BNTH, key_BKLH, value_BKLH, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs
-):
+def plain_eager(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
     """(B, T, N, H), and (B, N, T, L) probabilities: attention as it is written down."""
     groups = query_BNTH.shape[1] // key_BKLH.shape[1]
     key_BNLH, value_BNLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
@@ -371,8 +139,8 @@ def plain_rotate_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-class PlainCheckpointingLayer(nn.Module):
-    """A layer that is computed again in backward where `gradient_checkpointing` asks for that."""
+class PlainCheckpointing(nn.Module):
+    """A layer that is computed again in the backward pass where `gradient_checkpointing` asks for that."""
 
     gradient_checkpointing = False
 
@@ -393,7 +161,7 @@ def differentiable(x: torch.Tensor, layer) -> torch.Tensor:
 
 
 def plain_can_return_tuple(forward):
-    """A `forward` that returns a tuple where `return_dict=False`, an argument or the config's, says so."""
+    """A `forward` that returns a tuple where `return_dict=False`, as an argument or in the config, says so."""
 
     @functools.wraps(forward)
     def wrapper(self, *args, return_dict=None, **kwargs):
@@ -405,16 +173,10 @@ def plain_can_return_tuple(forward):
 
 
 ACT2FN = optional("transformers.activations", "ACT2FN", PlainActivations())
-ALL_ATTENTION_FUNCTIONS = optional(
-    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", PlainAttention(sdpa=PlainAttention.sdpa)
-)
-GradientCheckpointingLayer = optional(
-    "transformers.modeling_layers", "GradientCheckpointingLayer", PlainCheckpointingLayer
-)
+ALL_ATTENTION_FUNCTIONS = optional("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", PlainAttention())
+GradientCheckpointingLayer = optional("transformers.modeling_layers", "GradientCheckpointingLayer", PlainCheckpointing)
 can_return_tuple = optional("transformers.utils", "can_return_tuple", plain_can_return_tuple)
-
-# what takes the place of parts of a language model that no release has under other names
-PLAIN_PARTS = {"rotate_half": plain_rotate_half, "eager_attention_forward": plain_eager_attention}
+PLAIN_PARTS = {"rotate_half": plain_rotate_half, "eager_attention_forward": plain_eager}
 
 
 def part_of_language_model(model_type: str, name: str):
@@ -424,157 +186,6 @@ def part_of_language_model(model_type: str, name: str):
     if name in PLAIN_PARTS:
         return optional(module, name, PLAIN_PARTS[name])
     return needed(f"Language models of type {model_type}", module, name)
-
-
-def model_class_of(config):
-    """The class that `AutoModel` makes of `config`; None where the installed release does not tell."""
-    mapping = getattr(AutoModel, "_model_mapping", None)
-    return None if mapping is None else mapping[type(config)]
-
-
-def config_from_dict(config: dict):
-    """The config object of a sub-config.
-
-    Raises:
-        ValueError: transformers knows no such `model_type`.
-    """
-    return AutoConfig.for_model(**config)
-
-
-def known_model_types() -> tuple[str, ...]:
-    """Every `model_type` that the installed release knows, or none where it does not tell."""
-    return tuple(optional("transformers", "CONFIG_MAPPING", ()))
-
-
-class RotaryByLayerType(nn.Module):
-    """A rotary embedding that is asked for the kind of layer as well. Most have one for all; Gemma 3 has two: one module on
-    5.x, two of them on 4.57.
-
-    Args:
-        rotary_class: transformers' class.
-        config: the language model's.
-
-    Attributes:
-        differs: whether the kind of layer makes a difference.
-    """
-
-    def __init__(self, rotary_class, config):
-        super().__init__()
-        self.rotary_emb = rotary_class(config=config)
-        self.takes_layer_type = "layer_type" in inspect.signature(rotary_class.forward).parameters
-        if not self.takes_layer_type and getattr(config, "rope_local_base_freq", None) is not None:
-            config = copy.deepcopy(config)
-            config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
-            self.rotary_emb_local = rotary_class(config=config)
-        self.differs = self.takes_layer_type or hasattr(self, "rotary_emb_local")
-
-    def forward(self, x, position_ids, attention_type: str):
-        """Cosines and sines, (B or 1, S, H) each or fewer than H where part of a head is rotated."""
-        if self.takes_layer_type:
-            return self.rotary_emb(x, position_ids, attention_type)
-        if attention_type == "sliding_attention" and hasattr(self, "rotary_emb_local"):
-            return self.rotary_emb_local(x, position_ids)
-        return self.rotary_emb(x, position_ids)
-
-
-if TRANSFORMERS_5:
-
-    class ForeignNames:
-        """A part of models that read checkpoints of LLaVAs, under other names than their own."""
-
-else:
-
-    class ForeignNames:
-        """A part of models that read checkpoints of LLaVAs, under other names than their own. 4.57 looks for the base
-        model's prefix before it renames, and would put one in front of what has been renamed already."""
-
-        def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, of_head=False, of_base=False):
-            if any("multi_modal_projector." in key for key in checkpoint_keys):
-                of_head, of_base = not hasattr(self, self.base_model_prefix), False
-            return super()._get_key_renaming_mapping(checkpoint_keys, key_mapping, of_head, of_base)
-
-
-def readable_tp_plan(plan: dict[str, str]) -> dict[str, str]:
-    """`plan`, {module: style}, as the installed release reads it. Two styles had other names in 4.57 and 5.0. 4.57 reads any
-    number in a name as a layer's, and does not tell `linear_1` from `linear_2`: both are shared out by columns there, and
-    their products gathered."""
-    styles = optional("transformers.integrations.tensor_parallel", "ALL_PARALLEL_STYLES")
-    if styles is None:  # then there is no tensor parallelism, see `check_tensor_parallelism`
-        return plan
-    if not TRANSFORMERS_5:
-        digits = re.compile(r"\d+")
-        plan = {digits.sub("*", x): "colwise_rep" if digits.search(x) else style for x, style in plan.items()}
-    names = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
-    return {x: style if style in styles else names.get(style, style) for x, style in plan.items()}
-
-
-def load_options(quantized: bool, given: dict) -> dict:
-    """Arguments of `from_pretrained` beside those `given`: the dtype of the checkpoint for what is not quantized, which is
-    5.x's default. 4.57 would take float16."""
-    named = TRANSFORMERS_5 or "dtype" in given or "torch_dtype" in given
-    return {"dtype": "auto"} if quantized and not named else {}
-
-
-@contextlib.contextmanager
-def encoder_names_of_all_releases(model):
-    """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
-
-    They are the names in the model, but for the encoder's where 5.x has renamed its modules (DINOv2, ViT, Swin ...): it reads
-    the old names as well as its own, and 4.57 the old ones alone.
-    """
-    conversions = _encoder_conversions(model) if TRANSFORMERS_5 else []
-    if not conversions:
-        yield {"save_original_format": False} if TRANSFORMERS_5 else {}
-        return
-    before = getattr(model, "_weight_conversions", None)  # what it was loaded with
-    model._weight_conversions = conversions
-    try:
-        yield {"save_original_format": True}
-    finally:
-        model._weight_conversions = before
-
-
-# encoders whose tensors have names in checkpoints that every release reads and writes, but for what the model sees to itself
-UNCHANGED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
-
-
-def _encoder_conversions(model) -> list:
-    """5.x's conversions between the names in checkpoints and in memory of the module `vision_tower`."""
-    encoder = getattr(model.config, "vision_config", None)
-    if encoder is None or encoder.model_type in UNCHANGED_ENCODERS:
-        return []
-    if VERSION < (5, 6):  # not renamed yet, nor does every release have the function
-        mapping = optional("transformers.conversion_mapping", "get_model_conversion_mapping")
-    else:
-        feature = f"Saving a model with an encoder of type {encoder.model_type}"
-        mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
-    try:
-        found = [] if mapping is None else mapping(model, add_legacy=False)
-    except TypeError:  # of the first releases, which had not renamed anything in an encoder yet
-        return []
-    return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
-
-
-def name_for_serving(model_type: str, class_name: str) -> None:
-    """Puts a model into the table of names by which `transformers serve` (5.6 and later) finds out how to load it and that it
-    takes pictures. `AutoModelForMultimodalLM.register` and a checkpoint's `auto_map` do not reach that table."""
-    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
-    if names is not None:
-        names[model_type] = class_name
-
-
-# --- processors -------------------------------------------------------------------------------------------------------
-
-if hasattr(ProcessorMixin, "get_attributes"):  # the names of the parts are read off the signature of __init__
-    ImageTextProcessorMixin = ProcessorMixin
-else:
-
-    class ImageTextProcessorMixin(ProcessorMixin):
-        """A processor of an image processor and a tokenizer, of any class."""
-
-        attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        tokenizer_class = "AutoTokenizer"
 
 
 ProcessingKwargs = optional("transformers.processing_utils", "ProcessingKwargs")
@@ -603,7 +214,7 @@ def call_arguments(part: str) -> set[str]:
 
 
 def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
-    """A processor's arguments as `"text_kwargs"` and `"images_kwargs"`, with what either is set to take by default."""
+    """A processor's arguments as `"text_kwargs"` and `"images_kwargs"`, with the defaults of either."""
     merge = getattr(processor, "_merge_kwargs", None)
     if merge is not None and ProcessingKwargs is not None:
         return merge(ProcessingKwargs, **options, **kwargs)
@@ -611,30 +222,350 @@ def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
     flat |= kwargs.get("common_kwargs", {})
     text = {name: value for name, value in flat.items() if name in TEXT_ARGUMENTS or name == "return_tensors"}
     images = {name: value for name, value in flat.items() if name not in TEXT_ARGUMENTS}
-    return {
-        "text_kwargs": text | kwargs.get("text_kwargs", {}),
-        "images_kwargs": images | kwargs.get("images_kwargs", {}),
-    }
+    parts = {"text_kwargs": text, "images_kwargs": images}
+    return {part: arguments | kwargs.get(part, {}) for part, arguments in parts.items()}
+
+
+# --- part 2: differences between releases: configs --------------------------------------------------------------------
+
+
+def config_from_dict(config: dict):
+    """The config object of a sub-config; a ValueError where transformers does not know its `model_type`."""
+    return AutoConfig.for_model(**config)
+
+
+def readable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config written by any release, with the rotary settings in the form that the installed one reads.
+
+    4.x has `rope_theta` and `rope_scaling`, 5.x one dict `rope_parameters`. Each ignores the other's form in silence, so that
+    a theta of 500000 turns into 10000.
+    """
+    config = dict(config)
+    rope = config.get("rope_parameters")
+    if rope is None:
+        return config
+    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
+        config.pop(name, None)
+    if not TRANSFORMERS_5:
+        del config["rope_parameters"]
+        config |= {name: value for name, value in _rope_of_4(rope, config).items() if value is not None}
+    return config
+
+
+def portable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config as the installed release writes it, with the names of 4.57 and of 5.x: both read it alike."""
+    config = dict(config)
+    if "_name_or_path" in config:
+        config["_name_or_path"] = ""  # where a part came from on the machine that saved it
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        config["num_experts"] = config["num_local_experts"]
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and ("rope_theta" in rope or "full_attention" in rope):
+        config |= _rope_of_4(rope, config)
+    elif rope is None and config.get("rope_theta") is not None:
+        config["rope_parameters"] = _rope_of_5(config)
+    return config
+
+
+def comparable_config_dict(config: dict) -> dict:
+    """`config`, a sub-config as the installed release writes it, equal to what that release reads back from config.json: 4.57
+    keeps the rotary settings that it does not use, 5.x does not, or beside its own."""
+    if TRANSFORMERS_5:
+        return {name: value for name, value in config.items() if name != "partial_rotary_factor"}
+    return portable_config_dict(config)
+
+
+def _rope_of_4(rope: dict, config: dict) -> dict:
+    """The rotary settings of 4.x for `rope`, those of 5.x; Gemma 3 has two sets of them."""
+    found = {}
+    if "full_attention" in rope:
+        found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10000.0)
+        rope = rope["full_attention"]
+    found["rope_theta"] = rope.get("rope_theta", 10000.0)
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    if scaling.get("rope_type", "default") == "default":
+        scaling = None
+    elif config.get("model_type") == "phi3":  # it insists on these three
+        scaling = {"type": "longrope", **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+    return {**found, "rope_scaling": scaling}
+
+
+def _rope_of_5(config: dict) -> dict:
+    """The rotary settings of 5.x for those of 4.x in `config`."""
+    scaling = dict(config.get("rope_scaling") or {})
+    scaling["rope_type"] = scaling.pop("type", None) or scaling.get("rope_type", "default")
+    rope = {"rope_theta": config["rope_theta"], **scaling}
+    if config.get("partial_rotary_factor") is not None:
+        rope["partial_rotary_factor"] = config["partial_rotary_factor"]
+    if config.get("rope_local_base_freq") is None:
+        return rope
+    local = {"rope_theta": config["rope_local_base_freq"], "rope_type": "default"}
+    return {"full_attention": rope, "sliding_attention": local}
+
+
+# --- caches and masks -------------------------------------------------------------------------------------------------
+
+
+def _parameters(function) -> dict:
+    """{parameter: default} of a function; of None, which stands for a missing one, nothing."""
+    return {} if function is None else {x.name: x.default for x in inspect.signature(function).parameters.values()}
+
+
+# what the installed release calls a cache, in outputs and in arguments: 5.24 renamed it
+CACHE = "past_key_values" if "past_key_values" in BaseModelOutputWithPast.__dataclass_fields__ else "cache"
+# what an empty layer of a cache is; without it, `Cache.update` makes a copy
+DynamicLayer = optional("transformers.cache_utils", "DynamicLayer")
+
+_UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in _parameters(DynamicCache.update)
+_LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in _parameters(getattr(DynamicLayer, "lazy_initialization", None))
+_MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in _parameters(DynamicCache.get_mask_sizes)
+
+
+class EitherCacheName:
+    """A part of output classes: the cache is there under both of its names, which are `past_key_values` up to 5.23."""
+
+    if CACHE == "past_key_values":
+
+        @property
+        def cache(self):
+            return self.past_key_values
+
+        def __getitem__(self, key):
+            return super().__getitem__(CACHE if key == "cache" else key)
+
+
+def one_cache(past_key_values, cache):
+    """The cache, which may be passed under either of its names; a ValueError where there are two."""
+    if past_key_values is None or cache is None or past_key_values is cache:
+        return cache if past_key_values is None else past_key_values
+    raise ValueError("Expected past_key_values or cache, got both: they are two names of one argument.")
+
+
+def is_paged(cache) -> bool:
+    """Whether this is the cache of continuous batching, which knows nothing of lengths: masks and places come with it."""
+    return cache is not None and not hasattr(cache, "get_mask_sizes")
+
+
+def is_quantized(cache) -> bool:
+    """Whether a cache gives back other keys than it got."""
+    return any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
+
+
+def has_empty_places(cache) -> bool:
+    """Whether a cache hands out all of its places, also those that nothing was written to: those of a fixed size do."""
+    return cache is not None and cache.is_compileable
+
+
+def cached_key_range(cache, layer_idx, slots) -> tuple[int, int]:
+    """(length, offset) of the keys that `layer_idx` will attend to once the tokens at `slots` (S,) are in the cache."""
+    if cache is None:
+        return slots.shape[0], 0
+    return cache.get_mask_sizes(slots if _MASK_SIZES_TAKE_CACHE_POSITION else slots.shape[0], layer_idx)
+
+
+def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_arguments: dict):
+    """Appends keys and values to the cache and returns all of those to attend to. A paged cache changes the arguments of the
+    attention function; up to 5.23 that function itself asks the cache."""
+    if is_paged(cache):
+        if "kwargs" in _parameters(cache.update):
+            return cache.update(key_BKSH, value_BKSH, layer_idx, kwargs=attention_arguments)
+        attention_arguments["cache"] = cache
+        return key_BKSH, value_BKSH
+    layers = getattr(cache, "layers", ())
+    layer = layers[layer_idx] if layer_idx < len(layers) else None
+    if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
+        # what `update` does to an empty layer, without a copy of what already lies as in a cache: images make it large
+        key_BKSH, value_BKSH = key_BKSH.contiguous(), value_BKSH.contiguous()
+        layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
+        layer.keys, layer.values = key_BKSH, value_BKSH
+        return key_BKSH, value_BKSH
+    position = [{"cache_position": slots}] if _UPDATE_TAKES_CACHE_POSITION else []
+    return cache.update(key_BKSH, value_BKSH, layer_idx, *position)
+
+
+# Where one of these is missing, the model's own masks, or the padding mask, take its place.
+CAUSAL_MASKS = {
+    "full_attention": optional("transformers.masking_utils", "create_causal_mask"),
+    "sliding_attention": optional("transformers.masking_utils", "create_sliding_window_causal_mask"),
+}
+create_masks_for_generate = optional("transformers.masking_utils", "create_masks_for_generate")
+
+_MASK_ARGUMENTS = _parameters(CAUSAL_MASKS["full_attention"])
+_CACHE_ARGUMENT = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
+_EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
+_MASKS_NEED_CACHE_POSITION = _MASK_ARGUMENTS.get("cache_position") is inspect.Parameter.empty
+
+
+def makes_causal_masks(attention_type: str) -> bool:
+    """Whether the installed transformers has the function that `causal_mask` asks for this kind of layer."""
+    return None not in (CAUSAL_MASKS["full_attention"], CAUSAL_MASKS[attention_type])
+
+
+def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, cache, position_ids):
+    """The mask that transformers' own decoders use for layers of that type: a tensor, or None where the attention needs none.
+
+    `inputs_embeds` (B, S, D) is there for its shape, dtype and device; `attention_mask` is (B, past + S), or None; `slots`
+    (S,) are the places of the new tokens in the cache, counted from the first token ever seen.
+    """
+    arguments = {_EMBEDS_ARGUMENT: inputs_embeds, _CACHE_ARGUMENT: cache}
+    if _MASKS_NEED_CACHE_POSITION:
+        arguments["cache_position"] = slots
+    arguments |= {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
+    return CAUSAL_MASKS[attention_type](**arguments)
+
+
+def decoding_masks(config, attention_mask, **kwargs):
+    """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is.
+
+    For caches of a fixed size `generate` makes (B, 1, S, L) masks in advance. A prompt needs none of that size: only its
+    text tokens are queries, and the model masks those.
+    """
+    config = config.get_text_config()
+    embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
+    # for flash attention transformers would cut the padding mask to the places of the cache, whichever tokens these hold
+    is_flash = "flash" in (config._attn_implementation or "")
+    if create_masks_for_generate is None or embeds.shape[1] > 1 or is_flash:
+        return attention_mask
+    # a mask tensor for flex attention, too: not every release passes on a block mask, which would age with the cache
+    if config._attn_implementation == "flex_attention":
+        config = copy.copy(config)
+        config._attn_implementation_internal = "eager"
+    masks = create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+    none_made = masks is None or (isinstance(masks, dict) and None in masks.values())
+    return attention_mask if none_made else masks  # left padding counts where transformers sees no need for a mask, too
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class RotaryByLayerType(nn.Module):
+    """A rotary embedding that is told the kind of layer as well, whether it `differs` by that or not. Gemma 3 has one for
+    each kind, in one module on 5.x and in two of them on 4.57."""
+
+    def __init__(self, rotary_class, config):
+        super().__init__()
+        self.rotary_emb = rotary_class(config=config)
+        self.takes_layer_type = "layer_type" in _parameters(rotary_class.forward)
+        if not self.takes_layer_type and getattr(config, "rope_local_base_freq", None) is not None:
+            config = copy.deepcopy(config)
+            config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+            self.rotary_emb_local = rotary_class(config=config)
+        self.differs = self.takes_layer_type or hasattr(self, "rotary_emb_local")
+
+    def forward(self, x, position_ids, attention_type: str):
+        """Cosines and sines, (B or 1, S, H) each or fewer than H where part of a head is rotated."""
+        if self.takes_layer_type:
+            return self.rotary_emb(x, position_ids, attention_type)
+        is_local = attention_type == "sliding_attention" and hasattr(self, "rotary_emb_local")
+        return (self.rotary_emb_local if is_local else self.rotary_emb)(x, position_ids)
+
+
+def tied_weights(target: str, source: str):
+    """`_tied_weights_keys` for a parameter `target` that shares `source`."""
+    return {target: source} if TRANSFORMERS_5 else [target]
+
+
+def readable_tp_plan(plan: dict[str, str]) -> dict[str, str]:
+    """`plan`, {module: style}, as the installed release reads it: two styles had other names in 4.57 and 5.0."""
+    styles = optional("transformers.integrations.tensor_parallel", "ALL_PARALLEL_STYLES")
+    if styles is None:  # then there is no tensor parallelism, see `check_tensor_parallelism`
+        return plan
+    if not TRANSFORMERS_5:
+        digits = re.compile(r"\d+")  # so `linear_1` and `linear_2` are one: both are split by columns, and gathered
+        plan = {digits.sub("*", x): "colwise_rep" if digits.search(x) else style for x, style in plan.items()}
+    names = {"colwise_gather_output": "colwise_rep", "rowwise_split_input": "rowwise_rep"}
+    return {x: style if style in styles else names.get(style, style) for x, style in plan.items()}
+
+
+class ForeignNames:
+    """A part of models that read checkpoints of LLaVAs, whose tensors have other names than their own."""
+
+    if not TRANSFORMERS_5:
+
+        def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, of_head=False, of_base=False):
+            # 4.57 looks for the base model's prefix before it renames, and would add one to what has been renamed already
+            if any("multi_modal_projector." in key for key in checkpoint_keys):
+                of_head, of_base = not hasattr(self, self.base_model_prefix), False
+            return super()._get_key_renaming_mapping(checkpoint_keys, key_mapping, of_head, of_base)
+
+
+def load_options(quantized: bool, given: dict) -> dict:
+    """Arguments of `from_pretrained` beside those `given`: the checkpoint's dtype, where 4.57 would take float16."""
+    named = TRANSFORMERS_5 or "dtype" in given or "torch_dtype" in given
+    return {"dtype": "auto"} if quantized and not named else {}
+
+
+# encoders whose tensors have the same names on every release, apart from what the model handles itself
+UNCHANGED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
+
+
+@contextlib.contextmanager
+def encoder_names_of_all_releases(model):
+    """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
+    They are the names in the model, or the former ones in an encoder that 5.x has renamed (DINOv2, ViT, Swin ...)."""
+    conversions = _encoder_conversions(model) if TRANSFORMERS_5 else []
+    if not conversions:
+        yield {"save_original_format": False} if TRANSFORMERS_5 else {}
+        return
+    before = getattr(model, "_weight_conversions", None)  # what it was loaded with
+    model._weight_conversions = conversions
+    try:
+        yield {"save_original_format": True}
+    finally:
+        model._weight_conversions = before
+
+
+def _encoder_conversions(model) -> list:
+    """5.x's conversions between the names in checkpoints and in memory of the module `vision_tower`."""
+    encoder = getattr(model.config, "vision_config", None)
+    if encoder is None or encoder.model_type in UNCHANGED_ENCODERS:
+        return []
+    if VERSION < (5, 6):  # not renamed yet, nor does every release have the function
+        mapping = optional("transformers.conversion_mapping", "get_model_conversion_mapping")
+    else:
+        feature = f"Saving a model with an encoder of type {encoder.model_type}"
+        mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
+    try:
+        found = [] if mapping is None else mapping(model, add_legacy=False)
+    except TypeError:  # of the first releases, which had not renamed anything in an encoder yet
+        return []
+    return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
+
+
+# --- processors -------------------------------------------------------------------------------------------------------
+
+
+if hasattr(ProcessorMixin, "get_attributes"):  # the names of the parts are read off the signature of __init__
+    ImageTextProcessorMixin = ProcessorMixin
+else:
+
+    class ImageTextProcessorMixin(ProcessorMixin):
+        """A processor of an image processor and a tokenizer, of any class."""
+
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
 
 
 def read_url(url: str, timeout: float | None = None) -> bytes:
     """What is at an http(s) address, fetched with the client that the installed transformers itself loads images with."""
     httpx = optional("transformers.image_utils", "httpx")
-    if httpx is None:
-        requests = needed("Pictures from http(s) addresses", "transformers.image_utils", "requests")
-        response = requests.get(url, timeout=timeout)
-    else:
+    if httpx is not None:
         response = httpx.get(url, timeout=timeout, follow_redirects=True)
+    else:
+        requests = needed("Images from http(s) addresses", "transformers.image_utils", "requests")
+        response = requests.get(url, timeout=timeout)
     response.raise_for_status()
     return response.content
 
 
 def pillow_image_processor(image_processor):
-    """`image_processor`, or where torchvision works in it the one of the same settings that works with Pillow.
+    """`image_processor`, or the one with the same settings that works with Pillow where it works with torchvision.
 
-    Both resize in 8 bits, but of a thousand values of torchvision one to six are off by one from those of Pillow, by which
-    CLIP and its descendants were trained. The names: `XFast` and `X` in 4.57 and the first releases of 5, `X` and `XPil`
-    thereafter.
+    Of a thousand resized values torchvision has one to six that are off by one from Pillow's, with which CLIP and its
+    descendants were trained. The two are called `XFast` and `X` up to the first releases of 5, then `X` and `XPil`.
     """
     kind = type(image_processor)
     if not kind.__module__.startswith("transformers.models."):
@@ -658,38 +589,26 @@ def portable_tokenizer_config(config: dict, tokenizer, adds_bos: bool, adds_eos:
     config = {key: config[key] for key in config if key not in ("backend", "is_local", "local_files_only")}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    extra = config.pop("extra_special_tokens", None)
+    extra, extra_name = config.pop("extra_special_tokens", None), "extra_special_tokens"
     if isinstance(extra, list):
         named = [config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
-        extra = [token for token in extra if token not in named]
-        if extra:
-            config["additional_special_tokens"] = extra
-    elif extra:
-        config["extra_special_tokens"] = extra
+        extra, extra_name = [token for token in extra if token not in named], "additional_special_tokens"
+    if extra:
+        config[extra_name] = extra
     if "model_specific_special_tokens" in config:
         config["extra_special_tokens"] = config.pop("model_specific_special_tokens")
     if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
-        if hasattr(tokenizer, "legacy"):
-            config.setdefault("legacy", tokenizer.legacy)
-        if hasattr(tokenizer, "add_bos_token"):
-            config.setdefault("add_bos_token", adds_bos)
-        if hasattr(tokenizer, "add_eos_token"):
-            config.setdefault("add_eos_token", adds_eos)
-    config.setdefault(
-        "added_tokens_decoder",
-        {
-            str(index): {
-                "content": token.content,
-                **{flag: getattr(token, flag) for flag in ("lstrip", "normalized", "rstrip", "single_word", "special")},
-            }
-            for index, token in sorted(tokenizer.added_tokens_decoder.items())
-        },
-    )
+        left_out = {"legacy": getattr(tokenizer, "legacy", None), "add_bos_token": adds_bos, "add_eos_token": adds_eos}
+        for name, value in left_out.items():
+            if hasattr(tokenizer, name):
+                config.setdefault(name, value)
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    decoder = {str(index): {flag: getattr(token, flag) for flag in flags} for index, token in added}
+    config.setdefault("added_tokens_decoder", decoder)
     return config
 
 
 def portable_image_processor_config(config: dict) -> dict:
     """`config`, a preprocessor_config.json, under the class name that every release knows (5.x has ...Pil variants)."""
-    config = dict(config)
-    config["image_processor_type"] = config["image_processor_type"].removesuffix("Pil")
-    return config
+    return config | {"image_processor_type": config["image_processor_type"].removesuffix("Pil")}

@@ -28,7 +28,7 @@ from .vision_saisa import (
 )
 
 
-if TYPE_CHECKING:  # 4.57's loader of remote code takes along only the files that this one names
+if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a checkpoint that each entry file names
     from .attention_saisa import Visibility  # noqa: F401
     from .embedding_space_saisa import ThroughEveryLayer  # noqa: F401
     from .hardware_saisa import check_device_map  # noqa: F401

@@ -58,7 +58,7 @@ from .vision_saisa import EncodesImages, SaisaVisualResampler, build_vision_towe
 from .visual_states_saisa import SaisaVisualStates, UsesVisualStates
 
 
-if TYPE_CHECKING:  # 4.57's loader of remote code takes along only the files that this one names
+if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a checkpoint that each entry file names
     from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 

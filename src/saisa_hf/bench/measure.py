@@ -73,7 +73,7 @@ def interleaved_by_clock(calls: dict[str, Callable], repeats: int, device: str) 
 
     `"processor"` is the time of all threads of this process; it says nothing about a GPU.
     """
-    seconds = {clock: {name: [] for name in calls} for clock in CLOCKS}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in CLOCKS}
     for _ in progress(range(repeats + 1), "timing"):
         gc.collect()  # rather than during a call
         for name, call in calls.items():
@@ -96,7 +96,8 @@ def interleaved(
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
-    return tuple(quantiles(values, n=4, method="inclusive")) if len(values) > 1 else (values[0],) * 3
+    low, mid, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return low, mid, high
 
 
 def flops(call: Callable) -> int:

@@ -93,26 +93,7 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models
     """
     if flamingo_every is not None and args.layers % flamingo_every:
         raise ValueError(f"cross_every={flamingo_every}: expected a divisor of the {args.layers} layers.")
-    text = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=4096,
-        initializer_range=args.hidden_size**-0.5,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    vision = CLIPVisionConfig(
-        hidden_size=args.vision_width,
-        intermediate_size=4 * args.vision_width,
-        num_hidden_layers=args.vision_layers,
-        num_attention_heads=max(args.vision_width // 64, 1),
-        image_size=args.image_size,
-        patch_size=PATCH_SIZE,
-    )
+    text, vision = _configs(args)
     parts = {"vision_config": vision, "text_config": text, "image_seq_length": visual_tokens(args)}
     torch.manual_seed(args.seed)
     # a cast would also round the rotary frequencies
@@ -148,10 +129,35 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models
     return models
 
 
+def _configs(args: argparse.Namespace) -> tuple[LlamaConfig, CLIPVisionConfig]:
+    """The language model and the encoder that all models share."""
+    text = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        max_position_embeddings=4096,
+        initializer_range=args.hidden_size**-0.5,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=args.vision_width,
+        intermediate_size=4 * args.vision_width,
+        num_hidden_layers=args.vision_layers,
+        num_attention_heads=max(args.vision_width // 64, 1),
+        image_size=args.image_size,
+        patch_size=PATCH_SIZE,
+    )
+    return text, vision
+
+
 def _flamingo(text: LlamaConfig, vision: CLIPVisionConfig, every: int) -> IdeficsForVisionText2Text:
     vision_names = ("image_size", "intermediate_size", "patch_size", "num_hidden_layers", "num_attention_heads")
-    text_names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    text_names += ("max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id")
+    text_names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    text_names += ["max_position_embeddings", "initializer_range", "pad_token_id", "eos_token_id"]
     config = IdeficsConfig(
         **{name: getattr(text, name) for name in text_names},
         vision_config={name: getattr(vision, name) for name in vision_names} | {"embed_dim": vision.hidden_size},

@@ -3,6 +3,7 @@
 these for its help."""
 
 import time
+from typing import Any
 
 from ..costs.presets import CLIP_336, LANGUAGE_MODELS
 
@@ -22,7 +23,8 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def _sizes(name: str) -> dict[str, int]:
-    text = LANGUAGE_MODELS[name]
+    vision: dict[str, Any] = CLIP_336
+    text: dict[str, Any] = LANGUAGE_MODELS[name]
     return {
         "vocab_size": text["vocab_size"],
         "hidden_size": text["hidden_size"],
@@ -31,9 +33,9 @@ def _sizes(name: str) -> dict[str, int]:
         "heads": text["num_attention_heads"],
         "kv_heads": text["num_key_value_heads"],
         "text_tokens": 64,
-        "vision_width": CLIP_336["hidden_size"],
-        "vision_layers": CLIP_336["num_hidden_layers"],
-        "image_size": CLIP_336["image_size"],
+        "vision_width": vision["hidden_size"],
+        "vision_layers": vision["num_hidden_layers"],
+        "image_size": vision["image_size"],
     }
 
 

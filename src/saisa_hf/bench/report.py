@@ -74,7 +74,7 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
         for name, color in zip(MODELS, ("C0", "C1", "C2", "C7")):
             own = [r for r in prefills if name in r["models"]]
             label = f"{MODELS[name]}, batch {batch}"
-            marks = {"color": color, "linestyle": style, "marker": "o", "markersize": 4, "label": label}
+            marks: dict[str, Any] = {"color": color, "linestyle": style, "marker": "o", "markersize": 4, "label": label}
             _plot_spread(times, own, [quartiles(r["models"][name]["seconds"][clock]) for r in own], **marks)
             measured = [r for r in own if "peak_bytes" in r["models"][name]]
             if measured:

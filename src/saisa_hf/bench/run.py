@@ -27,7 +27,7 @@ def bench(args: argparse.Namespace) -> dict:
         check_file(Path(path))  # now rather than after all measurements
     if args.plot:
         drawing()
-    result = {"machine": measure.machine(args.device), "settings": vars(args).copy()}
+    result: dict = {"machine": measure.machine(args.device), "settings": vars(args).copy()}
     print(measure.describe(result["machine"]))
     if args.targets:
         result |= run_targets(args, _machine_of_targets(args))

@@ -116,7 +116,7 @@ class Inputs:
 
     def images(self, name: str) -> dict:
         """The same for the images as pixels."""
-        if name == WITHOUT_IMAGE:
+        if name == WITHOUT_IMAGE or self.pixels is None:
             return {}
         if name == "flamingo":
             pixels = self.pixels.unflatten(0, (len(self.ids), -1))

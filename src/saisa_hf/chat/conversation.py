@@ -1,30 +1,38 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""A conversation with a model whose keys and values stay in the cache from turn to turn."""
+"""A conversation with a model: its keys and values stay in the cache from turn to turn."""
+
+from __future__ import annotations
 
 import queue
 import threading
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import BatchFeature, DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ..compat_saisa import CACHE
 from ..images_saisa import load_image
 
 
-class Conversation:
-    """A chat whose keys and values stay in the cache, so that each turn costs its own tokens alone.
+if TYPE_CHECKING:
+    from ..modeling_saisa import SaisaForConditionalGeneration
+    from ..processing_saisa import SaisaProcessor
 
-    Each turn renders the whole conversation with the processor's chat template. What that has in common with the cached
-    tokens is kept, the rest of the cache is dropped: the model always reads exactly what the processor makes of `messages`.
+
+class Conversation:
+    """A chat whose keys and values stay in the cache, so that each turn costs only its own tokens.
+
+    Each turn renders the whole conversation with the processor's chat template. The part of the cache that agrees with it is
+    kept, the rest is dropped: the model always reads exactly what the processor makes of `messages`.
 
     Args:
         model: a `SaisaForConditionalGeneration`.
         processor: its `SaisaProcessor`, with a chat template.
-        system: the system message, where the template has one.
-        generation: arguments of `generate` for every answer, for one sequence that is not a beam search's. `max_new_tokens`
-            is 512 if left out.
+        system: the system message, if the template has one.
+        generation: arguments of `generate` for every answer: one sequence, without beam search. `max_new_tokens` is 512 if
+            left out.
 
     Attributes:
         messages: the turns so far, as `apply_chat_template` takes them. They may be changed between turns.
@@ -32,7 +40,13 @@ class Conversation:
             `"interrupted"`.
     """
 
-    def __init__(self, model, processor, system: str | None = None, **generation):
+    def __init__(
+        self,
+        model: SaisaForConditionalGeneration,
+        processor: SaisaProcessor,
+        system: str | None = None,
+        **generation: Any,
+    ):
         self.model = model
         self.processor = processor
         self.system = system
@@ -53,22 +67,22 @@ class Conversation:
         return len(self._cached_ids)
 
     def stop(self) -> None:
-        """Ends the answer that is being given after its current token; from another thread, or a signal handler."""
+        """Ends the answer in progress after its current token. For another thread, or a signal handler."""
         self._interrupt.asked = True
 
     def ask(self, text: str = "", images: Iterable = ()) -> Iterator[str]:
         """Asks a question and yields the answer piece by piece, as its tokens come.
 
-        An answer that is not read to its end (`stop`, closing the iterator, an exception in between) ends there, and what
-        there is of it becomes part of the conversation. An error in the question or in the model leaves the conversation as
-        it was.
+        An answer that is not read to its end (`stop`, closing the iterator, an exception in between) ends there, and its
+        beginning becomes part of the conversation. An error in the question or in the model leaves the conversation
+        unchanged.
 
         Args:
-            text: the question; may be empty if there are pictures.
-            images: pictures that come with it, in front of the text; what `load_image` takes.
+            text: the question; may be empty if there are images.
+            images: images that come before the text, as `load_image` takes them.
 
         Raises:
-            ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
+            ValueError: neither text nor images, an unreadable image, or an image token in the text.
             RuntimeError: the answer to another question is still being read.
         """
         if not self._answering.acquire(blocking=False):
@@ -79,30 +93,34 @@ class Conversation:
             self._answering.release()
 
     def question(self, text: str, images: Iterable = ()) -> dict:
-        """The message that asks `text` about `images`, as `apply_chat_template` takes it; the conversation stays as it is.
+        """The message that asks `text` about `images`, as `apply_chat_template` takes it; the conversation is not changed.
 
         Raises:
-            ValueError: neither text nor pictures, an unreadable picture, or an image token in the text.
+            ValueError: neither text nor images, an unreadable image, or an image token in the text.
         """
-        pictures = [load_image(picture, f"picture {index}") for index, picture in enumerate(images)]
-        if not text and not pictures:
+        loaded = [load_image(image, f"image {index}") for index, image in enumerate(images)]
+        if not text and not loaded:
             raise ValueError("Nothing to ask: `text` is empty and there are no `images`.")
         if self.processor.image_token in text:
             raise ValueError(
-                f"The text has {self.processor.image_token!r} in it, which stands for a picture. Leave it out: pictures are "
-                "given beside the text, and stand in front of it."
+                f"The text contains {self.processor.image_token!r}, which stands for an image. Leave it out: images are "
+                "given beside the text, and come before it."
             )
-        return _message("user", text, pictures)
+        return _message("user", text, loaded)
 
-    def _answer(self, messages: list[dict]) -> Iterator[str]:
-        inputs = self.processor.apply_chat_template(
+    def inputs(self, messages: list[dict]) -> BatchFeature:
+        """What the model reads of `messages`, on its device, up to where the answer begins."""
+        return self.processor.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         ).to(self.model.device)
+
+    def _answer(self, messages: list[dict]) -> Iterator[str]:
+        inputs = self.inputs(messages)
         prompt = inputs["input_ids"][0].tolist()
         pixels = inputs.get("pixel_values")
         cache = self._take_cache(prompt, pixels)
         self._interrupt, tokens, outcome = _Interrupt(), queue.SimpleQueue(), []
-        # in a thread of its own, so that whoever reads the answer can stop it between two tokens
+        # in another thread, so that the reader of the answer can stop it between two tokens
         arguments = (inputs, cache, self._interrupt, tokens, outcome)
         thread = threading.Thread(target=self._generate, args=arguments)
         thread.start()
@@ -132,7 +150,14 @@ class Conversation:
         if len(text) > shown:
             yield text[shown:]
 
-    def _generate(self, inputs, cache, interrupt, tokens: queue.SimpleQueue, outcome: list) -> None:
+    def _generate(
+        self,
+        inputs: BatchFeature,
+        cache: DynamicCache,
+        interrupt: _Interrupt,
+        tokens: queue.SimpleQueue,
+        outcome: list,
+    ) -> None:
         """Puts the answer's tokens and a final None into `tokens`, all ids (1, S) or an exception into `outcome`."""
         generation = dict(self.generation)
         stopping = [*(generation.pop("stopping_criteria", None) or []), interrupt]
@@ -166,17 +191,17 @@ class Conversation:
         return decoded.lstrip()  # templates put the space in front of an answer themselves
 
     def _forget_cache(self) -> None:
-        # all layers keep all keys, in models with a sliding window too: only such a cache can be cropped anywhere
+        # all layers keep all keys, even with a sliding window: only such a cache can be cropped anywhere
         self._cache, self._cached_ids, self._cached_pixels = DynamicCache(), [], None
 
     def _take_cache(self, prompt: list[int], pixels: torch.Tensor | None) -> DynamicCache:
         """The cache, cropped to what it has in common with `prompt`, whose last token has to be computed in any case. The
-        conversation is left with an empty one: an answer that fails may leave it in any state."""
+        conversation is left with an empty one, because an answer that fails may leave the cache in any state."""
         cache, cached_ids, cached_pixels = self._cache, self._cached_ids, self._cached_pixels
         self._forget_cache()
         kept = min(len(cached_ids), len(prompt) - 1)
         kept = next((i for i in range(kept) if cached_ids[i] != prompt[i]), kept)
-        if kept == 0 or not _agree(cached_pixels, pixels):  # placeholders look the same whatever they stand for
+        if kept == 0 or not _agree(cached_pixels, pixels):  # image tokens are the same whatever image they stand for
             return self._cache
         if kept < len(cached_ids):
             cache.crop(kept - len(cached_ids))  # negative: what a positive number means differs between releases
@@ -184,20 +209,20 @@ class Conversation:
 
 
 def _agree(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
-    """Whether the pictures that both have a place for are the same."""
+    """Whether the images at the beginning of both, as many as the shorter one has, are the same."""
     if old is None or new is None:
         return True
     count = min(len(old), len(new))
     return torch.equal(old[:count], new[:count])
 
 
-def _message(role: str, text: str, pictures: Iterable = ()) -> dict:
-    parts = [{"type": "image", "image": picture} for picture in pictures]
+def _message(role: str, text: str, images: Iterable = ()) -> dict:
+    parts: list[dict] = [{"type": "image", "image": image} for image in images]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}] if text or not parts else parts}
 
 
 class _TokenStreamer(BaseStreamer):
-    """Puts the tokens that `generate` makes into a queue; the first thing it hands over is the prompt."""
+    """Puts the tokens that `generate` makes into a queue. The first thing that `generate` hands over is the prompt."""
 
     def __init__(self, tokens: queue.SimpleQueue):
         self.tokens, self.prompt_passed = tokens, False
@@ -218,6 +243,6 @@ class _Interrupt(StoppingCriteria):
     def __init__(self):
         self.asked = self.fired = False
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.fired = self.asked
         return torch.full((input_ids.shape[0],), self.fired, dtype=torch.bool, device=input_ids.device)

@@ -7,18 +7,21 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-from ..common.loading import load_model, quiet_transformers, read_picture
+import PIL.Image
+
+from ..common.loading import load_model, quiet_transformers, read_image
 from .conversation import Conversation
 
 
 COMMANDS = """\
-/image PATH ...   shows pictures (files or http(s) addresses) with the next question
-/clear            forgets the conversation and its pictures
+/image PATH ...   shows images (files or http(s) addresses) with the next question
+/clear            forgets the conversation and its images
 /help             shows this
 /exit             leaves, as Ctrl-D does
-An empty line sends waiting pictures without a question. Ctrl-C stops an answer; what there is of it stays."""
+An empty line sends waiting images without a question. Ctrl-C stops an answer; the conversation keeps its beginning."""
 
 
 def chat(
@@ -31,21 +34,24 @@ def chat(
     max_new_tokens: int = 512,
     temperature: float | None = None,
 ) -> int:
-    """`saisa chat`: a conversation on stdin and stdout, and its exit status.
+    """`saisa chat`: a conversation on stdin and stdout. Returns the exit status.
 
     Args:
         checkpoint: folder or hub id.
-        images: paths or addresses of pictures that come with the first question.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for what the checkpoint is stored in.
+        images: paths or addresses of images that come with the first question.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as the checkpoint is stored.
         device: as PyTorch names it, or `"auto"`: CUDA, else MPS, else the CPU.
-        temperature: of sampling; 0 takes the likeliest token, None leaves it to the checkpoint.
+        attn_implementation: as `from_pretrained` takes it.
+        system: the system message, if the template has one.
+        max_new_tokens: the longest answer.
+        temperature: of sampling; 0 takes the most likely token, None leaves it to the checkpoint.
 
     Raises:
-        OSError, ValueError: what cannot be used is named in one line. Where stdin or stdout is no terminal, questions and
-            commands raise these too.
+        OSError, ValueError: something cannot be used; the message names it in one line. If stdin or stdout is not a terminal,
+            questions and commands raise these too.
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    waiting = [read_picture(path) for path in images]
+    waiting = [read_image(path) for path in images]
     sampling = {} if temperature is None else {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -65,17 +71,17 @@ class Terminal:
 
     Args:
         conversation: a `Conversation`.
-        interactive: whether a person sits at both ends. If not, nothing but answers is written, and errors are raised.
+        interactive: whether both ends are a terminal. If not, only answers are written, and errors are raised.
     """
 
     def __init__(self, conversation: Conversation, interactive: bool):
         self.conversation = conversation
         self.interactive = interactive
-        self.waiting = []
+        self.waiting: list[PIL.Image.Image] = []
         self.positions = conversation.model.config.text_config.max_position_embeddings
 
     def run(self) -> int:
-        """Goes on until /exit or the end of stdin."""
+        """Runs until /exit or the end of stdin. Returns the exit status."""
         if self.interactive:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (arrow keys and history for input())
@@ -106,7 +112,7 @@ class Terminal:
             if line or self.waiting:
                 self.answer(line)
         elif command[0] == "/image":
-            self.show([read_picture(path) for path in _paths(line.removeprefix("/image").strip())])
+            self.show([read_image(path) for path in _paths(line.removeprefix("/image").strip())])
         elif command[0] == "/clear":
             self.conversation.clear()
             self.waiting = []
@@ -114,16 +120,16 @@ class Terminal:
         elif command[0] == "/help":
             self.say(COMMANDS)
         else:
-            raise ValueError(f"{command[0]} is no command; /help lists them.")
+            raise ValueError(f"{command[0]} is not a command; /help lists them.")
 
-    def show(self, pictures: list) -> None:
-        """Keeps (picture, name) pairs for the next question."""
-        self.waiting += [picture for picture, _ in pictures]
-        for picture, name in pictures:
-            self.say(f"({name}, {picture.width} x {picture.height}, goes with the next question)")
+    def show(self, images: list[tuple[PIL.Image.Image, str]]) -> None:
+        """Keeps images, each with its name, for the next question."""
+        self.waiting += [image for image, _ in images]
+        for image, name in images:
+            self.say(f"({name}, {image.width} x {image.height}, goes with the next question)")
 
     def answer(self, question: str) -> None:
-        """Prints the answer to `question` about the waiting pictures, until it ends or Ctrl-C ends it."""
+        """Prints the answer to `question` about the waiting images, until it ends or Ctrl-C ends it."""
         with self._stopped_by_ctrl_c():
             for piece in self.conversation.ask(question, self.waiting):
                 print(piece, end="", flush=True)
@@ -134,22 +140,22 @@ class Terminal:
         elif self.conversation.finish_reason == "length":
             self.say(f"(cut after {self.conversation.generation['max_new_tokens']} tokens: --max-new-tokens)")
         if self.conversation.cached_tokens > self.positions:
-            self.say(f"(more than the {self.positions} tokens that the model was made for: /clear starts again)")
+            self.say(f"(longer than the {self.positions} tokens that the model was made for: /clear starts again)")
 
     def say(self, text: str) -> None:
-        """Prints what is no answer."""
+        """Prints what is not an answer, in a terminal only."""
         if self.interactive:
             print(text, flush=True)
 
     @contextlib.contextmanager
-    def _stopped_by_ctrl_c(self):
-        """Where a person sits there, the first Ctrl-C stops the answer; the second one does what it always does."""
+    def _stopped_by_ctrl_c(self) -> Iterator[None]:
+        """In a terminal, the first Ctrl-C stops the answer; the second one does what it always does."""
         if not self.interactive:
             yield
             return
         previous = signal.getsignal(signal.SIGINT)
 
-        def stop(signum, frame):
+        def stop(signum: int, frame: Any) -> None:
             signal.signal(signal.SIGINT, previous)
             self.conversation.stop()
 
@@ -161,8 +167,8 @@ class Terminal:
 
 
 def _paths(text: str) -> list[str]:
-    """The paths behind /image; one that exists may have spaces in it without being quoted."""
+    """The paths after /image. A single one that exists may contain spaces without being quoted."""
     paths = [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
     if not paths:
-        raise ValueError("/image needs the path or address of a picture.")
+        raise ValueError("/image needs the path or address of an image.")
     return paths

@@ -2,14 +2,15 @@
 """`saisa build`: a language model and a vision encoder become an untrained SAISA checkpoint, ready for the first training
 stage: weights, processor with image token and chat template, configuration, code files and model card.
 
-As with `saisa convert`, everything is written into a hidden folder beside the destination, read back and compared, and
-renamed into place at the very end.
+As with `saisa convert`, everything is written into a hidden folder beside the destination, read back and compared, and put in
+place at the very end.
 """
 
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -17,8 +18,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from ..chat.templates import chat_template as named_chat_template
-from ..chat.templates import with_pictures
-from ..common.destination import check_destination, check_hub, check_outside, new_folder, size_in_bytes, upload
+from ..chat.templates import read_chat_template, with_pictures
+from ..common.destination import Destination, size_in_bytes
+from ..common.sources import local_folder
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
 from .model_card import licence_in_card, write_model_card
@@ -26,7 +28,7 @@ from .names import as_saved
 from .weight_files import DTYPES
 
 
-# image tokens that tokenizers of language models have already, because a vision-language model shares them
+# image tokens that some language models' tokenizers have already, because a vision-language model shares them
 KNOWN_IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<image_soft_token>", "<|image|>", "<IMG_CONTEXT>", "[IMG]")
 
 
@@ -45,7 +47,7 @@ def build(
     push_to_hub: str | None = None,
     private: bool | None = None,
     log: Callable[[str], None] = print,
-    **settings,
+    **settings: Any,
 ) -> Path:
     """Builds an untrained SAISA from parts into the folder `destination`.
 
@@ -53,16 +55,17 @@ def build(
         language_model: folder or hub id of a language model with its tokenizer.
         vision_model: folder or hub id of a vision encoder with its image processor; CLIP and SigLIP may bring a text tower.
         destination: folder to make. An existing one must be empty, or `overwrite` must be True.
-        image_token: the text that stands for a picture. None: the one that the tokenizer has (`KNOWN_IMAGE_TOKENS`), else
+        image_token: the text that stands for an image. None: the one that the tokenizer has (`KNOWN_IMAGE_TOKENS`), else
             `<image>`, which is added.
         chat_template: "vicuna", "llama_3", "chatml", "plain", or the path of a .jinja file that reads contents as strings.
-            None: the tokenizer's own, made to take pictures; "plain" where it has none.
+            None: the tokenizer's own, made to accept images; "plain" if it has none.
         dtype: "float32", "float16" or "bfloat16"; None keeps the language model's.
-        pad_to_square: whether the processor pads pictures to squares of the mean colour first, as LLaVA-1.5 does.
+        pad_to_square: whether the processor first pads images to squares with the mean colour, as LLaVA-1.5 does.
         seed: of the projectors' weights.
-        max_shard_size: most bytes in a weight file, as a number or like "5GB".
-        push_to_hub: a repository, "user/name", to upload the result to.
-        private: whether the repository is private, where it is made; None leaves that to the hub.
+        max_shard_size: the largest size of a weight file, as a number of bytes or like "5GB".
+        overwrite: whether `destination` may be replaced.
+        push_to_hub: a repository, "user/name", to upload the result to as well; made if needed.
+        private: whether the repository is private, if it is made; None leaves that to the hub.
         log: called with one line of text per step.
         settings: of `SaisaConfig`: `vision_feature_layer`, `visual_layers`, `projector_sharing` ...
 
@@ -73,17 +76,14 @@ def build(
         ValueError: a part is not supported, or the parts or arguments do not fit.
         OSError: a file or repository is missing or cannot be read or written.
     """
-    destination = Path(destination).expanduser().resolve()
-    language_model, vision_model = _source(language_model), _source(vision_model)
+    language_model, vision_model = _source(language_model, "LANGUAGE_MODEL"), _source(vision_model, "VISION_MODEL")
     max_shard_size = size_in_bytes(max_shard_size)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
-    check_destination(destination, overwrite)
-    if push_to_hub is not None:
-        check_hub(push_to_hub)
+    place = Destination(destination, overwrite, push_to_hub, private, log)
     for part in (language_model, vision_model):
         if os.path.isdir(part):
-            check_outside(destination, Path(part))
+            place.check_outside(Path(part))
 
     tokenizer = AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
@@ -103,7 +103,7 @@ def build(
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square)
 
-    with new_folder(destination, overwrite, log) as partial:
+    with place.new_folder() as partial:
         log("writing")
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
@@ -112,26 +112,24 @@ def build(
         write_model_card(
             partial,
             model.config,
-            repo_id=push_to_hub or destination.name,
+            repo_id=place.repo_id,
             base_model=repositories or None,
             license=licence_in_card(Path(language_model) / "README.md"),
         )
     log(f"checked {count} tensors; {image_token!r} takes {model.config.image_seq_length} visual tokens")
-    log(f"wrote {destination}")
-    if push_to_hub is not None:
-        upload(destination, push_to_hub, private, log)
-    return destination
+    place.publish()
+    return place.path
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | None = None) -> str:
-    """Makes a language model's tokenizer, in place, one for pictures: with an image token, a padding token, and padding on
-    the left.
+    """Prepares a language model's tokenizer, in place, for images: with an image token, a padding token, and padding on the
+    left.
 
     Args:
         image_token: see `build`.
 
     Returns:
-        the image token.
+        The image token.
     """
     prepare_padding(tokenizer)
     vocabulary = tokenizer.get_vocab()
@@ -143,12 +141,19 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | Non
     return image_token
 
 
-def make_processor(model, image_processor, tokenizer, image_token, template, pad_to_square=False) -> SaisaProcessor:
-    """The processor of `model`, whose `config.image_seq_length` becomes what its encoder makes of a picture that
-    `image_processor` has prepared.
+def make_processor(
+    model: SaisaForConditionalGeneration,
+    image_processor: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    template: str | dict[str, str] | None,
+    pad_to_square: bool = False,
+) -> SaisaProcessor:
+    """The processor of `model`. `config.image_seq_length` of both becomes the number of tokens that the encoder makes from an
+    image prepared by `image_processor`.
 
     Raises:
-        ValueError: the encoder does not take such a picture.
+        ValueError: the encoder does not accept such an image.
     """
     config = model.config
     processor = SaisaProcessor(
@@ -165,20 +170,20 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
         visual_token_reduction=config.visual_token_reduction,
         reduced_visual_tokens=config.reduced_visual_tokens,
     )
-    picture = PIL.Image.new("RGB", (640, 480), (128, 128, 128))
-    inputs = processor(images=[picture], return_tensors="pt")
+    image = PIL.Image.new("RGB", (640, 480), (128, 128, 128))
+    inputs = processor(images=[image], return_tensors="pt")
     inputs = {name: value.to(model.vision_tower.device) for name, value in inputs.items()}
     try:
         with torch.no_grad():
             outputs = model.get_image_features(**inputs, return_dict=True)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(
-            f"The encoder does not take the pictures {tuple(inputs['pixel_values'].shape)} that its image processor makes: "
-            f"{error}"
+            f"The encoder does not accept images of shape {tuple(inputs['pixel_values'].shape)}, which its image processor "
+            f"makes: {error}"
         ) from error
-    if "spatial_shapes" not in inputs:  # a picture takes as many tokens as it has patches, whatever its shape
+    if "spatial_shapes" not in inputs:  # every image has as many tokens, whatever its shape
         config.image_seq_length = processor.image_seq_length = len(outputs.pooler_output[0])
-        # without `image_seq_length`, which another reduction at loading puts aside, patches are counted
+        # for when another reduction is chosen at loading: without `image_seq_length`, the processor counts patches
         height, width = inputs["pixel_values"].shape[-2:]
         state = outputs.hidden_states[config.vision_feature_layers[0]]
         patches = math.prod(state.shape[2:]) if state.ndim == 4 else state.shape[1] - config.vision_prefix_tokens
@@ -187,7 +192,7 @@ def make_processor(model, image_processor, tokenizer, image_token, template, pad
     return processor
 
 
-def _chat_template(chosen: str | None, tokenizer, image_token: str) -> "str | dict[str, str]":
+def _chat_template(chosen: str | None, tokenizer: PreTrainedTokenizerBase, image_token: str) -> str | dict[str, str]:
     own = tokenizer.chat_template
     tokenizer.chat_template = None  # the processor's is the one that counts
     if chosen is None and own:
@@ -196,13 +201,11 @@ def _chat_template(chosen: str | None, tokenizer, image_token: str) -> "str | di
         return with_pictures(own, image_token)
     if chosen is None or not chosen.endswith(".jinja"):
         return named_chat_template(chosen or "plain", image_token)
-    if not Path(chosen).is_file():
-        raise FileNotFoundError(f"--chat-template {chosen}: there is no such file.")
-    return with_pictures(Path(chosen).read_text(encoding="utf-8"), image_token)
+    return with_pictures(read_chat_template(chosen), image_token)
 
 
-def _image_processor(vision_model: str):
-    """The encoder's own; for timm, whose own needs torchvision, CLIP's with its sizes, mean and deviation."""
+def _image_processor(vision_model: str) -> Any:
+    """The encoder's own. For timm, whose own needs torchvision, CLIP's with the same sizes, mean and deviation."""
     config = AutoConfig.from_pretrained(vision_model)
     if config.model_type != "timm_wrapper":
         return AutoImageProcessor.from_pretrained(vision_model)
@@ -218,29 +221,25 @@ def _image_processor(vision_model: str):
     )
 
 
-def _compare(folder: Path, model) -> int:
+def _compare(folder: Path, model: SaisaForConditionalGeneration) -> int:
     """Reads the weight files in `folder` back; returns how many tensors they hold."""
     wanted, count = as_saved(model), 0
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as written:
-            for name in written.keys():  # noqa: SIM118, it is no dict
+            for name in written.keys():  # noqa: SIM118, it is not a dict
                 count += 1
                 if not torch.equal(written.get_tensor(name), wanted[name].cpu()):
                     raise OSError(f"{file}: {name} read back differs from the model: is the disk sound?")
     return count
 
 
-def _source(part: str | os.PathLike) -> str:
+def _source(part: str | os.PathLike, role: str) -> str:
     """A folder's absolute path, or the hub id as it is."""
-    path = Path(part).expanduser()
-    if path.is_dir():
-        return str(path.absolute())
-    if path.exists() or str(part).startswith((".", "/", "~")) or str(part).count("/") > 1:
-        raise FileNotFoundError(f"{part} is not a folder (nor does it look like a hub id, 'user/name').")
-    return str(part)
+    folder = local_folder(part, role)
+    return str(part) if folder is None else str(folder.absolute())
 
 
-def _square(size) -> int | None:
-    """The side of a patch; None where there is none, or where it is no square."""
+def _square(size: Any) -> int | None:
+    """The side of a patch; None if there are no patches, or if they are not square."""
     sides = set(size) if isinstance(size, (list, tuple)) else {size}
     return sides.pop() if len(sides) == 1 else None

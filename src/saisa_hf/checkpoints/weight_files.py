@@ -1,21 +1,20 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Weight files that are larger than memory: read in pieces, written in pieces, read back and compared.
+"""Reading weight files that are larger than memory.
 
-No file is mapped as a whole where that can be helped, and none is read as a whole: what a process needs is one piece of a
-tensor, and for `.bin` files the pages of the one file that is open.
+No file is read as a whole: a process needs one piece of a tensor and, for `.bin` files, which are mapped, the pages of the
+one file that is open. `weight_writing.py` is the other direction.
 """
 
-import hashlib
 import json
-import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from ..common.sources import first_line
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,7 +29,7 @@ def read_json(file: Path) -> dict:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or no object.
+        ValueError: it is not JSON, or not an object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing.")
@@ -44,11 +43,10 @@ def read_json(file: Path) -> dict:
 
 
 class WeightFiles:
-    """The tensors in a folder's weight files, of which one at a time is open.
+    """The tensors in a folder's weight files. One file at a time is open.
 
-    `files`, `shapes` and `dtypes` map tensor names, in file order, to the file, the shape and the dtype (a string where
-    torch has none of that name). `listing` is the path that says which tensors there are: the one weight file, or the
-    index of several.
+    `files`, `shapes` and `dtypes` map tensor names, in file order, to the file, the shape and the dtype (a string if torch
+    has no such dtype). `listing` is the path that says which tensors there are: the one weight file, or the index of several.
 
     Raises:
         OSError: a file is missing, truncated or cannot be read.
@@ -81,7 +79,7 @@ class WeightFiles:
             yield self._handle(self.files[name]).rows(name, start, min(start + step, count))
 
     def close(self) -> None:
-        """Lets go of the file that is open, whose pages count as used memory; it is opened again when it is needed."""
+        """Closes the file that is open, whose pages count as used memory; it is opened again when it is needed."""
         self._open = None
 
     def checksummed(self) -> list[Path]:
@@ -202,8 +200,7 @@ class _PickleFile:
 
 
 def _unreadable(file: Path, error: Exception) -> OSError:
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return OSError(f"{file} cannot be read: {reason} {_CORRUPT}")
+    return OSError(f"{file} cannot be read: {first_line(error)} {_CORRUPT}")
 
 
 def _is_zip(file: Path) -> bool:
@@ -245,122 +242,6 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
     )
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Source:
-    """One tensor of the result: where it comes from, and how many rows it gets in the end (None: those it has)."""
-
-    weights: WeightFiles
-    name: str
-    rows: int | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        old = self.weights.shapes[self.name]
-        return old if self.rows is None else (self.rows, *old[1:])
-
-    def nbytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the result in `dtype`."""
-        return dtype.itemsize * torch.Size(self.shape).numel()
-
-    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """The result in `dtype`, in contiguous pieces that follow each other. New rows are the mean of the old ones.
-
-        Raises:
-            ValueError: `dtype` has no number for a value.
-        """
-        old = self.weights.shapes[self.name]
-        new_rows = self.shape[0] - old[0] if old else 0
-        total = 0
-        for piece in self.weights.rows(self.name):
-            total = total + sum(rows.double().sum(0) for rows in piece.split(1024)) if new_rows else 0
-            yield self._cast(piece, dtype)
-        if new_rows:  # as a head row, the mean of all rows gives the mean of all logits, which is never the largest
-            mean = (total / old[0]).to(self.weights.dtypes[self.name])
-            yield self._cast(mean.expand(new_rows, -1), dtype).contiguous()
-
-    def _cast(self, piece: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        cast = piece.to(dtype)
-        if cast.dtype != piece.dtype and bool(cast.isinf().any()) and not bool(piece.isinf().any()):
-            raise ValueError(
-                f"{self.weights.files[self.name]}: {self.name} has values too large for {dtype}; "
-                f"convert with --dtype bfloat16 or --dtype float32."
-            )
-        return cast
-
-
-def write_safetensors(
-    file: Path, sources: dict[str, Source], dtype: torch.dtype, progress: Callable[[int], None] = lambda n: None
-) -> dict[str, str]:
-    """Writes `sources` into a safetensors file, one piece after the other, down to the disk.
-
-    Args:
-        progress: called with the number of bytes after each piece.
-
-    Returns:
-        Tensor name -> SHA-256 of the bytes written for it.
-
-    Raises:
-        OSError: the disk is full, or a limit on the size of files is met; the message names the file and the tensor.
-    """
-    header, end, digests = {"__metadata__": {"format": "pt"}}, 0, {}
-    for name, source in sources.items():
-        start, end = end, end + source.nbytes(dtype)
-        header[name] = {"dtype": STORED_DTYPES[dtype], "shape": list(source.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with file.open("wb", buffering=0) as stream:
-        _write(stream, struct.pack("<Q", len(encoded)) + encoded, file, "its header")
-        for name, source in sources.items():
-            digest = hashlib.sha256()
-            for piece in source.pieces(dtype):
-                data = memoryview(as_bytes(piece).numpy())
-                _write(stream, data, file, name)
-                digest.update(data)
-                progress(len(data))
-            digests[name] = digest.hexdigest()
-        try:
-            os.fsync(stream.fileno())
-        except OSError as error:
-            raise OSError(error.errno, f"{file} cannot be written: {error.strerror}") from error
-    return digests
-
-
-def check_safetensors(
-    file: Path, sources: dict[str, Source], dtype: torch.dtype, digests: dict[str, str], progress=lambda n: None
-) -> None:
-    """Loads each tensor of a written file, with the safetensors library, and compares its checksum with `digests`.
-
-    Raises:
-        OSError: the file does not hold the bytes that were written.
-    """
-    if hasattr(os, "posix_fadvise"):  # from the disk, not from the system's memory of what was written
-        with file.open("rb") as stream:
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    with safe_open(file, framework="pt") as written:
-        names = sorted(written.keys())
-    if names != sorted(digests):
-        raise OSError(f"{file} does not hold the tensors that were written to it: is the disk sound?")
-    for name, digest in digests.items():
-        with safe_open(file, framework="pt") as written:  # anew each time: what is mapped counts as used memory
-            tensor = written.get_tensor(name)
-        whole = (tensor.dtype, tuple(tensor.shape)) == (dtype, sources[name].shape)
-        if not whole or hashlib.sha256(as_bytes(tensor).numpy()).hexdigest() != digest:
-            raise OSError(f"{file}: {name} read back differs from its source: is the disk sound?")
-        progress(tensor.nbytes)
-
-
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of a contiguous tensor, uint8 (bytes,)."""
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _write(stream, data, file: Path, what: str) -> None:
-    view = memoryview(data)
-    try:
-        while view:
-            view = view[stream.write(view) :]
-    except OSError as error:
-        raise OSError(error.errno, f"{file}: {what} cannot be written: {error.strerror}") from error

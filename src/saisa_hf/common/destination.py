@@ -1,5 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The folder or file that a command makes: written hidden beside its place, put there in one step, and uploaded if asked for.
+"""The folder or file that a command makes: written under a hidden name beside its place, put there in one step, and uploaded
+if asked for.
 
 A command that dies at any moment leaves the destination as it was.
 """
@@ -19,8 +20,87 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from .sources import first_line
+
+
+class Destination:
+    """The folder that a command makes. Everything that could stop it from being made is checked at once.
+
+    Args:
+        path: the folder. An existing one must be empty, or `overwrite` must be True.
+        overwrite: whether it replaces what is there.
+        push_to_hub: a repository, "user/name", to upload it to as well; made if needed.
+        private: whether that repository is private, if it is made; None leaves that to the hub.
+        log: called with one line of text per step.
+
+    Raises:
+        OSError: the folder is not empty, is a file, or the hub does not accept the login.
+        ValueError: `push_to_hub` is not a valid name.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        overwrite: bool = False,
+        push_to_hub: str | None = None,
+        private: bool | None = None,
+        log: Callable[[str], None] = print,
+    ):
+        self.path = Path(path).expanduser().resolve()
+        self.overwrite, self.push_to_hub, self.private, self.log = overwrite, push_to_hub, private, log
+        self._check()
+        if push_to_hub is not None:
+            check_hub(push_to_hub)
+
+    @property
+    def repo_id(self) -> str:
+        """What a model card calls it: the repository, or the folder's name."""
+        return self.push_to_hub or self.path.name
+
+    def _check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"DST {self.path} is a file, expected a folder to make.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not self.overwrite:
+            raise FileExistsError(f"DST {self.path} exists and is not empty. Choose another, or pass --overwrite.")
+
+    def check_outside(self, part: Path, role: str = "") -> None:
+        """Raises ValueError if `part`, a folder that the command reads, would be replaced: it is the destination or in it."""
+        if self.path == part.resolve() or self.path in part.resolve().parents:
+            raise ValueError(f"DST {self.path} contains {role}{part}: choose another DST.")
+
+    def check_space(self, size: int) -> None:
+        """Raises OSError if the disk has no room for `size` bytes of weights."""
+        needed = size + 20_000_000  # tokenizer, configuration, code
+        free = shutil.disk_usage(self.path.parent).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.path.parent}: the result takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB of the disk are free.",
+            )
+
+    @contextlib.contextmanager
+    def new_folder(self) -> Iterator[Path]:
+        """A hidden folder beside the destination to write into. It takes the destination's place in one step when the block
+        ends, and is removed if the block fails."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _partial_folder(self.path, self.log) as partial:
+            yield partial
+            self._check()  # hours may have passed
+            _put_in_place(partial, self.path)
+
+    def publish(self) -> None:
+        """Says where the result is, and uploads it if that was asked for."""
+        self.log(f"wrote {self.path}")
+        if self.push_to_hub is not None:
+            _upload(self.path, self.push_to_hub, self.private, self.log)
+
 
 def size_in_bytes(size: int | str) -> int:
+    """A number of bytes, or one with a unit like "5GB" (10^9 bytes each), as a number.
+
+    Raises:
+        ValueError: it is neither, or 0.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
     found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if not found:
@@ -28,19 +108,12 @@ def size_in_bytes(size: int | str) -> int:
     return found
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
-    if destination.exists() and not destination.is_dir():
-        raise FileExistsError(f"DST {destination} is a file, expected a folder to make.")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
-        raise FileExistsError(f"DST {destination} exists and is not empty. Choose another, or pass --overwrite.")
-
-
 def check_file(path: Path) -> None:
-    """Raises OSError if the file `path` cannot be written, before the work that it is for is done."""
+    """Raises OSError if the file `path` cannot be written: before the work is done, not after it."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: expected a file to write.")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or choose another.")
+        raise FileNotFoundError(f"{path.parent} is not a folder: make it first, or choose another.")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -49,7 +122,7 @@ def check_file(path: Path) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Writes the file `path` beside its place and puts it there in one step."""
+    """Writes the file `path` under another name and puts it in place in one step."""
     handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -61,37 +134,10 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def check_outside(destination: Path, part: Path, role: str = "") -> None:
-    """Raises ValueError if `part`, a folder that a command reads, is `destination` or lies in it and would be replaced."""
-    if destination == part.resolve() or destination in part.resolve().parents:
-        raise ValueError(f"DST {destination} contains {role}{part}: choose another DST.")
-
-
-def check_space(parent: Path, size: int) -> None:
-    needed = size + 20_000_000  # tokenizer, configuration, code
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"{parent}: the result takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB of the disk are free.",
-        )
-
-
-@contextlib.contextmanager
-def new_folder(destination: Path, overwrite: bool, log: Callable[[str], None]) -> Iterator[Path]:
-    """A hidden folder beside `destination` to write into. It takes its place in one step when the block ends, and is removed
-    when the block fails."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with _partial_folder(destination, log) as partial:
-        yield partial
-        check_destination(destination, overwrite)  # hours may have passed
-        _put_in_place(partial, destination)
-
-
 @contextlib.contextmanager
 def _partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[Path]:
-    """A hidden folder beside `destination`, removed in the end. It is locked while its process lives: those that nobody
-    holds were left by conversions that died, and are removed first."""
+    """A hidden folder beside `destination`, removed in the end. It is locked while its process lives: those that are not
+    locked were left by runs that died, and are removed first."""
     for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
         with _locked(left) as held:
             if held:
@@ -101,7 +147,7 @@ def _partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[P
         partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
         with _locked(partial) as held:
             if held is False or not partial.exists():
-                continue  # another conversion to the same place took it for a left-over before it was locked
+                continue  # another run to the same place took it for a left-over before it was locked
             try:
                 partial.chmod(0o755)
                 yield partial
@@ -112,7 +158,7 @@ def _partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[P
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[bool | None]:
-    """Whether this process holds the folder now: False where another one does, None where it cannot be told."""
+    """Whether this process holds the folder now: False if another one does, None if that is unknown."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -154,7 +200,7 @@ def _put_in_place(finished: Path, destination: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two paths in one step; False where the system or the file system cannot."""
+    """Swaps two paths in one step; False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -164,19 +210,19 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def check_hub(repo_id: str) -> None:
-    """Raises now what would else be raised after hours of work."""
+    """Raises OSError if the hub does not accept the login: now, not after hours of work."""
     validate_repo_id(repo_id)
     try:
         HfApi().whoami()
     except Exception as error:  # what the HTTP library of the installed huggingface_hub raises
-        reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"--push-to-hub {repo_id}: the hub does not let us in: {reason} Log in with `hf auth login`, or set HF_TOKEN."
+            f"--push-to-hub {repo_id}: the hub does not accept the login: {first_line(error)} Log in with `hf auth login`, "
+            "or set HF_TOKEN."
         ) from error
 
 
-def upload(folder: Path, repo_id: str, private: bool | None, log: Callable[[str], None]) -> None:
-    """Uploads `folder` in one commit. Weight files that were there before go; a card that was there stays."""
+def _upload(folder: Path, repo_id: str, private: bool | None, log: Callable[[str], None]) -> None:
+    """Uploads `folder` in one commit. Weight files that were there before are deleted; a model card that was there stays."""
     api = HfApi()
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -188,8 +234,8 @@ def upload(folder: Path, repo_id: str, private: bool | None, log: Callable[[str]
             delete_patterns=["*.safetensors", "*.safetensors.index.json", "pytorch_model*"],
         )
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
         raise OSError(
-            f"{folder} is complete, but was not uploaded to {repo_id}: {reason} `hf upload {repo_id} {folder}` does that."
+            f"{folder} is complete, but was not uploaded to {repo_id}: {first_line(error)} Upload it with "
+            f"`hf upload {repo_id} {folder}`."
         ) from error
     log(f"uploaded it to {commit.commit_url}")

@@ -1,11 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a command is given by name: a model, a device, an image file; and transformers kept quiet meanwhile."""
+"""Loading what a command is given by name: a model, a device, an image. And keeping transformers quiet meanwhile."""
 
 import contextlib
 import os
-import re
-from pathlib import Path
+from collections.abc import Iterator
 
+import PIL.Image
 import torch
 import transformers
 from transformers import PretrainedConfig
@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 from ..images_saisa import load_image
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .sources import local_folder
 
 
 @contextlib.contextmanager
-def quiet_transformers(progress: bool):
-    """No warnings of transformers between the lines of a conversation, and progress bars only where somebody sees them."""
+def quiet_transformers(progress: bool) -> Iterator[None]:
+    """Turns off the warnings of transformers and, unless `progress`, its progress bars."""
     settings = transformers.logging
     verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
     settings.set_verbosity_error()
@@ -31,13 +32,22 @@ def quiet_transformers(progress: bool):
             settings.enable_progress_bar()
 
 
-def load_model(checkpoint: str, dtype: str, device: str, attn_implementation: str | None):
-    """Model and processor, by the package's own classes."""
-    path = Path(checkpoint).expanduser()
-    if path.is_dir():
-        checkpoint = str(path)
-    elif path.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", checkpoint):
-        raise FileNotFoundError(f"MODEL {checkpoint!r} is not a folder, nor does it look like a hub id ('user/name').")
+def load_model(
+    checkpoint: str, dtype: str, device: str, attn_implementation: str | None
+) -> tuple[SaisaForConditionalGeneration, SaisaProcessor]:
+    """Model and processor of a checkpoint, loaded with the package's own classes.
+
+    Args:
+        checkpoint: folder or hub id.
+        dtype: `"auto"`, or a name like `"bfloat16"`.
+        device: see `device_named`.
+        attn_implementation: as `from_pretrained` takes it.
+
+    Raises:
+        OSError: no such folder or repository.
+        ValueError: it is not a SAISA, or the device cannot be used.
+    """
+    checkpoint = str(local_folder(checkpoint, "MODEL") or checkpoint)
     config, _ = PretrainedConfig.get_config_dict(checkpoint)
     if config.get("model_type") != "saisa":
         raise ValueError(f"MODEL {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
@@ -48,7 +58,11 @@ def load_model(checkpoint: str, dtype: str, device: str, attn_implementation: st
 
 
 def device_named(name: str) -> str:
-    """The device of that name; of `"auto"` the fastest there is."""
+    """The device called `name`; for `"auto"` CUDA, else MPS, else the CPU.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -58,14 +72,18 @@ def device_named(name: str) -> str:
     return name
 
 
-def read_picture(path: str):
-    """(PIL picture, what to call it); OSError where it cannot be had."""
+def read_image(path: str) -> tuple[PIL.Image.Image, str]:
+    """The image at a path or address, and what to call it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     name = path
     if not path.startswith(("http://", "https://", "data:")):
         path = os.path.expanduser(path)
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no picture {name!r}.")
+            raise FileNotFoundError(f"There is no image {name!r}.")
     try:
-        return load_image(path, f"picture {name!r}", timeout=60), name
+        return load_image(path, f"image {name!r}", timeout=60), name
     except ValueError as error:
         raise OSError(str(error)) from error

@@ -1,20 +1,21 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""matplotlib, where it is installed."""
+"""matplotlib, if it is installed."""
+
+from types import ModuleType
+
+from .extras import needs
 
 
-def drawing(option: str = "--plot"):
-    """`matplotlib.pyplot` that draws into files, without a screen.
+def drawing(option: str = "--plot") -> ModuleType:
+    """`matplotlib.pyplot`, which draws into files, without a screen.
 
     Args:
-        option: what needs it, for the error.
+        option: what needs it, for the error message.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(f"{option} needs matplotlib: pip install saisa-hf[plots]") from error
+    matplotlib = needs("matplotlib", option, extra="plots")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

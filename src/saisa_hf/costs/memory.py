@@ -1,19 +1,22 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What fits into a given memory: dtype, quantization, context and pictures, from the configuration alone.
+"""`saisa fit`: what fits into a given memory (dtype, quantization, context and images), from the configuration alone.
 
 Bytes of weights are counted as bitsandbytes stores them; cache and activations are those of `saisa flops`.
 """
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ..common.tables import table
+from ..configuration_saisa import SaisaConfig
 from ..hardware_saisa import KEPT_PRECISE
 from ..modeling_saisa import SaisaForConditionalGeneration
-from .flops import Step, activation_bytes, cache_bytes
+from .products import Step
+from .sizes import activation_bytes, cache_bytes
 
 
 # dtype of what is not quantized, and the quantization of the decoder layers' linear maps
@@ -24,7 +27,7 @@ WAYS = {
     "4-bit (nf4)": (torch.bfloat16, "4-bit"),
     "4-bit (nf4), double quantization": (torch.bfloat16, "4-bit twice"),
 }
-BLOCK, OUTER_BLOCK = 64, 256  # weights with one scale, and scales with one scale of their own
+BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, and scales that share one of their own
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MOST_TOKENS = 2**22
 
@@ -33,31 +36,31 @@ def bytes_of(text: str) -> int:
     """`"8GiB"`, `"8 GB"`, `"8000MB"` in bytes.
 
     Raises:
-        ValueError: it is no size.
+        ValueError: it is not a size.
     """
     found = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
     try:
         return int(float(found[1]) * UNITS[found[2]])
     except (TypeError, KeyError, ValueError):
         raise ValueError(
-            f"{text!r} is no size of a memory: expected a number with a unit, such as 8GiB or 8GB."
+            f"{text!r} is not a size of memory: expected a number with a unit, such as 8GiB or 8GB."
         ) from None
 
 
 class Weight(NamedTuple):
-    """A parameter: how many numbers and rows it has, and whether quantization is for it."""
+    """A parameter: how many numbers and rows it has, and whether quantization applies to it."""
 
     numbers: int
     rows: int
     quantizable: bool
 
 
-def weight_bytes(config, way: str) -> int:
-    """Bytes of the weights of a model of `config`, a `SaisaConfig`, loaded in one of `WAYS`."""
+def weight_bytes(config: SaisaConfig, way: str) -> int:
+    """Bytes of the weights of a model of `config`, loaded in one of `WAYS`."""
     return _stored_bytes(_weights(config), way)
 
 
-def _weights(config) -> list[Weight]:
+def _weights(config: SaisaConfig) -> list[Weight]:
     with torch.device("meta"):
         model = SaisaForConditionalGeneration(config)
     quantizable = {
@@ -83,9 +86,11 @@ def _stored_bytes(weights: list[Weight], way: str) -> int:
     return total
 
 
-def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batch: int = 1) -> dict[str, int]:
-    """Bytes beside the weights: `"cache"` behind the last token, and `"work"`, the most that is held at once beside that
-    while a prompt of `text` tokens and `images` pictures is read.
+def use_bytes(
+    config: SaisaConfig, way: str, text: int, images: int, generated: int = 0, batch: int = 1
+) -> dict[str, int]:
+    """Bytes beside the weights: `"cache"` after the last token, and `"work"`, the most that is held at once beside the cache
+    while a prompt of `text` tokens and `images` images is read.
 
     Args:
         text, images, generated: of each of `batch` samples.
@@ -106,22 +111,22 @@ def use_bytes(config, way: str, text: int, images: int, generated: int = 0, batc
         work += decoder.hidden_size * max(decoder.intermediate_size, decoder.hidden_size) * dtype.itemsize
     logits = 4 * batch * decoder.vocab_size * 2
     cache = cache_bytes(config, "saisa", behind, dtype.itemsize)
-    return {
-        "cache": cache,
-        "work": max(work, encoder - cache) + logits,
-    }  # the cache is filled when the encoder is through
+    # the cache is filled only after the encoder is done
+    return {"cache": cache, "work": max(work, encoder - cache) + logits}
 
 
-def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 256, batch: int = 1) -> list[dict]:
-    """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether they fit into `memory` bytes, whether the model
-    has positions for prompt and answer (`in_context`), and the largest `text` with so many pictures and the largest number
-    of `images` with so much text (None: not any)."""
+def fit(
+    config: SaisaConfig, memory: int, text: int = 512, images: int = 1, generated: int = 256, batch: int = 1
+) -> list[dict]:
+    """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether it `fits` into `memory` bytes, whether the model
+    has enough positions for prompt and answer (`in_context`), and the largest `text` with this number of images and the
+    largest number of `images` with this much text (None: none fits)."""
     limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
     parameters, found = _weights(config), []
     for way in WAYS:
         weights = _stored_bytes(parameters, way)
 
-        def need(text, images, way=way, weights=weights):
+        def need(text: int, images: int, way: str = way, weights: int = weights) -> int:
             return weights + sum(use_bytes(config, way, text, images, generated, batch).values())
 
         room = limit - generated - images * config.image_seq_length
@@ -140,8 +145,8 @@ def fit(config, memory: int, text: int = 512, images: int = 1, generated: int = 
     return found
 
 
-def _largest(fits, low: int, high: int) -> int | None:
-    """The largest number in [low, high] that `fits`, which holds up to some number; None if `low` does not."""
+def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
+    """The largest number in [low, high] that `fits`, as all smaller ones do; None if `low` does not."""
     if high < low or not fits(low):
         return None
     while low < high:
@@ -151,9 +156,9 @@ def _largest(fits, low: int, high: int) -> int | None:
 
 
 def show(found: list[dict], memory: int, text: int, images: int) -> str:
-    """`fit`'s result as a table, with what to do about it."""
+    """`fit`'s result as a table, and what follows from it."""
 
-    def gib(count):
+    def gib(count: int) -> str:
         return f"{count / 2**30:.2f}"
 
     rows = []
@@ -162,16 +167,26 @@ def show(found: list[dict], memory: int, text: int, images: int) -> str:
         most = ["-" if one[name] is None else str(one[name]) for name in ("largest_text", "largest_images")]
         answer = "yes" if one["fits"] else "no"
         rows.append([one["way"], *map(gib, (one["weights"], one["cache"], one["work"], total)), answer, *most])
-    header = ["GiB", "weights", "cache", "work", "in all", "fits", f"text with {images} pictures"]
-    lines = [table([*header, f"pictures with {text} tokens"], rows)]
+    header = [
+        "GiB",
+        "weights",
+        "cache",
+        "work",
+        "total",
+        "fits",
+        f"text with {images} image{'' if images == 1 else 's'}",
+    ]
+    lines = [table([*header, f"images with {text} tokens"], rows)]
     fitting = [one["way"] for one in found if one["fits"]]
     if fitting:
         lines.append(f"The most precise that fits into {gib(memory)} GiB: {fitting[0]}.")
     else:
         lines.append(
-            f"None of them fits into {gib(memory)} GiB: take fewer tokens or pictures, or keep layers elsewhere "
+            f"None of them fits into {gib(memory)} GiB: use fewer tokens or images, or keep layers elsewhere "
             "(device_map='auto')."
         )
     if not found[0]["in_context"]:
-        lines.append("But prompt and answer are longer than the model has positions for: take less of them.")
+        lines.append(
+            "But prompt and answer are longer than the model has positions for: use less text or fewer images."
+        )
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures, questions and answers for the eye: a contact sheet, and pictures in the terminal."""
+"""Images, questions and answers to look at: a contact sheet, and images in the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scenes import SIZE, Question
 ZOOM = 3
 COLUMNS = 4
 GAP = 24
-PICTURE = SIZE * ZOOM
+IMAGE_SIDE = SIZE * ZOOM
 TEXT = 64
 HEADER = 64
 
@@ -32,22 +32,22 @@ def _tick(canvas: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
 
 
 def contact_sheet(shown: list[tuple[np.ndarray, Question, str]], title: str) -> Image.Image:
-    """Pictures (uint8 (72, 72, 3)) with question and answer as cards, four in a row; a right answer is green, a wrong one
-    red with the right one beside it."""
+    """Images (uint8 (72, 72, 3)) with question and answer as cards, four in a row; a right answer is green, a wrong one red
+    with the right one beside it."""
     rows = -(-len(shown) // COLUMNS)
-    card_width, card_height = PICTURE + 16, PICTURE + 16 + TEXT
+    card_width, card_height = IMAGE_SIDE + 16, IMAGE_SIDE + 16 + TEXT
     columns = min(COLUMNS, len(shown))
     size = (GAP + columns * (card_width + GAP), HEADER + rows * (card_height + GAP))
     sheet = Image.new("RGB", size, PAGE)
     canvas = ImageDraw.Draw(sheet)
     canvas.text((GAP, HEADER // 2), title, fill=DARK, font=ImageFont.load_default(22), anchor="lm")
-    for index, (picture, question, answer) in enumerate(shown):
+    for index, (image, question, answer) in enumerate(shown):
         row, column = divmod(index, COLUMNS)
         left, top = GAP + column * (card_width + GAP), HEADER + row * (card_height + GAP)
         canvas.rounded_rectangle((left, top, left + card_width, top + card_height), radius=10, fill=CARD)
-        large = Image.fromarray(picture).resize((PICTURE, PICTURE), Image.Resampling.BICUBIC)
+        large = Image.fromarray(image).resize((IMAGE_SIDE, IMAGE_SIDE), Image.Resampling.BICUBIC)
         sheet.paste(large, (left + 8, top + 8))
-        line = top + 8 + PICTURE + 20
+        line = top + 8 + IMAGE_SIDE + 20
         canvas.text((left + 10, line), question.text, fill=GREY, font=ImageFont.load_default(14), anchor="lm")
         right = answer == question.answer
         _tick(canvas, left + 10, line + 18, right)
@@ -59,18 +59,18 @@ def contact_sheet(shown: list[tuple[np.ndarray, Question, str]], title: str) -> 
     return sheet
 
 
-def terminal_pictures(pictures: list[np.ndarray], width: int | None = None, side: int = 24) -> str:
-    """As many pictures as fit in one row of a terminal `width` characters wide (None: this one), `side` pixels each, two
+def terminal_images(images: list[np.ndarray], width: int | None = None, side: int = 24) -> str:
+    """As many images as fit in one row of a terminal `width` characters wide (None: this one), `side` pixels each, two
     pixels to a character, in 24-bit colour."""
     if width is None:
         width = shutil.get_terminal_size().columns
-    fitting = pictures[: max(1, (width + 2) // (side + 2))]
+    fitting = images[: max(1, (width + 2) // (side + 2))]
     small = [np.asarray(Image.fromarray(p).resize((side, side), Image.Resampling.BOX)) for p in fitting]
     lines = []
     for y in range(0, side, 2):
         cells = []
-        for picture in small:
-            pairs = zip(picture[y].tolist(), picture[y + 1].tolist())
+        for image in small:
+            pairs = zip(image[y].tolist(), image[y + 1].tolist())
             cells.append(
                 "".join(f"\033[38;2;{a};{b};{c};48;2;{d};{e};{f}m\u2580" for (a, b, c), (d, e, f) in pairs) + "\033[0m"
             )

@@ -1,8 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The demo's scenes as files, to try `saisa train` on: pictures, captions, questions, and a model that has yet to learn them.
+"""The demo's scenes as files, to try `saisa train` on: images, captions, questions, and a model that has yet to learn them.
 
-The model is made of the demo's encoder and language model as they are, and a new projector that all layers share: where the
-paper's first stage starts.
+The model has the demo's encoder and language model as they are, and a new projector that all layers share: the starting point
+of the paper's first stage.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 from ..configuration_saisa import SaisaConfig
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
-from .run import CHECKPOINT
-from .scenes import KINDS, ask, draw, held_out_questions, list_all, make_scene
+from . import CHECKPOINT
+from .scenes import KINDS, Scene, ask, draw, held_out_questions, list_all, make_scene
 
 
 def write_dataset(
     folder: str | Path, pictures: int = 4000, held_out: int = 210, seed: int = 0, log: Callable[[str], None] = print
 ) -> Path:
-    """Writes `images/`, `captions.json`, `questions.json` (LLaVA's form, of `pictures` pictures), `held_out.json`
-    (`held_out` questions about pictures of held-out handwriting) and `model/` into `folder`, which must not exist.
+    """Writes `images/`, `captions.json`, `questions.json` (LLaVA's format, for `pictures` images), `held_out.json`
+    (`held_out` questions about images of held-out handwriting) and `model/` into `folder`, which must not exist.
 
     Raises:
         ValueError: the folder exists, or a number is not positive.
@@ -41,19 +41,19 @@ def write_dataset(
     for index in range(pictures):
         rng = np.random.default_rng([seed, index, 2])
         scene = make_scene("train", rng)
-        path = _write_picture(folder, f"{index:05d}.png", scene)
+        path = _write_image(folder, f"{index:05d}.png", scene)
         by = ("places", "digits", "inks", "counts")[index % 4]
         captions.append(_sample(index, path, [("Describe the picture.", list_all(scene, by))]))
         asked = [ask(scene, kind, rng) for kind in rng.permutation(KINDS)]
         questions.append(_sample(index, path, [(q.text, q.answer) for q in asked if q is not None]))
     unseen = []
     for index, (scene, question) in enumerate(held_out_questions(held_out, seed + 1)):
-        path = _write_picture(folder, f"held-out-{index:04d}.png", scene)
+        path = _write_image(folder, f"held-out-{index:04d}.png", scene)
         unseen.append(_sample(index, path, [(question.text, question.answer)]))
     for name, samples in (("captions", captions), ("questions", questions), ("held_out", unseen)):
         (folder / f"{name}.json").write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
     write_model(folder / "model", seed)
-    log(f"wrote {pictures} pictures with captions and questions, {held_out} held-out questions and a model to {folder}")
+    log(f"wrote {pictures} images with captions and questions, {held_out} held-out questions and a model to {folder}")
     return folder
 
 
@@ -70,7 +70,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
     SaisaProcessor.from_pretrained(CHECKPOINT).save_pretrained(folder)
 
 
-def _write_picture(folder: Path, name: str, scene) -> str:
+def _write_image(folder: Path, name: str, scene: Scene) -> str:
     PIL.Image.fromarray(draw(scene)).save(folder / "images" / name)
     return f"images/{name}"
 

@@ -1,9 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The demo's vision encoder: a small CLIP vision transformer that learns to see before any language is involved.
 
-A vision transformer trained from nothing inside a whole vision-language model hardly learns: the questions say too little
-about the picture. Here each of its visual tokens is taught what its cell holds, and the encoder is frozen afterwards, as
-SAISA's is.
+Trained from scratch inside a whole vision-language model, a vision transformer hardly learns: the questions say too little
+about the image. Here each of its visual tokens learns what its cell holds, and then the encoder is frozen, as in SAISA.
 """
 
 from __future__ import annotations
@@ -46,13 +45,13 @@ def vision_config() -> CLIPVisionConfig:
     )
 
 
-def pixels(pictures: np.ndarray) -> torch.Tensor:
-    """Pictures uint8 (B, H, W, 3) as float32 (B, 3, H, W) in -1 to 1: what the demo's image processor computes."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """Images uint8 (B, H, W, 3) as float32 (B, 3, H, W) in -1 to 1: what the demo's image processor computes."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 class CellDataset(Dataset):
-    """Pictures with what each cell holds: {"picture": uint8 (72, 72, 3), "digits": int64 (9,), "inks": int64 (9,)}, where
+    """Images with what each cell holds: {"picture": uint8 (72, 72, 3), "digits": int64 (9,), "inks": int64 (9,)}, where
     an empty cell is digit 10 and ink 6. Item i is a function of (split, seed, i) alone."""
 
     def __init__(self, split: str, size: int, seed: int):
@@ -73,6 +72,7 @@ class CellDataset(Dataset):
 
 
 def collate_cells(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Items of `CellDataset` as a batch for `CellReader`."""
     return {
         "pixel_values": pixels(np.stack([item["picture"] for item in items])),
         "digits": torch.from_numpy(np.stack([item["digits"] for item in items])),
@@ -81,8 +81,8 @@ def collate_cells(items: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]
 
 
 class CellReader(nn.Module):
-    """A SAISA model's encoder under three linear probes that read digit, ink and cell off every visual token. The probes
-    are thrown away after training; what they force the features to carry is what SAISA's projectors find there."""
+    """A SAISA model's encoder under three linear probes that read digit, ink and cell from every visual token. The probes
+    are thrown away after training; they make the features hold what SAISA's projectors need."""
 
     def __init__(self, model: SaisaForConditionalGeneration):
         super().__init__()
@@ -93,8 +93,8 @@ class CellReader(nn.Module):
         self.cell = nn.Linear(width, GRID * GRID)
 
     def forward(self, pixel_values: torch.Tensor, digits: torch.Tensor, inks: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures float32 (B, 3, 72, 72), digits and inks int64 (B, 9). Returns the loss and, per visual token, whether
-        digit and ink are both read rightly, bool (B, 36)."""
+        """Images float32 (B, 3, 72, 72), digits and inks int64 (B, 9). Returns the loss and, per visual token, whether both
+        digit and ink are read correctly, bool (B, 36)."""
         hidden = self.model.get_image_features(pixel_values).pooler_output
         cells = TOKEN_CELLS.to(hidden.device)
         digits, inks = digits[:, cells], inks[:, cells]
@@ -107,12 +107,11 @@ class CellReader(nn.Module):
 
 
 @torch.no_grad()
-def cells_read(reader: CellReader, split: str, n_pictures: int = 300, seed: int = 9) -> float:
-    """Fraction of the occupied cells of fresh pictures whose digit and ink are read rightly by each of the visual tokens,
-    averaged."""
+def cells_read(reader: CellReader, split: str, n_images: int = 300, seed: int = 9) -> float:
+    """Fraction of the occupied cells of fresh images whose digit and ink each visual token reads correctly, averaged."""
     reader.eval()
-    dataset = CellDataset(split, n_pictures, seed)
-    batch = collate_cells([dataset[index] for index in range(n_pictures)])
+    dataset = CellDataset(split, n_images, seed)
+    batch = collate_cells([dataset[index] for index in range(n_images)])
     device = next(reader.parameters()).device
     right = reader(**{name: value.to(device) for name, value in batch.items()})["right"]
     occupied = (batch["digits"] < N_DIGITS)[:, TOKEN_CELLS].to(device)

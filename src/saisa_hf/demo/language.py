@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The demo's words: a tokenizer of some sixty of them, the form of a conversation, and the small Llama that speaks them."""
+"""The demo's language: a tokenizer of some sixty words, a chat template, and the configuration of a small Llama."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .scenes import INKS, LISTS, NOTHING, PLACES, QUESTIONS
 
 IMAGE, PAD, BOS, EOS, UNKNOWN = "<image>", "<pad>", "<s>", "</s>", "<unk>"
 
-# Words, single digits, signs and line breaks; blanks only separate.
+# Words, single digits, punctuation and line breaks; spaces only separate.
 PIECES = r"[a-z]+|[0-9]|\n|[^\sa-z0-9]"
 
 CHAT_TEMPLATE = (
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Every piece of text the demo's questions and answers are made of, special tokens first."""
+    """Every word of the demo's questions and answers, special tokens first."""
     digits = "0123456789"
     texts = ["user: assistant: yes no \n", digits, " ".join(INKS), " ".join(PLACES), NOTHING, *LISTS.values(), ", . ?"]
     texts += [re.sub(r"{\w+}", "", text) for wordings in QUESTIONS.values() for text in wordings]
@@ -49,7 +49,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True)
-    # Joins words with blanks and leaves none in front of a comma.
+    # Joins words with spaces, but for one before a comma.
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, words[BOS])]
@@ -77,7 +77,7 @@ def text_config(vocab_size: int) -> LlamaConfig:
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
-        # The usual 0.02 is too small for a network of width 128: it stays on its first plateau.
+        # With the usual 0.02 a network of width 128 stays on its first plateau.
         initializer_range=0.06,
         pad_token_id=0,
         bos_token_id=1,
@@ -87,7 +87,7 @@ def text_config(vocab_size: int) -> LlamaConfig:
 
 
 class Conversation:
-    """Token ids of a picture and the questions and answers about it, as `CHAT_TEMPLATE` would write them."""
+    """Token ids of an image and the questions and answers about it, as `CHAT_TEMPLATE` would write them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, n_image_tokens: int):
         self.tokenizer = tokenizer
@@ -95,7 +95,7 @@ class Conversation:
         self.encode = lru_cache(maxsize=4096)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     def ids_and_labels(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
-        """Ids of bos, picture and turns, and the labels: the ids of the answers and their ends, -100 elsewhere."""
+        """Ids of bos, image and turns, and the labels: the ids of the answers and their ends, -100 elsewhere."""
         ids, labels = [self.tokenizer.bos_token_id], [-100]
         for index, (question, answer) in enumerate(turns):
             asked = self.encode("USER:") + (self.image + self.encode("\n") if index == 0 else [])

@@ -1,6 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Saves the shipped checkpoint again with the code files, the config and the processor of the installed package. The weights
-stay as they are. To be run, as `python -m saisa_hf.demo.refresh`, after a change to a file that travels with checkpoints."""
+stay as they are. Run it, as `python -m saisa_hf.demo.refresh`, after a change to a file that travels with checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
-from .run import CHECKPOINT
+from . import CHECKPOINT
 from .train import save
 
 
@@ -27,6 +27,7 @@ def refresh(checkpoint: str | Path = CHECKPOINT) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """`python -m saisa_hf.demo.refresh`."""
     parser = argparse.ArgumentParser(prog="python -m saisa_hf.demo.refresh", description=__doc__.split(". ")[0] + ".")
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: the shipped checkpoint)")
     refresh(parser.parse_args(argv).checkpoint)

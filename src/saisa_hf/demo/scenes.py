@@ -1,21 +1,25 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of handwritten digits in coloured ink, and questions about them with exactly one right answer.
+"""Images of handwritten digits in coloured ink, and questions about them with exactly one right answer.
 
 The handwriting is scikit-learn's `load_digits`: 1797 scans of 8 x 8 pixels with 16 grey levels, the test part of the UCI
 "Optical Recognition of Handwritten Digits". Everything else (place, ink, paper, distortion) is drawn from a seed, so a
 scene is a function of (split, seed, index) and any number of them can be made without a file on disk.
 
-A picture is 72 x 72 pixels, a grid of 3 x 3 cells of 24 pixels, each empty or holding one digit.
+An image is 72 x 72 pixels, a grid of 3 x 3 cells of 24 pixels, each empty or holding one digit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
+
+T = TypeVar("T")
 
 GRID = 3
 CELL = 24
@@ -34,13 +38,13 @@ INKS = {
 
 NOTHING = "nothing"
 
-# The scans lie in the order of the 14 sheets they were cut from. Every sheet copies the same row of digits, but for a few
+# The scans are in the order of the 14 sheets they were cut from. Every sheet has the same row of digits, but for a few
 # gaps (012345678901234567890123456789 0955650 ...), so the labels show that one starts at 1415. Sheets 12 to 14 are held
 # out: not only their scans but, if a sheet is one hand, their handwriting stays out of training.
 FIRST_TEST_SCAN = 1415
 
-# Distorted copies of each scan, and how much they are distorted. Training needs variety: it has eleven hands to learn all
-# others from. A test scene only has to be fresh.
+# Distorted copies of each scan, and how much they are distorted. Training needs variety: it has to learn from eleven
+# hands to read all others. A test scene only has to be fresh.
 VARIANTS = {"train": 32, "test": 4}
 STRENGTH = {"train": 1.6, "test": 1.0}
 
@@ -55,7 +59,7 @@ QUESTIONS = {
 }
 KINDS = tuple(QUESTIONS)
 
-# Dense exercises for training: each has the model look up everything there is by one of the ways the questions ask for.
+# Dense exercises for training: each makes the model look up everything in one of the ways that questions ask for.
 LISTS = {
     "places": "Describe the picture.",
     "digits": "List the digits.",
@@ -79,7 +83,7 @@ class Glyph:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is on a picture: the digits in reading order, the colour of the paper, and the split ("train" or
+    """Everything in an image: the digits in reading order, the colour of the paper, and the split ("train" or
     "test") whose scans it uses."""
 
     split: str
@@ -87,6 +91,7 @@ class Scene:
     paper: tuple[int, int, int]
 
     def at(self, cell: int) -> Glyph | None:
+        """The digit in a cell, None if it is empty."""
         return next((glyph for glyph in self.glyphs if glyph.cell == cell), None)
 
 
@@ -106,7 +111,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the demo draws its pictures from scikit-learn's handwritten digits and scikit-learn is not installed; "
+            "the demo draws its images from scikit-learn's handwritten digits, and scikit-learn is not installed; "
             "install it with `pip install saisa-hf[demo]`"
         ) from error
     digits = load_digits()
@@ -166,70 +171,85 @@ def make_scene(split: str, rng: np.random.Generator, n_digits: int | None = None
     )
     paper = np.clip(rng.uniform(232, 250) + rng.normal(0, 5, size=3), 215, 255)
     glyphs = tuple(
-        Glyph(int(cell), int(labels[scan]), names[ink], tuple(int(x) for x in rgb), int(scan), int(variant))
+        Glyph(int(cell), int(labels[scan]), names[ink], _colour(rgb), int(scan), int(variant))
         for cell, scan, ink, rgb, variant in zip(cells, chosen, inks, shades, variants)
     )
-    return Scene(split, glyphs, tuple(int(x) for x in paper))
+    return Scene(split, glyphs, _colour(paper))
+
+
+def _colour(values: np.ndarray) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in values)
+    return red, green, blue
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 (72, 72, 3), RGB."""
+    """The image of a scene: uint8 (72, 72, 3), RGB."""
     coverage, first = sprites(scene.split), scan_indices(scene.split)[0]
     paper = np.array(scene.paper, dtype=np.float32)
-    picture = np.empty((SIZE, SIZE, 3), dtype=np.float32)
-    picture[:] = paper
+    image = np.empty((SIZE, SIZE, 3), dtype=np.float32)
+    image[:] = paper
     for glyph in scene.glyphs:
         row, column = divmod(glyph.cell, GRID)
         ink = coverage[glyph.scan - first, glyph.variant].astype(np.float32)[..., None]
-        cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        cell = image[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         cell += ink * (np.array(glyph.rgb, dtype=np.float32) - paper)
-    return np.rint(picture).astype(np.uint8)
+    return np.rint(image).astype(np.uint8)
 
 
-def _pick(options, rng):
-    return options[int(rng.integers(len(options)))] if len(options) else None
+def _one_of(options: Sequence[T], rng: np.random.Generator) -> T:
+    return options[int(rng.integers(len(options)))]
 
 
-def _once(values) -> list:
-    values = list(values)
+def _one_of_any(options: Sequence[T], rng: np.random.Generator) -> T | None:
+    """One of `options`; None, without a random number, if there are none."""
+    return _one_of(options, rng) if len(options) else None
+
+
+def _once(values: list) -> list:
+    """The values that occur only once, sorted."""
     return sorted(value for value in set(values) if values.count(value) == 1)
 
 
 def ask(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
-    """A random question of a kind about a scene, or None where the scene admits none with exactly one right answer (the
-    colour of the 7 is asked only where there is one 7). "Is it there" is answered yes and no equally often."""
+    """A random question of a kind about a scene, or None if the scene has none with exactly one right answer (the
+    colour of the 7 is asked only if there is one 7). "Is it there" is answered yes and no equally often."""
+    found = _subject(scene, kind, rng)
+    if found is None:
+        return None
+    blanks, answer = found
+    return Question(kind, _one_of(QUESTIONS[kind], rng).format(**blanks), answer)
+
+
+def _subject(scene: Scene, kind: str, rng: np.random.Generator) -> tuple[dict[str, str | int], str] | None:
+    """What a random question of a kind is about, as the blanks of its wordings, and the answer."""
     digits, inks = [glyph.digit for glyph in scene.glyphs], [glyph.ink for glyph in scene.glyphs]
     if kind == "digit at a place":
-        glyph = _pick(scene.glyphs, rng)
-        blanks, answer = glyph and {"place": PLACES[glyph.cell]}, glyph and str(glyph.digit)
-    elif kind == "digit of a colour":
-        ink = _pick(_once(inks), rng)
-        blanks, answer = ink and {"ink": ink}, ink and str(digits[inks.index(ink)])
-    elif kind in ("colour of a digit", "place of a digit"):
-        digit = _pick(_once(digits), rng)
+        glyph = _one_of_any(scene.glyphs, rng)
+        return None if glyph is None else ({"place": PLACES[glyph.cell]}, str(glyph.digit))
+    if kind == "digit of a colour":
+        ink = _one_of_any(_once(inks), rng)
+        return None if ink is None else ({"ink": ink}, str(digits[inks.index(ink)]))
+    if kind in ("colour of a digit", "place of a digit"):
+        digit = _one_of_any(_once(digits), rng)
         if digit is None:
             return None
         glyph = scene.glyphs[digits.index(digit)]
-        blanks, answer = {"digit": digit}, glyph.ink if kind == "colour of a digit" else PLACES[glyph.cell]
-    elif kind == "is it there":
+        return {"digit": digit}, glyph.ink if kind == "colour of a digit" else PLACES[glyph.cell]
+    if kind == "is it there":
         there = sorted(set(digits))
         answer = "yes" if there and rng.random() < 0.5 else "no"
-        blanks = {"digit": _pick(there if answer == "yes" else sorted(set(range(10)) - set(there)), rng)}
-    elif kind == "how many digits":
-        blanks, answer = {}, str(len(digits))
-    elif kind == "how many of a colour":
-        # An ink that is not there a quarter of the time: the answer 0 must be earned too.
-        ink = _pick(tuple(INKS) if not inks or rng.random() < 0.25 else inks, rng)
-        blanks, answer = {"ink": ink}, str(inks.count(ink))
-    else:
-        raise ValueError(f"kind must be one of {list(QUESTIONS)}, got {kind!r}")
-    if blanks is None:
-        return None
-    return Question(kind, _pick(QUESTIONS[kind], rng).format(**blanks), answer)
+        return {"digit": _one_of(there if answer == "yes" else sorted(set(range(10)) - set(there)), rng)}, answer
+    if kind == "how many digits":
+        return {}, str(len(digits))
+    if kind == "how many of a colour":
+        # any ink a quarter of the time, so that 0 is an answer, too
+        ink = _one_of(tuple(INKS) if not inks or rng.random() < 0.25 else inks, rng)
+        return {"ink": ink}, str(inks.count(ink))
+    raise ValueError(f"kind must be one of {list(QUESTIONS)}, got {kind!r}")
 
 
 def list_all(scene: Scene, by: str) -> str:
-    """The answer to `LISTS[by]`, with every entry there could be:
+    """The answer to `LISTS[by]`, with every possible entry:
 
     places: "top left red 7, top center nothing, ..."
     digits: "0 nothing, 1 red middle center blue top left, ..."
@@ -256,12 +276,16 @@ def held_out_questions(count: int, seed: int) -> list[tuple[Scene, Question]]:
 
 
 def questions_in_turn(
-    kinds, count: int, key: tuple[int, int], make_scene=make_scene, ask=ask
+    kinds: Sequence[str],
+    count: int,
+    key: tuple[int, int],
+    make_scene: Callable = make_scene,
+    ask: Callable = ask,
 ) -> list[tuple[Scene, Question]]:
     """`count` scenes of the test split with one question each, the `kinds` in turn. Item i is a function of (key, i) alone.
 
     Args:
-        make_scene, ask: of this module, or of one with other scenes and questions.
+        make_scene, ask: as in this module, for other scenes and questions.
     """
     asked = []
     for index in range(count):

@@ -1,13 +1,13 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Trains the demo's checkpoint from nothing, on two CPU cores, in three stages, each with transformers' `Trainer`.
+"""Trains the demo's checkpoint from scratch, on two CPU cores, in three stages, each with transformers' `Trainer`.
 
-1. *Encoder.* The vision transformer learns what is in each cell of a picture (`encoder.py`) and is frozen.
-2. *Lists.* The rest learns to list everything in a picture, by place, by digit, by ink, and in numbers. Questions alone leave
-   SAISA on a plateau for long: each says something about one thing only, and no layer learns where to look.
-3. *Questions.* Several per picture in one sequence, one image and then turns, loss on the answers. A tenth of the sequences
-   stays lists.
+1. *Encoder.* The vision transformer learns what is in each cell of an image (`encoder.py`) and is frozen.
+2. *Lists.* The rest learns to list everything in an image, by place, by digit, by ink, and in numbers. With questions alone
+   SAISA stays on a plateau for long: each is about one thing only, and no layer learns where to look.
+3. *Questions.* Several per image in one sequence, one image and then turns, loss on the answers. A tenth of the sequences
+   are still lists.
 
-Every picture is drawn from the training scans and from a seed, and no picture is seen twice.
+Every image is drawn from the training scans and from a seed, and no image is seen twice.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,22 +30,22 @@ from transformers import CLIPImageProcessor, GenerationConfig, Trainer, Training
 from ..configuration_saisa import SaisaConfig
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .asking import ask_model, by_kind, table
 from .encoder import PATCH, CellDataset, CellReader, cells_read, collate_cells, pixels, vision_config
 from .language import CHAT_TEMPLATE, IMAGE, Conversation, make_tokenizer, text_config
-from .run import ask_model, by_kind, table
-from .scenes import KINDS, LISTS, SIZE, ask, draw, held_out_questions, list_all, make_scene
+from .scenes import KINDS, LISTS, SIZE, Scene, ask, draw, held_out_questions, list_all, make_scene
 
 
 logger = logging.getLogger(__name__)
 
 
-# What a training sequence picks its seven turns from. Places are learned last: they are asked twice as often.
+# The seven turns of a training sequence are chosen from these. Places are learned last: they are asked twice as often.
 TURNS = (*KINDS, "digit at a place", "place of a digit")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Lengths and rates of the three stages. The default is what the shipped checkpoint was trained with."""
+    """Lengths and rates of the three stages. The shipped checkpoint was trained with the defaults."""
 
     seed: int = 0
     encoder_steps: int = 2000
@@ -58,10 +59,10 @@ class Recipe:
 
 
 class TurnDataset(Dataset):
-    """A picture and turns about it as token ids: {"picture": uint8 (72, 72, 3), "ids": list, "labels": list}.
+    """An image and turns about it as token ids: {"picture": uint8 (72, 72, 3), "ids": list, "labels": list}.
 
-    `list_share` of the items are one list of all there is, the others up to seven questions in random
-    order. Item i is a function of (split, seed, i) alone.
+    `list_share` of the items are one list of everything, the others up to seven questions in random order. Item i is a
+    function of (split, seed, i) alone.
     """
 
     def __init__(self, conversation: Conversation, split: str, size: int, seed: int, list_share: float):
@@ -71,7 +72,8 @@ class TurnDataset(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def turns(self, scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    def turns(self, scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+        """Random questions about a scene and their answers, or a list of it."""
         if rng.random() < self.list_share:
             by = tuple(LISTS)[rng.integers(len(LISTS))]
             return [(LISTS[by], list_all(scene, by))]
@@ -94,8 +96,8 @@ class TurnCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        shown = pixels(np.stack([item["picture"] for item in items]))
-        return padded_turns(items, self.pad_token_id) | {"pixel_values": shown}
+        pixel_values = pixels(np.stack([item["picture"] for item in items]))
+        return padded_turns(items, self.pad_token_id) | {"pixel_values": pixel_values}
 
 
 def padded_turns(items: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -112,7 +114,17 @@ def padded_turns(items: list[dict], pad_token_id: int) -> dict[str, torch.Tensor
     }
 
 
-def fit(name, model, dataset, collate, *, steps, batch_size, rate, seed) -> float:
+def fit(
+    name: str,
+    model: torch.nn.Module,
+    dataset: Dataset,
+    collate: Callable[[list], dict],
+    *,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    seed: int,
+) -> float:
     """Trains `model` for `steps` steps with `Trainer` (AdamW, cosine schedule) and returns the minutes it took."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -140,7 +152,7 @@ def fit(name, model, dataset, collate, *, steps, batch_size, rate, seed) -> floa
 
 
 def make_processor() -> SaisaProcessor:
-    """The demo's processor: no resampling (pictures come in their own size), pixels in -1 to 1, 36 image tokens."""
+    """The demo's processor: no resampling (images come in their own size), pixels in -1 to 1, 36 image tokens."""
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": SIZE},
         crop_size={"height": SIZE, "width": SIZE},
@@ -159,7 +171,7 @@ def make_processor() -> SaisaProcessor:
 
 
 def make_model(processor: SaisaProcessor) -> SaisaForConditionalGeneration:
-    """The demo's SAISA with random weights. The encoder's last state is read: it is the one that was taught the cells."""
+    """The demo's SAISA with random weights. It uses the encoder's last state, which is the one trained on the cells."""
     tokenizer = processor.tokenizer
     text = text_config(len(tokenizer))
     config = SaisaConfig(
@@ -222,8 +234,8 @@ def train_language(model: SaisaForConditionalGeneration, tokenizer, recipe: Reci
 def save(
     model: SaisaForConditionalGeneration, processor: SaisaProcessor, output: Path, record: dict | None = None
 ) -> None:
-    """Writes model (float16), processor and the training record to the folder `output`, or leaves it as it was: all is
-    written beside it first and put in place by renaming."""
+    """Writes model (float16), processor and the training record to the folder `output`, or leaves it as it was: everything
+    is first written beside it, then renamed."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
         fresh = Path(scratch) / "new"
@@ -240,14 +252,14 @@ def save(
 
 
 def train(output: Path, recipe: Recipe) -> float:
-    """Trains from nothing, saves to `output`, prints and returns the exact-match accuracy on held-out questions."""
+    """Trains from scratch, saves to `output`, prints and returns the exact-match accuracy on held-out questions."""
     set_seed(recipe.seed)
     processor = make_processor()
     model = make_model(processor)
     minutes = {"encoder": train_encoder(model, recipe), **train_language(model, processor.tokenizer, recipe)}
-    # transformers 5's Trainer switches the cache off in the config, which would be saved.
+    # transformers 5's Trainer turns the cache off in the config, which is saved
     model.config.use_cache = True
-    # What is saved is float16; what is measured is what is saved.
+    # the accuracy is that of the saved model, which is float16
     model = model.half().float().eval()
     asked = held_out_questions(recipe.questions, seed=recipe.seed)
     answers = ask_model(model, processor, asked)
@@ -265,7 +277,8 @@ def train(output: Path, recipe: Recipe) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="saisa demo --train", description=__doc__.splitlines()[0])
+    """`python -m saisa_hf.demo.train`: as `saisa demo --train`, with other seeds or fewer steps."""
+    parser = argparse.ArgumentParser(prog="python -m saisa_hf.demo.train", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint (replaced if it exists)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, scenes and questions (default: 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the steps of every stage (default: 1)")

@@ -1,26 +1,34 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where a model looks while it answers: the attention of each word of an answer to each part of the pictures.
+"""Where a model looks while it answers: the attention of each word of an answer to each part of the images.
 
-NAAViT makes this a plain question. A visual token is nothing but a key and a value: it is mixed with no other on its way
-through the layers, so that attention to it is attention to its part of the picture, in every layer.
+NAAViT makes this a well-defined question. A visual token is only a key and a value: it is never mixed with others on its way
+through the layers, so attention to it is attention to its part of the image, in every layer.
 
 The probabilities are computed beside the model's own attention, from the queries and keys that enter it, for the positions
-that are asked for, a few heads at a time. Any attention implementation will do, and none gives up its speed.
+asked for, a few heads at a time. This works with any attention implementation, and none becomes slower.
 """
+
+from __future__ import annotations
 
 import contextlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ..chat.conversation import Conversation
 from ..vision_saisa import OF_CELLS, grid_of
+
+
+if TYPE_CHECKING:
+    from ..modeling_saisa import SaisaForConditionalGeneration
+    from ..processing_saisa import SaisaProcessor
 
 
 SCORES_AT_ONCE = 2**22  # 16 MiB in float32
@@ -29,15 +37,15 @@ WITHOUT_SPACES = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")  # scri
 
 @dataclass(frozen=True)
 class PictureMaps:
-    """The attention to one picture.
+    """The attention to one image.
 
     Attributes:
-        picture: PIL, RGB, upright.
-        box: (left, top, right, bottom) of what the grid of visual tokens covers, in pixels of `picture`: less than all of it
-            where the processor crops, more where it pads.
+        picture: the image: PIL, RGB, upright.
+        box: (left, top, right, bottom) of what the grid of visual tokens covers, in pixels of `picture`: less than the whole
+            image if the processor crops, more if it pads.
         weights: float32 (layers, words, rows, columns), attention probabilities averaged over heads and over the tokens of
-            the word. What is missing from a sum of one went to text and to other pictures. Zero in layers that do not see
-            pictures.
+            the word. What is missing from a sum of one went to text and to other images. Zero in layers that do not see
+            images.
     """
 
     picture: PIL.Image.Image
@@ -52,10 +60,10 @@ class AttentionMaps:
     Attributes:
         question, answer: what was asked, and the greedy answer.
         words: of the answer.
-        positions: for each word the positions whose output its tokens were read from: a token at position p is predicted at
-            p - 1. These are the queries whose attention is averaged.
-        seeing: the decoder layers that see pictures.
-        pictures: the attention to each picture.
+        positions: for each word the positions at which its tokens were predicted: for a token at position p that is p - 1.
+            These are the queries whose attention is averaged.
+        seeing: the decoder layers that see images.
+        pictures: the attention to each image.
     """
 
     question: str
@@ -66,11 +74,11 @@ class AttentionMaps:
     pictures: list[PictureMaps]
 
     def mean(self, picture: int = 0) -> np.ndarray:
-        """float32 (words, rows, columns): the mean over the layers that see pictures."""
+        """float32 (words, rows, columns): the mean over the layers that see images."""
         return self.pictures[picture].weights[self.seeing].mean(0)
 
     def to_dict(self) -> dict:
-        """Everything but the pictures themselves, as JSON takes it."""
+        """Everything but the images themselves, as JSON takes it."""
         shown = {name: getattr(self, name) for name in ("question", "answer", "words", "positions", "seeing")}
         shown["pictures"] = [
             {
@@ -86,42 +94,33 @@ class AttentionMaps:
 
 @torch.no_grad()
 def attend(
-    model, processor, images: Iterable, question: str, *, system: str | None = None, max_new_tokens: int = 64
+    model: SaisaForConditionalGeneration,
+    processor: SaisaProcessor,
+    images: Any,
+    question: str,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 64,
 ) -> AttentionMaps:
-    """Answers a question by greedy decoding and tells where each word of the answer comes from.
+    """Answers a question by greedy decoding and reports where each word of the answer comes from.
 
     Args:
         model: a `SaisaForConditionalGeneration` in eval mode, of any dtype and attention implementation.
         processor: its `SaisaProcessor`, with a chat template.
-        images: one picture or several, what `load_image` takes; they stand in front of the question.
+        images: one image or a list of them, as `load_image` takes them; they come before the question.
         question: without image tokens.
-        system: the system message, where the template has one.
+        system: the system message, if the template has one.
         max_new_tokens: the longest answer.
 
     Raises:
-        ValueError: the model is no SAISA; there is no picture, or one that cannot be read; the question has an image token in
-            it; the visual tokens have no places in a picture; or the answer has no words.
+        ValueError: the model is not a SAISA; there is no image, or one that cannot be read; the question contains an image
+            token; the visual tokens have no places in an image; or the answer has no words.
     """
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if kind != "saisa" or not hasattr(model, "generate"):
-        raise ValueError(f"model is a {kind} ({type(model).__name__}): expected a SaisaForConditionalGeneration.")
     images = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not images or any(image is None for image in images):
-        raise ValueError("images is empty: pass the picture that the question is about.")
-    if model.config.visual_token_reduction == "resampler":
-        raise ValueError(
-            "visual_token_reduction is 'resampler': its visual tokens are learned queries, each of which reads the whole "
-            "picture, and have no places in it that could be shown."
-        )
+    _check(model, images)
     conversation = Conversation(model, processor, system)
     message = conversation.question(question, images)
-    inputs = processor.apply_chat_template(
-        [*conversation.messages, message],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    ).to(model.device)
+    inputs = conversation.inputs([*conversation.messages, message])
     prompt = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
     new_ids = ids[0, prompt:].tolist()
@@ -132,40 +131,70 @@ def attend(
     positions = [[prompt + token - 1 for token in tokens] for _, tokens in words]
 
     given = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    weights_LWV = _attention_of_words(model, ids, given, positions)
+    shown = [part["image"] for part in message["content"] if part["type"] == "image"]
+    maps = _maps_by_image(model, processor, shown, weights_LWV, given["pixel_values"])
+    seeing = [index for index in range(len(weights_LWV)) if model.config.sees_image(index)]
+    return AttentionMaps(question, answer, [text for text, _ in words], positions, seeing, maps)
+
+
+def _check(model: Any, images: list) -> None:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind != "saisa" or not hasattr(model, "generate"):
+        raise ValueError(f"model is a {kind} ({type(model).__name__}): expected a SaisaForConditionalGeneration.")
+    if not images or any(image is None for image in images):
+        raise ValueError("images is empty: pass the image that the question is about.")
+    if model.config.visual_token_reduction == "resampler":
+        raise ValueError(
+            "visual_token_reduction is 'resampler': its visual tokens are learned queries, each of which reads the whole "
+            "image, so they have no places in it that could be shown."
+        )
+
+
+def _attention_of_words(
+    model: SaisaForConditionalGeneration, ids: torch.Tensor, given: dict, positions: list[list[int]]
+) -> torch.Tensor:
+    """(layers, words, V): attention probabilities averaged over heads and over the positions of each word."""
     wanted = sorted({position for word in positions for position in word})
-    # what comes behind the last position of interest does not act on it
+    # nothing behind the last of these positions has an effect on them
     weights_LQV = visual_attention(model, {"input_ids": ids[:, : wanted[-1] + 1], **given}, wanted)
     rows = [[wanted.index(position) for position in word] for word in positions]
-    weights_LWV = torch.stack([weights_LQV[:, row].mean(1) for row in rows], dim=1)
+    return torch.stack([weights_LQV[:, row].mean(1) for row in rows], dim=1)
 
-    pictures = [part["image"] for part in message["content"] if part["type"] == "image"]
-    places = [_places(model, processor, picture) for picture in pictures]
+
+def _maps_by_image(
+    model: SaisaForConditionalGeneration,
+    processor: SaisaProcessor,
+    images: list[PIL.Image.Image],
+    weights_LWV: torch.Tensor,
+    pixel_values: torch.Tensor,
+) -> list[PictureMaps]:
+    """The attention to all visual tokens as a grid over each image."""
+    places = [_places(model, processor, image) for image in images]
     if sum(place.tokens for place in places) != weights_LWV.shape[-1]:
         raise ValueError(
-            f"The prompt has {weights_LWV.shape[-1]} visual tokens, but the pictures have "
-            f"{sum(place.tokens for place in places)} places: they are no grid that covers a picture."
+            f"The prompt has {weights_LWV.shape[-1]} visual tokens, but the images have "
+            f"{sum(place.tokens for place in places)} places: the tokens are not a grid over the image."
         )
-    kept = [None] * len(pictures)
+    kept = [None] * len(images)
     if model.config.visual_token_reduction == "class_attention":
-        kept = model.get_image_features(inputs["pixel_values"], return_dict=True).kept_tokens.cpu()
-    found = []
-    for picture, place, cells, weights in zip(
-        pictures, places, kept, weights_LWV.split([p.tokens for p in places], -1)
-    ):
+        kept = model.get_image_features(pixel_values, return_dict=True).kept_tokens.cpu()
+    maps = []
+    for image, place, cells, weights in zip(images, places, kept, weights_LWV.split([p.tokens for p in places], -1)):
         rows, columns = place.grid
         weights = weights[..., place.outside :]
         if cells is not None:  # a patch that was not kept has no weight
             weights = weights.new_zeros(*weights.shape[:2], rows * columns).index_copy(-1, cells, weights)
-        found.append(PictureMaps(picture, place.box, weights.unflatten(-1, (rows, columns)).numpy()))
-    seeing = [index for index in range(len(weights_LWV)) if model.config.sees_image(index)]
-    return AttentionMaps(question, answer, [text for text, _ in words], positions, seeing, found)
+        maps.append(PictureMaps(image, place.box, weights.unflatten(-1, (rows, columns)).numpy()))
+    return maps
 
 
-def grouped_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
+def grouped_words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[tuple[str, list[int]]]:
     """The words of an answer, each with the indices into `ids` of its tokens.
 
-    A word begins where the decoded text has white space, or with each token of a script that has none. Tokens of white space
-    or punctuation alone, and special tokens, belong to no word; punctuation is shown with the word it adjoins.
+    A word begins where the decoded text has white space, or with each token of a script that is written without spaces.
+    Special tokens, and tokens of only white space or punctuation, belong to no word; punctuation is shown with the word that
+    it adjoins.
     """
     words: list[tuple[str, list[int]]] = []
     before, held, begins = "", [], True
@@ -192,17 +221,17 @@ def grouped_words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
 
 
 @torch.no_grad()
-def visual_attention(model, inputs: dict, positions: Sequence[int]) -> torch.Tensor:
+def visual_attention(model: SaisaForConditionalGeneration, inputs: dict, positions: Sequence[int]) -> torch.Tensor:
     """Attention probabilities of some text positions to all visual tokens, averaged over heads.
 
     Args:
         model: a `SaisaForConditionalGeneration`.
-        inputs: what `forward` takes, of one sample without padding, with its pictures and no cache.
+        inputs: what `forward` takes, of one sample without padding, with its images and no cache.
         positions: Q positions of text tokens in input order.
 
     Returns:
-        float32 (layers, Q, V) on the CPU. The softmax is over all that a position sees, in float32, from queries and keys as
-        the model has them. Zero in layers that do not see pictures.
+        float32 (layers, Q, V) on the CPU. The softmax is over everything that a position sees, in float32, from queries and
+        keys in the model's dtype. Zero in layers that do not see images.
 
     Raises:
         ValueError: there is more than one sample, a position is not a text token's, or the model's code is older than this.
@@ -223,7 +252,7 @@ def visual_attention(model, inputs: dict, positions: Sequence[int]) -> torch.Ten
         model.model(**inputs, use_cache=False)
     if any(layer.sees_image and index not in recorder.weights for index, layer in enumerate(layers)):
         raise ValueError(
-            "The model's attention does not show its queries and keys: it was loaded with the code of an older checkpoint. "
+            "The model's attention does not expose its queries and keys: it was loaded with the code of an older checkpoint. "
             "Load it with saisa_hf.SaisaForConditionalGeneration.from_pretrained."
         )
     nothing = torch.zeros(len(positions), int(visual_S.sum()))
@@ -231,8 +260,8 @@ def visual_attention(model, inputs: dict, positions: Sequence[int]) -> torch.Ten
 
 
 @contextlib.contextmanager
-def _watched(attentions: list, watcher) -> Iterator[None]:
-    """Has `watcher` see the queries and keys of these attention modules."""
+def _watched(attentions: list, watcher: Callable) -> Iterator[None]:
+    """Shows `watcher` the queries and keys of these attention modules."""
     try:
         for attention in attentions:
             attention.watcher = watcher
@@ -243,7 +272,7 @@ def _watched(attentions: list, watcher) -> Iterator[None]:
 
 
 class _Recorder:
-    """Keeps, by layer, the probabilities of some queries over the visual keys.
+    """Collects, by layer, the probabilities of some queries over the visual keys.
 
     Args:
         visual_S: bool (S,), where the visual tokens are.
@@ -255,9 +284,9 @@ class _Recorder:
         self.text_rows = (~visual_S).cumsum(0)[positions] - 1
         self.weights: dict[int, torch.Tensor] = {}
 
-    def __call__(self, attention, query_BNTH: torch.Tensor, key_BKSH: torch.Tensor) -> None:
+    def __call__(self, attention: Any, query_BNTH: torch.Tensor, key_BKSH: torch.Tensor) -> None:
         device = query_BNTH.device
-        # text tokens alone are queries, but where visual tokens attend as text does
+        # only text tokens are queries, unless visual tokens attend as text does
         rows = self.positions if query_BNTH.shape[2] == len(self.visual_S) else self.text_rows
         query_NQH, key_KSH = query_BNTH[0, :, rows.to(device)].float(), key_BKSH[0]
         heads, length = len(query_NQH), key_KSH.shape[1]
@@ -285,8 +314,8 @@ class _Recorder:
 
 
 class _Places(NamedTuple):
-    """Where the visual tokens of a picture are: how many there are, how many of them at the front are no part of the picture,
-    (rows, columns) of the grid, and what it covers of the picture."""
+    """Where the visual tokens of an image are: how many there are, how many at the front are not a part of the image, (rows,
+    columns) of the grid, and what it covers of the image."""
 
     tokens: int
     outside: int
@@ -294,37 +323,39 @@ class _Places(NamedTuple):
     box: tuple[float, float, float, float]
 
 
-def _places(model, processor, picture) -> _Places:
+def _places(model: SaisaForConditionalGeneration, processor: SaisaProcessor, image: PIL.Image.Image) -> _Places:
     config = model.config
     kind, patch = config.visual_token_reduction, getattr(config.vision_config, "patch_size", None)
-    (height, width), patches, (left, top, right, bottom) = seen_part(processor, picture.size)
+    (height, width), patches, (left, top, right, bottom) = seen_part(processor, image.size)
     outside = config.kept_prefix_tokens
-    tokens = processor._get_num_multimodal_tokens([picture.size[::-1]]).num_image_tokens[0]
+    tokens = processor._get_num_multimodal_tokens([image.size[::-1]]).num_image_tokens[0]
     if patches is None and isinstance(patch, int):
         patches = height // patch, width // patch
     cell = 2 if kind in OF_CELLS else 1  # patches along the side of what one visual token stands for
     grid = tuple(-(-count // cell) for count in patches or ())
     if kind != "class_attention" and (not grid or grid[0] * grid[1] != tokens - outside):
         grid = grid_of(tokens - outside, height, width)  # of feature maps
-    else:  # pixels that make no whole patch are not looked at, and a cell at an odd edge reaches beyond it
+    else:  # pixels that do not fill a patch are not seen, and a cell at an odd edge reaches beyond it
         side = cell * patch
         right = left + (right - left) * grid[1] * side / width
         bottom = top + (bottom - top) * grid[0] * side / height
     return _Places(tokens, outside, grid, (left, top, right, bottom))
 
 
-def seen_part(processor, size: tuple[int, int]):
-    """What the processor shows the encoder of a picture.
+def seen_part(
+    processor: SaisaProcessor, size: tuple[int, int]
+) -> tuple[tuple[int, int], tuple[int, int] | None, tuple[float, float, float, float]]:
+    """The part of an image that the processor shows the encoder.
 
-    It is asked, not computed, and so right for any image processor that resizes, crops and pads: a picture whose colours are
-    coordinates goes through it. The second time the colours are spread over the part that is seen.
+    It is measured, so it is right for any image processor that resizes, crops and pads: an image whose colours are
+    coordinates is processed. The second time its colours are spread over the part that is seen.
 
     Args:
-        size: (width, height) of the picture.
+        size: (width, height) of the image.
 
     Returns:
-        (height, width) of the processed picture; (rows, columns) of its patches where the processor makes patches (SigLIP 2),
-        else None; and (left, top, right, bottom) of what it shows, in pixels of the picture.
+        (height, width) of the processed image; (rows, columns) of its patches if the processor makes patches (SigLIP 2),
+        else None; and (left, top, right, bottom) of what it shows, in pixels of the image.
     """
     edges = np.array([[0.0, size[0]], [0.0, size[1]]])
     for _ in range(2):
@@ -337,7 +368,7 @@ def seen_part(processor, size: tuple[int, int]):
         for axis in (0, 1):
             count = inside.sum(axis)
             profile = np.where(inside, shown[..., axis], 0).sum(axis) / np.maximum(count, 1)
-            sound = (count > 0) & (profile > 4) & (profile < 251)  # resizing bends a ramp at its ends
+            sound = (count > 0) & (profile > 4) & (profile < 251)  # resizing distorts a ramp at its ends
             if sound.sum() > 1 and np.ptp(profile[sound]) > 2:
                 slope, offset = np.polyfit(np.flatnonzero(sound) + 0.5, profile[sound] / 255, 1)
                 low, high = edges[axis]
@@ -346,9 +377,9 @@ def seen_part(processor, size: tuple[int, int]):
     return shown.shape[:2], patches, (left, top, right, bottom)
 
 
-def _processed(processor, picture) -> tuple[np.ndarray, tuple[int, int] | None]:
-    """The processed picture (H, W, 3) with values of 0 to 255, and the grid of its patches where it comes in patches."""
-    outputs = processor(images=[picture], do_rescale=False, do_normalize=False, return_tensors="pt")
+def _processed(processor: SaisaProcessor, image: PIL.Image.Image) -> tuple[np.ndarray, tuple[int, int] | None]:
+    """The processed image (H, W, 3) with values from 0 to 255, and the grid of its patches if it comes in patches."""
+    outputs = processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="pt")
     pixels = outputs["pixel_values"][0].float().numpy()
     if "spatial_shapes" not in outputs:
         return pixels.transpose(1, 2, 0), None

@@ -13,7 +13,7 @@ import PIL.Image
 from PIL import Image, ImageDraw, ImageFont
 
 from ..common.destination import check_file, write_file
-from ..common.loading import load_model, quiet_transformers, read_picture
+from ..common.loading import load_model, quiet_transformers, read_image
 from ..common.tables import table
 from .attention_maps import AttentionMaps, PictureMaps, attend
 
@@ -253,7 +253,7 @@ def attend_and_draw(
     files = [stem.with_name(stem.name + ending) for ending in (".png", ".html")]
     for file in files:
         check_file(file)
-    pictures = [read_picture(path)[0] for path in images]
+    pictures = [read_image(path)[0] for path in images]
     with quiet_transformers(progress=sys.stderr.isatty()):
         model, processor = load_model(checkpoint, dtype, device, None)
         maps = attend(model, processor, pictures, question, system=system, max_new_tokens=max_new_tokens)

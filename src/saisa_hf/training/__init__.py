@@ -1,13 +1,22 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Training: data as conversations, what is learned of them, and transformers' `Trainer` with the paper's stages."""
+"""Training: data as conversations, which of their tokens are learned, and transformers' `Trainer` with the paper's stages.
 
-from .encoding import ConversationEncoder, SaisaCollator
-from .options import TrainingOptions, load_options
-from .run import train
-from .samples import BadSample, ConversationDataset, Source, StreamedConversations, open_source, read_sample
-from .stages import add_lora, freeze_all_but
-from .trainer import NonFiniteLoss, SaisaTrainer
+The names below are imported when they are first used: the options of a run are needed without torch, by the command line.
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .dataset import ConversationDataset, StreamedConversations
+    from .encoding import ConversationEncoder, SaisaCollator
+    from .options import TrainingOptions, load_options
+    from .run import train
+    from .samples import BadSample, read_sample
+    from .sources import Source, open_source
+    from .stages import add_lora, freeze_all_but
+    from .trainer import NonFiniteLoss, SaisaTrainer
 
 __all__ = [
     "BadSample",
@@ -26,3 +35,33 @@ __all__ = [
     "read_sample",
     "train",
 ]
+
+_MODULE_OF = {
+    "BadSample": "samples",
+    "ConversationDataset": "dataset",
+    "ConversationEncoder": "encoding",
+    "NonFiniteLoss": "trainer",
+    "SaisaCollator": "encoding",
+    "SaisaTrainer": "trainer",
+    "Source": "sources",
+    "StreamedConversations": "dataset",
+    "TrainingOptions": "options",
+    "add_lora": "stages",
+    "freeze_all_but": "stages",
+    "load_options": "options",
+    "open_source": "sources",
+    "read_sample": "samples",
+    "train": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The loss of a run as a picture."""
+"""The loss of a run as an image."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ def loss_curve(history: list[dict], path: str | Path) -> bool:
     """Writes the losses of `history`, a `Trainer`'s `log_history`, against their steps to `path` as PNG.
 
     Returns:
-        Whether there were two finite losses at least; without, nothing is written.
+        Whether there were at least two finite losses; if not, nothing is written.
     """
     points = [(e["step"], e["loss"]) for e in history if "loss" in e and math.isfinite(e["loss"])]
     if len(points) < 2:
@@ -23,12 +23,12 @@ def loss_curve(history: list[dict], path: str | Path) -> bool:
     first, last = points[0][0], points[-1][0]
     top = max(loss for _, loss in points) or 1.0
 
-    def place(step, loss):
+    def place(step: float, loss: float) -> tuple[float, float]:
         x = LEFT + (step - first) / max(last - first, 1) * (WIDTH - LEFT - MARGIN)
         return x, MARGIN + (1 - loss / top) * (HEIGHT - BOTTOM - MARGIN)
 
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
     for quarter in range(5):
         loss, step = top * quarter / 4, first + (last - first) * quarter / 4
         (x, _), (_, y) = place(step, 0), place(first, loss)
@@ -37,5 +37,5 @@ def loss_curve(history: list[dict], path: str | Path) -> bool:
         draw.text((x - 10, HEIGHT - BOTTOM + 12), f"{step:.0f}", fill=INK)
     draw.line([place(*point) for point in points], fill=LINE, width=2)
     draw.text((LEFT, 4), "loss by step", fill=INK)
-    picture.save(path)
+    image.save(path)
     return True

@@ -1,7 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Conversations as token ids and labels: what the model reads, and which of it it learns to say."""
+"""Conversations as token ids and labels: what the model reads, and which tokens it learns to predict."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,35 +12,35 @@ from PIL import Image
 from ..chat.templates import chat_template as packaged_template
 from ..chat.templates import chat_template_names
 from ..head_saisa import IGNORED
-from ..processing_saisa import begins_with_bos
+from ..processing_saisa import SaisaProcessor, begins_with_bos
 from .samples import BadSample
 
 
 class ConversationEncoder:
-    """A conversation to what the model's forward takes, with labels on the assistant's turns.
+    """Encodes a conversation for the model's forward, with labels on the assistant's turns.
 
-    Which text is the assistant's shows the chat template itself: turn by turn, what it prints behind the conversation so far
-    and the prompt for an answer. So any template will do, as long as what it prints for the beginning of a conversation is
-    the beginning of what it prints for the whole. White space behind a turn's closing special token is not learned.
+    The chat template itself shows which text is the assistant's: for each turn, what it prints after the conversation so far
+    and the prompt for an answer. This works for any template that prints the beginning of a conversation as the beginning
+    of the whole. White space after a turn's closing special token is not learned.
 
-    Labels are -100 outside the assistant's turns, on placeholders, and on the token behind a picture, which no token of text
-    precedes: SAISA's visual tokens predict nothing.
+    Labels are -100 outside the assistant's turns, on placeholders, and on the token after an image, which has no text token
+    before it: SAISA's visual tokens predict nothing.
 
     Args:
         processor: a `SaisaProcessor` with a fast tokenizer.
-        max_length: longer samples are cut at the end; a picture that does not fit as a whole is left out with what follows.
+        max_length: longer samples are cut at the end; an image that does not fit entirely is left out, with what follows.
             None: no limit.
-        chat_template: Jinja source in place of the processor's own.
+        chat_template: Jinja source instead of the processor's own.
 
     Raises:
         ValueError: the tokenizer is a slow one, or there is no chat template.
     """
 
-    def __init__(self, processor, max_length: int | None = None, chat_template: str | None = None):
+    def __init__(self, processor: SaisaProcessor, max_length: int | None = None, chat_template: str | None = None):
         if not getattr(processor.tokenizer, "is_fast", False):
             raise ValueError(
-                f"The tokenizer is a {type(processor.tokenizer).__name__}, which does not tell where its tokens are in the "
-                "text: expected a fast one."
+                f"The tokenizer is a {type(processor.tokenizer).__name__}, which does not report the positions of its "
+                "tokens in the text: expected a fast one."
             )
         self.processor = copy.copy(processor)
         if chat_template is not None:
@@ -50,11 +51,11 @@ class ConversationEncoder:
         self._special = tuple({*processor.tokenizer.all_special_tokens, *(t.content for t in special if t.special)})
 
     def render(self, messages: list[dict], **options) -> str:
-        """What the chat template prints."""
+        """The output of the chat template."""
         return self.processor.apply_chat_template(messages, tokenize=False, **options)
 
     def answers(self, messages: list[dict], name: str = "sample") -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and [start, end) in it of what the assistant says, in order.
+        """The text of a conversation, and [start, end) of each of the assistant's turns in it, in order.
 
         Raises:
             BadSample: the template refuses the conversation, or does not print it turn by turn.
@@ -65,15 +66,16 @@ class ConversationEncoder:
                 if message["role"] != "assistant":
                     continue
                 asked = self.render(messages[:index], add_generation_prompt=True)
-                told = self.render(messages[: index + 1])
-                if not (whole.startswith(asked) and whole.startswith(told) and len(asked) <= len(told)):
+                answered = self.render(messages[: index + 1])
+                if not (whole.startswith(asked) and whole.startswith(answered) and len(asked) <= len(answered)):
                     raise BadSample(
-                        f"{name}: the chat template prints turn {index} otherwise when it is the last one ({told[-60:]!r}, "
-                        f"asked for by {asked[-60:]!r}) than in the whole conversation, so it does not tell what the "
-                        "assistant says. Use a template that adds to its output turn by turn (chat_template=...)."
+                        f"{name}: the chat template prints turn {index} differently when it is the last one "
+                        f"({answered[-60:]!r}, after the prompt {asked[-60:]!r}) than in the whole conversation, so it does "
+                        "not show what the assistant says. Use a template that adds to its output turn by turn "
+                        "(chat_template=...)."
                     )
-                closed = told.rstrip()
-                end = len(closed) if closed.endswith(self._special) and len(closed) > len(asked) else len(told)
+                closed = answered.rstrip()
+                end = len(closed) if closed.endswith(self._special) and len(closed) > len(asked) else len(answered)
                 spans.append((len(asked), end))
         except TemplateError as error:
             raise BadSample(f"{name}: the chat template refuses the conversation: {error}") from error
@@ -82,14 +84,14 @@ class ConversationEncoder:
     def __call__(self, sample: dict) -> dict:
         """
         Args:
-            sample: `{"messages": [...], "images": [...]}`, as `open_pictures` makes it; `"name"` is for error messages.
+            sample: `{"messages": [...], "images": [...]}`, as of `open_images`; `"name"` is for error messages.
 
         Returns:
-            `input_ids` and `labels` (lists), `pixel_values` (pictures, C, H, W) and what else the image processor makes,
-            where there are pictures, and `cut`, how many tokens did not fit.
+            `input_ids` and `labels` (lists); `pixel_values` (images, C, H, W) and the image processor's other outputs, if
+            there are images; and `cut`, the number of tokens that did not fit.
 
         Raises:
-            BadSample: the processor or the template cannot make use of it, or no label is left.
+            BadSample: the processor or the template cannot use it, or no label is left.
         """
         name, images = sample.get("name", "sample"), sample.get("images") or None
         text, spans = self.answers(sample["messages"], name)
@@ -109,23 +111,23 @@ class ConversationEncoder:
         end = len(ids) if self.max_length is None else min(len(ids), self.max_length)
         if end < len(ids) and visual[end]:
             while end > 0 and visual[end - 1] and offsets[end - 1] == offsets[self.max_length]:
-                end -= 1  # the placeholders of a picture share their place in the text
+                end -= 1  # the placeholders of an image share their place in the text
         if not any(label != IGNORED for label in labels[:end]):
             why = "no answer has a token" if end == len(ids) else f"max_length={self.max_length} cuts off all answers"
             raise BadSample(f"{name}: {why}, so there is nothing to learn ({len(ids)} tokens).")
-        pictures = len({offsets[i] for i in range(end) if visual[i]})
-        pixels = {key: torch.as_tensor(np.asarray(value)) for key, value in encoded.items()} if pictures else {}
-        pixels = {key: value[:pictures] for key, value in pixels.items()}
+        n_images = len({offsets[i] for i in range(end) if visual[i]})
+        pixels = {key: torch.as_tensor(np.asarray(value)) for key, value in encoded.items()} if n_images else {}
+        pixels = {key: value[:n_images] for key, value in pixels.items()}
         return {"input_ids": ids[:end], "labels": labels[:end], **pixels, "cut": len(ids) - end}
 
 
 class SaisaCollator:
-    """Samples as a batch for the model, padded on the right, or one behind the other.
+    """Samples as a batch for the model, padded on the right, or one after the other.
 
     Args:
         encode: a `ConversationEncoder`, for samples that are not encoded yet; None if all are.
         pad_token_id: what `input_ids` are padded with.
-        packing: put all samples into one row, without padding. Their positions start at 0 each, by which the model knows
+        packing: put all samples into one row, without padding. The positions of each start at 0, which tells the model
             that they do not see each other.
     """
 
@@ -136,43 +138,50 @@ class SaisaCollator:
             tokenizer = encode.processor.tokenizer
             pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.encode, self.pad_token_id, self.packing = encode, pad_token_id or 0, packing
-        self.no_pictures = None
+        self.no_images: dict[str, torch.Tensor] = {}
 
-    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels` and `attention_mask` (B, S), the pictures of all samples in their order, and `sample_index`
-        (B,) where samples have one. With `packing`: `input_ids`, `labels`, `position_ids` (1, S).
+    def __call__(self, samples: list[dict]) -> dict[str, Any]:
+        """`input_ids`, `labels` and `attention_mask` (B, S), the images of all samples in order, and `sample_index` (B,) if
+        samples have one. With `packing`: `input_ids`, `labels`, `position_ids` (1, S).
 
-        Samples of text alone have `pixel_values` (0, ...) where there is an `encode`, by which the projectors get gradients,
-        of zero: processes that train together expect the same of one another."""
-        items = [sample if "input_ids" in sample else self.encode(sample) for sample in samples]
+        Batches of text alone have `pixel_values` (0, ...) if there is an `encode`. With it the projectors get gradients, of
+        zero: processes that train together have to have the same gradients."""
+        items = [self._encoded(sample) for sample in samples]
         batch = self._packed(items) if self.packing else self._padded(items)
-        pictures = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
-        batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(pictures)}
-        if not pictures and self.encode is not None:
-            batch |= self._no_pictures()
+        images = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
+        batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(images)}
+        if not images and self.encode is not None:
+            batch |= self._no_images(self.encode.processor)
         if all("sample_index" in item for item in items):
             batch["sample_index"] = torch.tensor([item["sample_index"] for item in items])
         return batch
 
-    def _no_pictures(self) -> dict[str, torch.Tensor]:
-        """What the image processor makes of pictures, but of none."""
-        if self.no_pictures is None:
-            blank = Image.new("RGB", (64, 64))
-            encoded = self.encode.processor.image_processor(images=[blank], return_tensors="pt")
-            self.no_pictures = {key: torch.as_tensor(np.asarray(value))[:0] for key, value in encoded.items()}
-        return self.no_pictures
+    def _encoded(self, sample: dict) -> dict:
+        if "input_ids" in sample:
+            return sample
+        if self.encode is None:
+            raise ValueError("Samples that are not encoded need a SaisaCollator(encode=...).")
+        return self.encode(sample)
 
-    def _packed(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        """Encoded samples in one row. Nothing in front of a sample predicts its first token: that has no label."""
+    def _no_images(self, processor: SaisaProcessor) -> dict[str, torch.Tensor]:
+        """The image processor's output for zero images."""
+        if not self.no_images:
+            blank = Image.new("RGB", (64, 64))
+            encoded = processor.image_processor(images=[blank], return_tensors="pt")
+            self.no_images = {key: torch.as_tensor(np.asarray(value))[:0] for key, value in encoded.items()}
+        return self.no_images
+
+    def _packed(self, items: list[dict]) -> dict[str, Any]:
+        """Encoded samples in one row. The first token of a sample has no label: nothing before it predicts it."""
         return {
             "input_ids": torch.tensor([[token for item in items for token in item["input_ids"]]]),
             "labels": torch.tensor([[label for item in items for label in (IGNORED, *item["labels"][1:])]]),
             "position_ids": torch.tensor([[place for item in items for place in range(len(item["input_ids"]))]]),
-            "use_cache": False,  # with a cache, positions that start again would be those of one sequence
+            "use_cache": False,  # with a cache, the row would be one sequence
         }
 
     def _padded(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        """Encoded samples, a row each."""
+        """Encoded samples, one per row."""
         length = max(len(item["input_ids"]) for item in items)
 
         def padded(rows, value):
@@ -185,9 +194,9 @@ class SaisaCollator:
         }
 
 
-def template_source(name: str, processor, captions: bool = False) -> str | None:
-    """Jinja source for `chat_template` of the options: a packaged name, the path of a .jinja file, or nothing, which is the
-    processor's own (None), or `plain` for captions.
+def template_source(name: str, processor: SaisaProcessor, captions: bool = False) -> str | None:
+    """Jinja source for `chat_template` of the options: the name of a packaged template, the path of a .jinja file, or empty:
+    the processor's own (None), or `plain` for captions.
 
     Raises:
         ValueError: it is neither.

@@ -1,23 +1,38 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a training run can be told: the keys of its YAML file, which are also the options of `saisa train`."""
+"""The options of a training run: the keys of its YAML file, which are also the options of `saisa train`."""
 
 import argparse
 import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .stages import TRAINED
+
+TRAINED = {
+    "projectors": "only the visual projectors, and a resampler before them (the paper's first stage)",
+    "projectors+language_model": "all but the vision encoder (the paper's second stage)",
+    "all": "every parameter, also the vision encoder's",
+    "lora": "low-rank adapters of the decoder layers' linear maps, with the projectors",
+    "qlora": "the same, with the language model's weights kept in 4 bits",
+}
+ADAPTED = ("lora", "qlora")
+
+POSITIVE = ["batch_size", "per_device_batch_size", "lora_rank", "lora_alpha", "learning_rate"]
+POSITIVE += ["logging_steps", "questions_limit"]
+NOT_NEGATIVE = ["max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"]
+NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed"]
+SHARES = ("warmup_ratio", "lora_dropout")
 
 
-def _option(default, text: str, choices=None):
-    return field(default=default, metadata={"help": text, "choices": choices})
+def _option(default, text: str, choices: tuple[str, ...] | None = None):
+    return field(default=default, metadata=_described(text, choices))
 
 
-def _told(text: str) -> dict:
-    return {"help": text, "choices": None}
+def _described(text: str, choices: tuple[str, ...] | None = None) -> dict:
+    return {"help": text, "choices": choices}
 
 
 @dataclass
@@ -36,11 +51,11 @@ class TrainingOptions:
         False, "copy a shared projector into every layer first: from stage one to stage two"
     )
     lora_rank: int = _option(64, "rank of the adapters of lora and qlora")
-    lora_alpha: float = _option(128.0, "adapters count alpha / rank times")
-    lora_dropout: float = _option(0.0, "dropout in front of the adapters")
+    lora_alpha: float = _option(128.0, "the adapters' output is multiplied by alpha / rank")
+    lora_dropout: float = _option(0.0, "dropout before the adapters")
     dtype: str = _option(
         "float32",
-        "frozen weights are kept in it and everything is computed in it; weights that are trained are kept in float32",
+        "of frozen weights and of all computation; trained weights are kept in float32",
         choices=("float32", "bfloat16"),
     )
     attn_implementation: str = _option(
@@ -50,58 +65,56 @@ class TrainingOptions:
     # --- data ---
     data: list[str] = field(
         default_factory=list,
-        metadata=_told("files (.json, .jsonl, .parquet), folders of pictures with metadata, hub data sets"),
+        metadata=_described("files (.json, .jsonl, .parquet), folders of images with metadata, hub data sets"),
     )
-    images: str = _option("", "folder that picture paths are relative to (empty: that of the data file)")
+    images: str = _option("", "folder that image paths are relative to (empty: the data file's)")
     split: str = _option("train", "split of a folder or hub data set")
-    streaming: bool = _option(False, "read a hub data set while training; needs max_steps")
-    captions: bool = _option(
-        False, "train on picture, newline and caption: each sample's first picture and first answer"
-    )
+    streaming: bool = _option(False, "read a hub data set during training; needs max_steps")
+    captions: bool = _option(False, "train on image, newline and caption: each sample's first image and first answer")
     chat_template: str = _option(
         "", "vicuna, llama_3, chatml, plain, or a .jinja file (empty: the processor's own; with captions, plain)"
     )
-    max_length: int = _option(2048, "longer samples are cut at the end, never inside a picture; 0: no limit")
+    max_length: int = _option(2048, "longer samples are cut at the end, never inside an image; 0: no limit")
     bad_samples: str = _option(
-        "fail", "skip: the next sample takes the place of one that cannot be used", choices=("fail", "skip")
+        "fail", "skip: use the next sample instead of one that cannot be used", choices=("fail", "skip")
     )
-    group_by_length: bool = _option(True, "batches of samples alike in length and in having pictures or none")
+    group_by_length: bool = _option(True, "batches of samples of similar length, all with images or all without")
     packing: bool = _option(
-        False, "put what a device takes at once into one row, without padding; samples do not see each other"
+        False, "put the samples of a device's batch into one row, without padding; they do not see each other"
     )
     workers: int = _option(4, "processes that read and prepare samples; 0: the training process itself")
 
     # --- optimisation ---
     learning_rate: float = _option(2e-5, "largest learning rate")
-    projector_learning_rate: float = _option(0.0, "the projectors' own (0: the same)")
+    projector_learning_rate: float = _option(0.0, "largest learning rate of the projectors (0: the same)")
     lr_scheduler: str = _option("cosine", "any schedule of transformers: cosine, linear, constant_with_warmup ...")
-    warmup_ratio: float = _option(0.03, "share of the steps in which the learning rate rises")
+    warmup_ratio: float = _option(0.03, "share of the steps during which the learning rate rises")
     weight_decay: float = _option(0.0, "of AdamW, for matrices")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     epochs: float = _option(1.0, "passes over the data")
-    max_steps: int = _option(0, "steps, in place of epochs (0: by epochs)")
+    max_steps: int = _option(0, "steps, instead of epochs (0: use epochs)")
     batch_size: int = _option(128, "samples per step, over all devices and accumulated batches")
-    per_device_batch_size: int = _option(4, "samples that a device takes at once")
-    gradient_checkpointing: bool = _option(False, "compute hidden states again in backward: less memory, more time")
-    use_reentrant: bool = _option(False, "PyTorch's older kind of gradient checkpointing")
+    per_device_batch_size: int = _option(4, "samples that a device processes at once")
+    gradient_checkpointing: bool = _option(False, "recompute hidden states in backward: less memory, more time")
+    use_reentrant: bool = _option(False, "use PyTorch's older kind of gradient checkpointing")
     optimizer: str = _option("adamw_torch", "any optimizer of transformers")
-    torch_compile: bool = _option(False, "compile the decoder layers: faster steps after some slow ones")
-    compile_backend: str = _option("inductor", "of torch_compile")
-    seed: int = _option(0, "of the order of the samples, and of adapters")
+    torch_compile: bool = _option(False, "compile the decoder layers: some slow steps, then faster ones")
+    compile_backend: str = _option("inductor", "backend of torch_compile")
+    seed: int = _option(0, "seed of the order of the samples, and of adapters")
 
-    # --- keeping and telling ---
-    save_steps: int = _option(500, "steps between checkpoints (0: none but the last)")
+    # --- checkpoints and reports ---
+    save_steps: int = _option(500, "steps between checkpoints (0: only at the end)")
     save_total_limit: int = _option(2, "checkpoints to keep (0: all)")
-    resume: bool = _option(True, "go on from the newest checkpoint in output, if there is one")
+    resume: bool = _option(True, "resume from the newest checkpoint in output, if there is one")
     logging_steps: int = _option(10, "steps between reports")
     report_to: list[str] = field(
-        default_factory=list, metadata=_told("tensorboard, wandb ...: whatever transformers reports to")
+        default_factory=list, metadata=_described("tensorboard, wandb ...: any tracker of transformers")
     )
     peak_tflops: float = _option(
-        0.0, "TFLOP/s that a device could do, for flop_utilisation (0: bfloat16's, where the device is known)"
+        0.0, "peak TFLOP/s of a device, for flop_utilisation (0: its bfloat16 peak, if the device is known)"
     )
     questions: str = _option("", "data file of held-out conversations to ask at the end: the last turn is the answer")
-    questions_limit: int = _option(200, "how many of them")
+    questions_limit: int = _option(200, "use at most this many of them")
     device: str = _option("auto", "auto, or cpu", choices=("auto", "cpu"))
 
     def __post_init__(self):
@@ -115,77 +128,62 @@ class TrainingOptions:
         for name in ("model", "output", "data"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is not given: expected {_help(name)}.")
-        for name in ("batch_size", "per_device_batch_size", "lora_rank", "logging_steps", "questions_limit"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
-        for name in (
-            "max_length",
-            "max_steps",
-            "workers",
-            "save_steps",
-            "save_total_limit",
-            "projector_learning_rate",
-            "peak_tflops",
-            "weight_decay",
-            "max_grad_norm",
-            "seed",
+        for names, fits, wanted in (
+            (POSITIVE, lambda value: value > 0, "a positive number"),
+            (NOT_NEGATIVE, lambda value: value >= 0, "a number that is not negative"),
+            (SHARES, lambda value: 0 <= value < 1, "a share, from 0 to less than 1"),
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number that is not negative.")
-        for name in ("learning_rate", "lora_alpha"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
-        for name in ("warmup_ratio", "lora_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a share, from 0 to less than 1.")
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)}: expected {wanted}.")
         if self.max_steps == 0 and (self.streaming or self.epochs <= 0):
             raise ValueError(
-                f"max_steps=0 with streaming={self.streaming} and epochs={self.epochs}: give max_steps, since a stream "
-                "does not tell its length, or a positive number of epochs."
+                f"max_steps=0 with streaming={self.streaming} and epochs={self.epochs}: give max_steps, since the length of "
+                "a stream is not known, or a positive number of epochs."
             )
 
     def accumulation(self, world_size: int) -> int:
         """Batches per step on each of `world_size` devices.
 
         Raises:
-            ValueError: batch_size is no multiple of what the devices take at once.
+            ValueError: batch_size is not a multiple of what the devices process at once.
         """
         at_once = self.per_device_batch_size * world_size
         if self.batch_size % at_once:
             raise ValueError(
-                f"batch_size={self.batch_size} is no multiple of {at_once}, which is per_device_batch_size="
+                f"batch_size={self.batch_size} is not a multiple of {at_once}, which is per_device_batch_size="
                 f"{self.per_device_batch_size} times {world_size} devices."
             )
         return self.batch_size // at_once
 
 
 def load_options(path: str | Path | None, overrides: dict | None = None) -> TrainingOptions:
-    """The options of the YAML file at `path` (None: no file), those in `overrides` in place of the file's.
+    """The options in the YAML file at `path` (None: no file); those in `overrides` replace the file's.
 
     Raises:
-        ValueError: the file is no YAML mapping, or a key or value is not an option's.
+        ValueError: the file is not a YAML mapping, or a key or value is not one of an option.
         OSError: it cannot be read.
     """
     import yaml
 
-    given = {}
+    given: dict = {}
     if path is not None:
         try:
             given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no YAML: {error}") from error
+            raise ValueError(f"{path} is not a YAML file: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected lines `option: value`, got a {type(given).__name__}.")
     given = {**given, **(overrides or {})}
     known = {option.name for option in dataclasses.fields(TrainingOptions)}
     for key in given:
         if key not in known:
-            raise ValueError(f"{path}: {key!r} is no option{_nearest(str(key), known)}.")
+            raise ValueError(f"{path}: {key!r} is not an option{_nearest(str(key), known)}.")
     return TrainingOptions(**given)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Gives `parser` an option for each field of `TrainingOptions`; those not given are absent from what it parses."""
+    """Gives `parser` an option for each field of `TrainingOptions`; the result of parsing has only those that were given."""
     kinds = typing.get_type_hints(TrainingOptions)
     for option in dataclasses.fields(TrainingOptions):
         default = option.default if option.default_factory is dataclasses.MISSING else ""
@@ -204,12 +202,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unknown_argument(argument: str) -> str:
-    """What to say about `argument`, which is none of `add_arguments`'s."""
+    """The error message for `argument`, which is not one of `add_arguments`."""
     names = {"--" + option.name.replace("_", "-") for option in dataclasses.fields(TrainingOptions)}
-    return f"{argument!r} is no option{_nearest(argument.split('=')[0], names)}."
+    return f"{argument!r} is not an option{_nearest(argument.split('=')[0], names)}."
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {near[0]!r}?" if near else ": see saisa train --help"
 
@@ -219,7 +217,7 @@ def _help(name: str) -> str:
 
 
 def _checked(name: str, value, kind):
-    """`value` as a `kind`: YAML reads 1e-3 as text, and the command line all there is."""
+    """`value` as a `kind`: YAML reads 1e-3 as text, and the command line reads everything as text."""
     if kind is bool:
         truth = {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
         if truth is not None:

@@ -1,24 +1,24 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The order of the samples: at random, but with batches whose samples are alike."""
+"""The order of the samples: random, or random batches of similar samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.utils.data import Sampler
 
 
 class GroupedSampler(Sampler[int]):
-    """Random batches of samples that are alike in length and in having pictures or none, so that little is padding.
+    """Random batches of samples of similar length, all with images or all without, so that there is little padding.
 
-    Samples are shuffled, parted by whether they have pictures, and cut into heaps of `heap` batches; each heap is sorted by
-    length, and the batches are shuffled. What is left of the two parts makes the last batch, and the one batch before it
-    that may be of both kinds. The order depends on `seed` and on the epoch alone.
+    Samples are shuffled, separated by whether they have images, and cut into heaps of `heap` batches; each heap is sorted by
+    length, and the batches are shuffled. The rests of the two parts come last: only there a batch may be of both kinds. The
+    order depends only on `seed` and the epoch.
 
     Args:
-        lengths: for each sample its length and whether it has pictures; only their order matters.
+        lengths: for each sample its length and whether it has images; only the order of lengths matters.
         batch_size: samples of a step, over all devices and accumulated batches.
         seed: of the order.
-        epoch: returns the number of the pass over the data that begins.
+        epoch: returns the number of the pass that begins.
         heap: batches that are sorted together.
     """
 
@@ -35,7 +35,7 @@ class GroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
 
         def shuffled(values: list) -> list:
@@ -43,8 +43,8 @@ class GroupedSampler(Sampler[int]):
 
         size, batches, rest = self.batch_size, [], []
         order = shuffled(list(range(len(self.lengths))))
-        for has_pictures in (True, False):
-            part = [index for index in order if self.lengths[index][1] == has_pictures]
+        for has_images in (True, False):
+            part = [index for index in order if self.lengths[index][1] == has_images]
             whole = len(part) // size * size
             rest += part[whole:]
             for start in range(0, whole, size * self.heap):
@@ -56,7 +56,7 @@ class GroupedSampler(Sampler[int]):
 
 
 class ShuffledSampler(Sampler[int]):
-    """All of `count` samples at random; the order depends on `seed` and on the epoch alone."""
+    """All of `count` samples in random order, which depends only on `seed` and the epoch."""
 
     def __init__(self, count: int, seed: int = 0, epoch: Callable[[], int] = lambda: 0):
         self.count, self.seed, self.epoch = count, seed, epoch
@@ -64,6 +64,6 @@ class ShuffledSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch())
         yield from torch.randperm(self.count, generator=generator).tolist()

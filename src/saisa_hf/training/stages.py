@@ -3,25 +3,18 @@
 
 import importlib.util
 
+import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
 
-TRAINED = {
-    "projectors": "the visual projectors, and a resampler in front of them, alone (the paper's first stage)",
-    "projectors+language_model": "all but the vision encoder (the paper's second stage)",
-    "all": "every parameter, the vision encoder's too",
-    "lora": "low-rank adapters of the decoder layers' linear maps, projectors included",
-    "qlora": "the same over a language model whose weights are kept in 4 bits",
-}
-ADAPTED = ("lora", "qlora")
-# what adapters go on, by module names; the regular expression has to match all of the name
+# names of the modules that get adapters; the regular expression has to match the whole name
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
 SHARED_PROJECTOR = r"model\.visual_projector\.linear_\d|model\.visual_resampler\.\w_proj"
 
 
 def is_projector(name: str) -> bool:
-    """Whether `name` is that of a parameter of a visual projector, or of the resampler in front of them."""
+    """Whether `name` is a parameter of a visual projector, or of the resampler before them."""
     return "visual_projector." in name or "visual_resampler." in name
 
 
@@ -36,7 +29,7 @@ def freeze_all_but(model: nn.Module, trained: str) -> list[str]:
         The names of the parameters that will be trained.
 
     Raises:
-        ValueError: `trained` is none of these.
+        ValueError: `trained` is another string.
     """
     if trained not in ("projectors", "projectors+language_model", "all"):
         raise ValueError(f"trained={trained!r}: expected 'projectors', 'projectors+language_model' or 'all'.")
@@ -51,14 +44,14 @@ def freeze_all_but(model: nn.Module, trained: str) -> list[str]:
     return names
 
 
-def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: float = 0.0):
-    """`model` under PEFT's low-rank adapters on the decoder layers and the projectors; nothing else will be trained.
+def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: float = 0.0) -> nn.Module:
+    """`model` with PEFT's low-rank adapters on the decoder layers and the projectors; nothing else will be trained.
 
     Args:
         model: a `SaisaForConditionalGeneration`.
         rank: of the adapters.
         alpha: their product is multiplied by alpha / rank.
-        dropout: in front of them.
+        dropout: before them.
 
     Returns:
         A `peft.PeftModel`.
@@ -75,12 +68,12 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: floa
     return get_peft_model(model, config)
 
 
-def in_4_bits(dtype):
+def in_4_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
     """The `quantization_config` of QLoRA: bitsandbytes' 4-bit normal floats for the language model's linear maps.
     `from_pretrained` leaves encoder, projectors and head alone.
 
     Args:
-        dtype: what they are computed in.
+        dtype: of the computation.
 
     Raises:
         ImportError: bitsandbytes is not installed.

@@ -1,9 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""How much arithmetic a training step does, and how much a device could do.
+"""How much arithmetic a training step does, and how much a device can do.
 
-Counted are the matrix products of forward and backward, a multiply-add as two operations, and once more what is computed
-again in backward (gradient checkpointing, the loss). A weight that is not trained has no product for its gradient, nor has an
-input that comes before all that is trained. Scores count for all pairs of queries and keys, masked or not.
+It counts the matrix products of forward and backward, a multiply-add as two operations, and again what backward recomputes
+(gradient checkpointing, the loss). A weight that is not trained has no product for its gradient, and neither has an input
+before everything that is trained. Attention scores count for all pairs of queries and keys, masked or not.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from torch import nn
 from ..costs.flops import encoder_flops
 
 
-# what the FLOPs of a batch are linear in: text tokens (padding too), visual tokens, tokens learned, pictures, and pairs of
-# queries and keys, where text alone has queries and where visual tokens have them as well
-COUNTS = ("text", "visual", "learned", "pictures", "pairs", "all_pairs")
-# bfloat16 TFLOP/s of matrix products without sparsity, by a part of the device's name; the first that fits counts
+# the FLOPs of a batch are linear in these: text tokens (with padding), visual tokens, learned tokens, images, and pairs of
+# queries and keys, in layers where only text has queries and in layers where visual tokens have them, too
+COUNTS = ("text", "visual", "learned", "images", "pairs", "all_pairs")
+# bfloat16 TFLOP/s of matrix products without sparsity, by a part of the device's name; the first match counts
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "A40": 150, "A10G": 70,
     "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
@@ -26,17 +26,17 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float:
-    """bfloat16 TFLOP/s that `device` could do, 0 where that is not known."""
+    """Peak bfloat16 TFLOP/s of `device`, 0 if not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return float(next((peak for part, peak in PEAK_TFLOPS.items() if part in name), 0))
 
 
 class StepFlops:
-    """FLOPs of training a SAISA on a batch, as far as this process does them.
+    """FLOPs of training a SAISA on a batch, in this process.
 
     Args:
         model: a `SaisaForConditionalGeneration`, or a `peft.PeftModel` of one, with `requires_grad` and checkpointing as in
-            training. Weights may be spread over processes, or be kept in 4 bits.
+            training. Weights may be spread over processes, or in 4 bits.
     """
 
     def __init__(self, model: nn.Module):
@@ -47,7 +47,7 @@ class StepFlops:
         self._each = dict.fromkeys(COUNTS, 0.0)
         encoder_learns = _learns(base.vision_tower)
         again = 1 if base.language_model.gradient_checkpointing else 0
-        self._each["pictures"] = encoder_flops(config) * ((3 + again) if encoder_learns else 1)
+        self._each["images"] = encoder_flops(config) * ((3 + again) if encoder_learns else 1)
 
         features_learn, layers = encoder_learns, base.language_model.layers
         if config.visual_token_reduction == "resampler":
@@ -63,38 +63,38 @@ class StepFlops:
         text_learns = _learns(embedding) or asked
         for layer in layers:
             text_learns, features_learn = self._add_layer(layer, text_learns, features_learn, again)
-        for _, size, learns in _products(model.lm_head):  # made again in backward
+        for _, size, learns in _products(model.lm_head):  # computed again in backward
             self._each["learned"] += 2 * size * (2 + text_learns + learns)
 
     def counts(self, inputs: dict) -> torch.Tensor:
-        """`COUNTS` of a batch as the model takes it, float64 on its device."""
+        """`COUNTS` of a batch of the model's inputs, float64 on its device."""
         ids, labels = inputs["input_ids"], inputs["labels"]
-        pictures = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
+        images = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
         visual = (ids == self.image_token_id).sum()
         text_BS, text = ids != self.image_token_id, ids.numel() - visual
         predicts_BS = text_BS | self.visual_tokens_predict
-        if pictures and not self.visual_tokens_predict:  # as many columns as the sample with most text has
+        if images and not self.visual_tokens_predict:  # as many columns as the sample with most text has
             if inputs.get("attention_mask") is not None:
                 text_BS = predicts_BS = text_BS & inputs["attention_mask"].bool()
             text = len(ids) * text_BS.sum(1).max()
         learned = ((labels[:, 1:] != -100) & predicts_BS[:, :-1]).sum()
         pairs = [text_BS.sum(1).max() * ids.numel(), torch.tensor(ids.shape[1] * ids.numel(), device=ids.device)]
-        return torch.stack([text, visual, learned, pictures, *pairs]).double()
+        return torch.stack([text, visual, learned, images, *pairs]).double()
 
     def __call__(self, counts: torch.Tensor) -> float:
-        """FLOPs of what `counts` counted, or a sum of such."""
+        """FLOPs of `counts`, those of one batch or a sum over batches."""
         return sum(count * self._each[name] for name, count in zip(COUNTS, counts.tolist()))
 
     def _add_resampler(self, resampler: nn.Module, config, encoder_learns: bool) -> None:
-        """Its queries, made once for all pictures, are left out."""
+        """Its queries, computed once for all images, are left out."""
         count, tokens, learns = config.reduced_visual_tokens, config.encoder_tokens_per_image, _learns(resampler)
         inputs_learn = {"o": learns or encoder_learns, "k": encoder_learns or _learns(resampler.feature_norm)}
         for name, size, trained in _products(resampler):
             rows = {"k": tokens, "v": tokens, "o": count}.get(name[0], 0)
             gets = inputs_learn["o" if name[0] == "o" else "k"]
-            self._each["pictures"] += 2 * rows * size * (1 + (gets or "lora_B" in name) + trained)
+            self._each["images"] += 2 * rows * size * (1 + (gets or "lora_B" in name) + trained)
         scores = 4 * count * tokens * config.vision_feature_size
-        self._each["pictures"] += scores * (1 + 2 * (learns or encoder_learns))
+        self._each["images"] += scores * (1 + 2 * (learns or encoder_learns))
 
     def _add_projector(self, projector: nn.Module, features_learn: bool, again: int) -> None:
         learns = features_learn
@@ -104,10 +104,10 @@ class StepFlops:
             learns = learns or _learns(part)
 
     def _add_layer(self, layer: nn.Module, text_learns: bool, features_learn: bool, again: int) -> tuple[bool, bool]:
-        """Adds a decoder layer whose inputs, of text and of visual tokens, do or do not need a gradient; returns whether its
+        """Adds a decoder layer. Its inputs, of text and of visual tokens, do or do not need a gradient; returns whether its
         outputs do."""
         attend, fed = (getattr(layer, name, False) for name in ("visual_tokens_attend", "visual_tokens_are_fed"))
-        if attend:  # one tensor of both
+        if attend:  # text and visual tokens are one tensor
             text_learns = features_learn = text_learns or features_learn
         attention, norms = layer.self_attn, layer.norms
         norm_learns, norm_behind_learns, middle_norm_learns = (
@@ -131,7 +131,7 @@ class StepFlops:
                 self._each[rows] += 2 * size * (1 + again + (gets or "lora_B" in name) + trained)
             if layer.sees_image and not attend and name.startswith(("k_proj", "v_proj", "qkv_proj")):
                 self._each["visual"] += 2 * size * (1 + again + (visual_learns or "lora_B" in name) + trained)
-        # in backward: two products for either product; a fused kernel makes the first one again
+        # in backward: two products for each product; a fused kernel computes the first one again
         queries_learn = into_queries or any(_learns(part) for part in inner if part not in _of_keys(attention))
         backward = (1.5 + 0.5 * queries_learn if attention.implementation == "eager" else 2.5) * attended_learns
         heads = attention.config.num_attention_heads * attention.head_dim
@@ -140,7 +140,7 @@ class StepFlops:
         text = attention.config
         products = list(_products(feed_forward))
         for name, size, trained in products:
-            # the newer checkpointing stops where all that backward needs is there
+            # the newer checkpointing stops when it has everything that backward needs
             last = name == products[-1][0] and norms.after_feed_forward is None and "experts" not in name
             made_again = 0 if last and not _reentrant(layer) else again
             if "experts" in name:
@@ -155,18 +155,18 @@ def _learns(module: nn.Module) -> bool:
 
 
 def _of_keys(attention: nn.Module) -> list[nn.Module]:
-    """What makes keys and values of an attention with separate maps."""
+    """The modules that compute keys and values, of an attention with separate maps."""
     return [getattr(attention, name) for name in ("k_proj", "v_proj", "k_norm") if hasattr(attention, name)]
 
 
 def _reentrant(layer: nn.Module) -> bool:
-    """Whether `layer` is checkpointed the older way."""
+    """Whether `layer` has the older kind of checkpointing."""
     how = getattr(layer, "_gradient_checkpointing_func", None)
     return isinstance(how, partial) and bool(how.keywords.get("use_reentrant", False))
 
 
 def _products(module: nn.Module) -> Iterator[tuple[str, float, bool]]:
-    """For each weight matrix its name, how many of its numbers a token meets, and whether it is trained."""
+    """For each weight matrix its name, how many of its numbers a token is multiplied with, and whether it is trained."""
     for name, p in module.named_parameters():
         if getattr(p, "quant_state", None) is not None:
             shape = p.quant_state.shape

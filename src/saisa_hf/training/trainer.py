@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""transformers' `Trainer` with what training a SAISA asks for on top; everything else is its own."""
+"""transformers' `Trainer`, with what training a SAISA needs in addition."""
 
 import dataclasses
 import os
@@ -26,24 +26,26 @@ PARTIAL = ".partial"
 
 
 class NonFiniteLoss(ValueError):
-    """A loss that is infinite or no number; the message names the samples of the batch."""
+    """A loss that is infinite or NaN; the message names the samples of the batch."""
 
 
 class SaisaTrainer(Trainer):
-    """`Trainer`, which
+    """A `Trainer` that also
 
-    makes logits for labelled rows alone; stops at the first loss that is not finite, before it reaches the weights, and names
-    the samples; reports tokens (padding among them) and pictures per second, arithmetic (see `throughput.py`) and memory;
-    orders the samples as a function of seed and epoch; writes each checkpoint under another name and renames it when it is
-    whole, so that a killed run leaves none that is not; saves whole models, also where processes share the weights (FSDP,
-    DeepSpeed ZeRO-3).
+    - computes logits for labelled rows only;
+    - stops at the first loss that is not finite, before it reaches the weights, and names the samples;
+    - reports tokens (with padding) and images per second, arithmetic (see `throughput.py`) and memory;
+    - orders the samples as a function of seed and epoch;
+    - writes each checkpoint under another name and renames it when it is complete, so that a killed run leaves no incomplete
+      one;
+    - saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
 
     Args:
-        projector_learning_rate: the visual projectors' own largest learning rate; None is that of the others.
+        projector_learning_rate: largest learning rate of the visual projectors; None: as for the others.
         lengths: for `GroupedSampler`; None: no grouping.
-        sample_name: from a sample's index to what error messages call it.
-        peak_tflops: TFLOP/s that a device could do; 0: bfloat16's, where the device is known.
-        kwargs: of `Trainer`. Batches may hold `sample_index`, as `SaisaCollator` makes it.
+        sample_name: name in error messages for a sample's index.
+        peak_tflops: peak TFLOP/s of a device; 0: its bfloat16 peak, if the device is known.
+        kwargs: of `Trainer`. Batches may have the `sample_index` of `SaisaCollator`.
     """
 
     def __init__(
@@ -60,13 +62,14 @@ class SaisaTrainer(Trainer):
         self.sample_name = sample_name or "sample {}".format
         self.peak_tflops = peak_tflops or known_peak_tflops(self.args.device)
         self._saving = False
-        self._flops = self._counts = None
+        self._flops: StepFlops | None = None
+        self._counts: torch.Tensor | None = None
         self._seen, self._since = {"tokens": 0, "pictures": 0}, time.perf_counter()
 
     # --- steps ---
 
     def training_step(self, model, inputs, num_items_in_batch=None, **kwargs):
-        """transformers' own, on a batch whose loss has to be finite."""
+        """As in transformers, on a batch whose loss has to be finite."""
         self._seen["tokens"] += inputs["input_ids"].numel()
         self._seen["pictures"] += len(inputs.get("pixel_values", ()))
         if self._flops is None:
@@ -76,7 +79,7 @@ class SaisaTrainer(Trainer):
         return super().training_step(model, inputs, num_items_in_batch, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        """transformers' own, without logits where nobody looks at them, and finite in training."""
+        """As in transformers, but in training without logits, and with an error if the loss is not finite."""
         inputs = dict(inputs)
         indices = inputs.pop("sample_index", None)
         inputs["use_cache"] = False
@@ -94,15 +97,15 @@ class SaisaTrainer(Trainer):
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """transformers' own, with what was done per second since the last report: tokens and pictures by this process, times
-        the number of processes; TFLOPs by this process, and which share that is of what its device could do, if known; and
-        with this process's largest memory so far in GiB (CUDA memory where there is a GPU)."""
+        """As in transformers, with what was done per second since the last report: tokens and images of this process, times
+        the number of processes; TFLOPs of this process, and their share of its device's peak, if known; and this process's
+        largest memory so far in GiB (CUDA memory if there is a GPU)."""
         if "loss" in logs:
             now = time.perf_counter()
             rate = 1 / max(now - self._since, 1e-9)
             each = self.args.world_size * rate
             logs = {**logs, **{f"{what}_per_second": round(count * each, 1) for what, count in self._seen.items()}}
-            if self._counts is not None:
+            if self._flops is not None and self._counts is not None:
                 tflops = self._flops(self._counts) * rate / 1e12
                 logs["tflops_per_second"] = float(f"{tflops:.4g}")
                 if self.peak_tflops:
@@ -112,7 +115,7 @@ class SaisaTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
-        """transformers' own, with the projectors in groups of their own where they have their own learning rate."""
+        """As in transformers, with separate groups for the projectors if they have their own learning rate."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if made and self.projector_learning_rate is not None:
@@ -142,10 +145,10 @@ class SaisaTrainer(Trainer):
     # --- several processes ---
 
     def create_accelerator_and_postprocess(self):
-        """transformers' own. FSDP2 in bfloat16 adds gradients up in float32 as well, and leaves the loss in it."""
+        """As in transformers. FSDP2 in bfloat16 also sums gradients in float32, and leaves the loss in float32."""
         super().create_accelerator_and_postprocess()
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:
+        if plugin is not None and getattr(plugin, "fsdp_version", 1) == 2 and plugin.mixed_precision_policy is not None:
             exact = {"reduce_dtype": torch.float32, "output_dtype": None}
             plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **exact)
 
@@ -158,11 +161,13 @@ class SaisaTrainer(Trainer):
     # --- checkpoints ---
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """transformers' own, which under FSDP saves no model where the state to go on from is kept in shards."""
+        """As in transformers, which under FSDP saves no model if the training state is kept in shards."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
             return super().save_model(output_dir, _internal_call)
-        state_dict = self.accelerator.get_state_dict(self.model)  # of the main process: to it all others give theirs
+        state_dict = self.accelerator.get_state_dict(
+            self.model
+        )  # complete in the main process only, but all have to call it
         if self.args.should_save:
             self._save(output_dir, state_dict=state_dict)
 
@@ -193,12 +198,12 @@ class SaisaTrainer(Trainer):
             for old in self._superfluous(checkpoints(folder)):
                 discarded = folder / f"{PARTIAL}-{old.name}"
                 shutil.rmtree(discarded, ignore_errors=True)
-                os.replace(old, discarded)  # what is half deleted is no checkpoint
+                os.replace(old, discarded)  # a half-deleted folder is not a checkpoint
                 shutil.rmtree(discarded)
         self.accelerator.wait_for_everyone()
 
     def _superfluous(self, found: list[Path]) -> list[Path]:
-        """Those beyond `save_total_limit`, oldest first. As in transformers, the newest stays, and the best where it is to be
+        """Those beyond `save_total_limit`, oldest first. As in transformers, the newest stays, and the best if it is to be
         loaded in the end."""
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         best = Path(best).name if best and self.args.load_best_model_at_end else None
@@ -214,13 +219,13 @@ def _peak_memory() -> int:
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
+    """The complete checkpoints in `folder`, oldest first."""
     found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, to any of the processes, ends the run after the step under way, with a checkpoint. `stopped` tells whether it
+    """SIGTERM to any of the processes ends the run after the current step, with a checkpoint. `stopped` says whether it
     did."""
 
     def __init__(self):
@@ -230,7 +235,7 @@ class StopOnSignal(TrainerCallback):
         def stop(*_):
             self.stopped = True
 
-        self._handles = threading.current_thread() is threading.main_thread()  # others may not
+        self._handles = threading.current_thread() is threading.main_thread()  # only there it is allowed
         if self._handles:
             self._before = signal.signal(signal.SIGTERM, stop)
         return self
@@ -240,8 +245,8 @@ class StopOnSignal(TrainerCallback):
             signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Asks for a checkpoint and for the end, if the signal came."""
-        if args.world_size > 1:  # all of them at the same step, or they would wait for each other
+        """Asks for a checkpoint and for the end, if there was a signal."""
+        if args.world_size > 1:  # all have to stop at the same step, or they wait for each other
             anywhere = torch.tensor(float(self.stopped), device=args.device)
             torch.distributed.all_reduce(anywhere)
             self.stopped = bool(anywhere > 0)

@@ -1,0 +1,84 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How well a SAISA agrees with its LLaVA, along the LLaVA's own answers."""
+
+import json
+from collections.abc import Iterator
+
+import torch
+
+from .reporting import show_progress
+from .teacher import Teacher
+from .work_folder import Workbench, write_json
+
+
+ROWS_AT_ONCE = 16
+
+
+def answered(bench: Workbench, teacher: Teacher, pictures: range, name: str) -> list[dict]:
+    """For each image of `pictures` one of the prompts, in turn, and the LLaVA's greedy answer to it:
+    `{"picture", "prompt", "answer": ids}`. Kept in the work folder as `name`."""
+    path = bench.folder / name
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    done = {row["picture"] for row in rows}
+    for prompt, ids in enumerate(bench.prompts):
+        asked = [image for image in pictures[prompt :: len(bench.prompts)] if image not in done]
+        for first in range(0, len(asked), ROWS_AT_ONCE):
+            batch = asked[first : first + ROWS_AT_ONCE]
+            inputs = torch.tensor([ids] * len(batch), device=bench.device)
+            answers = teacher.answers(inputs, bench.features_of(batch), bench.fit.answer_tokens)
+            rows += [{"picture": image, "prompt": prompt, "answer": answer} for image, answer in zip(batch, answers)]
+            write_json(path, rows)
+            last = len(rows) == len(pictures)
+            show_progress(bench.log, f"LLaVA has answered {len(rows)} of {len(pictures)} prompts", last)
+    wanted = set(pictures)
+    return [row for row in rows if row["picture"] in wanted]
+
+
+@torch.no_grad()
+def agreement(bench: Workbench, teacher: Teacher, rows: list[dict]) -> dict:
+    """How well the model's next-token distributions agree with the LLaVA's along the answers in `rows` (see `answered`).
+
+    Returns:
+        `kl`, the mean of KL(LLaVA || SAISA) in nats; `top1`, the share of tokens for which both have the same most likely
+        one; and `tokens`, their number.
+    """
+    divergences, same = [], []
+    for batch in batches_of_one_prompt(rows, ROWS_AT_ONCE):
+        ours, theirs = both_logits(bench, teacher, batch)
+        divergences.append(divergence(ours, theirs).cpu())
+        same.append((ours.argmax(-1) == theirs.argmax(-1)).cpu())
+    kl, top1 = torch.cat(divergences).mean(), torch.cat(same).float().mean()
+    return {"kl": float(kl), "top1": float(top1), "tokens": sum(map(len, same))}
+
+
+def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) of next-token distributions, from logits (R, X) -> (R,), in nats."""
+    ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+def both_logits(bench: Workbench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers, `rows` being of one prompt."""
+    ids, keep, counts = _teacher_forced(bench, rows)
+    images = [row["picture"] for row in rows]
+    theirs = teacher.logits(ids, bench.features_of(images), keep)[:, :-1][counts]
+    ours = bench.model(input_ids=ids, pixel_values=bench.pixels(images), logits_to_keep=keep, use_cache=False)
+    return ours.logits[:, :-1][counts], theirs
+
+
+def _teacher_forced(bench: Workbench, rows: list[dict]) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """`rows` of one prompt as a batch: ids (n, S), how many positions to keep, and bool (n, keep - 1), whether the next token
+    belongs to an answer."""
+    longest = max(len(row["answer"]) for row in rows)
+    prompt = bench.prompts[rows[0]["prompt"]]
+    ids = [prompt + row["answer"] + [prompt[0]] * (longest - len(row["answer"])) for row in rows]
+    counts = torch.tensor([[place < len(row["answer"]) for place in range(longest)] for row in rows])
+    return torch.tensor(ids, device=bench.device), longest + 1, counts.to(bench.device)
+
+
+def batches_of_one_prompt(rows: list[dict], size: int) -> Iterator[list[dict]]:
+    """`rows` in batches of at most `size`, each of which has one prompt."""
+    for prompt in sorted({row["prompt"] for row in rows}):
+        same = [row for row in rows if row["prompt"] == prompt]
+        for first in range(0, len(same), size):
+            yield same[first : first + size]

@@ -1,0 +1,182 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Fitting projectors to a LLaVA's visual states: one layer after the other, in closed form and then by descent."""
+
+import copy
+import json
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from .descent import Descent
+from .reporting import layer_line, show_progress
+from .states import VisualStates
+from .teacher import Teacher
+from .work_folder import Workbench, write_json, write_tensors
+
+
+@torch.no_grad()
+def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
+    """Fits the projector of each layer of `bench.model`, in place and in order. Returns for each layer its errors on held-out
+    images, with LLaVA's projector `copied` and with its own `fitted`.
+
+    One layer's projector is fitted at a time, in float32. Each finished layer is kept in the work folder.
+    """
+    folder, layers = bench.folder, bench.model.model.language_model.layers
+    llava_width = teacher.projector.linear_1.out_features
+    exact = (bench.model.config.projector_hidden_size or llava_width) >= llava_width
+    copied = copy.deepcopy(layers[0].visual_projector)  # what every layer starts with: LLaVA's projector
+    states, report = VisualStates(bench, teacher), []
+    for index, layer in enumerate(layers):
+        done, record = folder / f"projector-{index}.safetensors", folder / f"layer-{index}.json"
+        if not record.exists():
+            start = time.perf_counter()
+            work = LayerFit(bench, index, states.at(index))
+            before = work.errors(copied)
+            source = copied if index == 0 or bench.fit.start == "llava" else layers[index - 1].visual_projector
+            projector = copy.deepcopy(source).float()
+            if index or not exact:
+                work.fit_projector(projector)
+            layer.visual_projector.load_state_dict(projector.state_dict())
+            after = work.errors(layer.visual_projector)
+            del work  # its states are not needed while the next layer's are computed
+            write_tensors(done, layer.visual_projector.state_dict())
+            seconds = round(time.perf_counter() - start, 2)
+            write_json(record, {"layer": index, "copied": before, "fitted": after, "seconds": seconds})
+        layer.visual_projector.load_state_dict(load_file(done))
+        report.append(json.loads(record.read_text(encoding="utf-8")))
+        bench.log(layer_line(report[-1], len(layers)))
+    states.remove()
+    return report
+
+
+class LayerFit:
+    """Fits one layer's projector, in float32, to states at that layer's input.
+
+    Args:
+        bench: images and features.
+        index: of the layer.
+        states: (n, V, D), the LLaVA's visual states at its input, on disk.
+    """
+
+    def __init__(self, bench: Workbench, index: int, states: torch.Tensor):
+        self.bench, self.fit, self.index, self.states = bench, bench.fit, index, states
+        self.space = Space(bench.model.model.language_model.layers[index])
+        self.per_step = max(1, round(self.fit.batch_tokens / states.shape[1]))
+
+    def rows(self, images: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (R, C) and states (R, D) of some images, in float32 on the model's device."""
+        features, states = (
+            part[images].to(self.bench.device).float().flatten(0, 1) for part in (self.bench.features, self.states)
+        )
+        return features, states
+
+    def batches(self, images: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All of `images`, batch by batch."""
+        for first in range(images.start, images.stop, self.per_step):
+            yield self.rows(slice(first, min(first + self.per_step, images.stop)))
+
+    def fit_projector(self, projector: nn.Module) -> None:
+        """`solve`, then `descend`. If descent makes the error on fitted images larger, it is tried again at a quarter of the
+        rate, and at a sixteenth; if neither helps, the closed form stays."""
+        self.solve(projector)
+        some = self.bench.fitted[: max(1, 16 * self.per_step)]
+        solved, best = copy.deepcopy(projector.state_dict()), self.errors(projector, some)
+        for slower in (1, 4, 16) if self.fit.steps else ():
+            self.descend(projector, slower)
+            errors = self.errors(projector, some)
+            if errors["keys"] + errors["values"] <= best["keys"] + best["values"]:
+                return
+            projector.load_state_dict(solved)
+            self.bench.log(f"layer {self.index + 1}: descent at 1/{slower} of the rate did not help and is undone")
+
+    def solve(self, projector: nn.Module) -> None:
+        """Sets `linear_2` to the best linear map of the inner activations, in closed form. Its targets are the states scaled
+        to a mean square of 1: the norm behind it does the same. The solution does not depend on the linear map behind the
+        norm, so it serves keys and values as well."""
+        last = projector.linear_2
+        size = last.in_features + (last.bias is not None)
+        gram = torch.zeros(size, size, device=self.bench.device)
+        right = torch.zeros(size, last.out_features, device=self.bench.device)
+        count = 0
+        for features, states in self.batches(self.bench.fitted):
+            inner = projector.act(projector.linear_1(features))
+            if last.bias is not None:
+                inner = torch.cat([inner, torch.ones_like(inner[:, :1])], dim=1)
+            gram += inner.T @ inner
+            right += inner.T @ self.targets(states)
+            count += len(inner)
+        gram, right = gram.cpu().double() / count, right.cpu().double() / count
+        gram.diagonal().add_(self.fit.ridge * gram.diagonal().mean())
+        solution = torch.linalg.solve(gram, right).to(last.weight)
+        last.weight.copy_(solution[: last.in_features].T)
+        if last.bias is not None:
+            last.bias.copy_(solution[-1])
+
+    def targets(self, states_RD: torch.Tensor) -> torch.Tensor:
+        """What the projector is to put out; only the direction counts, unless `space` is `"hidden"`."""
+        if self.fit.space == "hidden":
+            return states_RD
+        return states_RD * states_RD.square().mean(1, keepdim=True).add(1e-6).rsqrt()
+
+    def descend(self, projector: nn.Module, slower: int = 1) -> None:
+        """`fit.steps` steps of AdamW on both linear maps, at 1/`slower` of the rate."""
+        fit, fitted = self.fit, self.bench.fitted
+        generator = torch.Generator().manual_seed(fit.seed * 1000 + self.index)
+        projector.requires_grad_(True)
+        rate = fit.rate / slower / math.sqrt(projector.linear_1.out_features)
+        descent = Descent(projector.parameters(), rate, fit.steps)
+        for step in range(fit.steps):
+            chosen = torch.randint(fitted.start, fitted.stop, (self.per_step,), generator=generator)
+            features, states = self.rows(chosen)
+            with torch.enable_grad():
+                loss = self.space.loss(fit.space, projector(features), self.targets(states))
+            line = f"layer {self.index + 1}: step {step + 1} of {fit.steps}, {descent.step(loss):.4f}"
+            show_progress(self.bench.log, line, last=False)
+        projector.requires_grad_(False)
+
+    @torch.no_grad()
+    def errors(self, projector: nn.Module, images: range | None = None) -> dict[str, float]:
+        """Relative squared errors of the layer's input from images (None: the held-out ones), by place (see
+        `Space.views`)."""
+        sums: dict[str, tuple[float, float]] = {}
+        for features, states in self.batches(self.bench.held_out if images is None else images):
+            ours, theirs = self.space.views(projector(features).float()), self.space.views(states)
+            for name, target in theirs.items():
+                wrong, whole = sums.get(name, (0.0, 0.0))
+                wrong += float((ours[name] - target).square().sum())
+                sums[name] = wrong, whole + float(target.square().sum())
+        return {name: wrong / whole for name, (wrong, whole) in sums.items()}
+
+
+class Space:
+    """Where a decoder layer's visual input counts: behind its norm, as keys before rotation, and as values. In float32."""
+
+    def __init__(self, layer: nn.Module):
+        self.norm = copy.deepcopy(getattr(layer, layer.norms.before_attention)).float()
+        self.attention = copy.copy(layer.self_attn)
+        parts = ("k_proj", "v_proj", "qkv_proj", "k_norm")
+        own = layer.self_attn._modules
+        self.attention._modules = {name: copy.deepcopy(own[name]).float() for name in parts if name in own}
+
+    def views(self, rows_RD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rows at the layer's input -> the same rows in each of the three places, (R, .)."""
+        normed = self.norm(rows_RD)
+        keys, values = (part.flatten(1) for part in self.attention.keys_and_values(normed))
+        return {"norm": normed, "keys": keys, "values": values}
+
+    def loss(self, space: str, ours_RD: torch.Tensor, theirs_RD: torch.Tensor) -> torch.Tensor:
+        """The relative squared error in `space` (see `Fit`)."""
+        if space in ("hidden", "scaled"):
+            return _relative_error(ours_RD, theirs_RD)
+        if space == "norm":
+            return _relative_error(self.norm(ours_RD), self.norm(theirs_RD))
+        ours, theirs = self.views(ours_RD), self.views(theirs_RD)
+        return sum(_relative_error(ours[name], theirs[name]) for name in ("keys", "values")) / 2
+
+
+def _relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return (ours - theirs).square().sum() / theirs.square().sum()

@@ -1,0 +1,152 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The SAISA of a LLaVA before anything is fitted: LLaVA's own parts, with its projector copied into every layer."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import CLIPImageProcessor, PreTrainedModel, ProcessorMixin
+
+from ...configuration_saisa import SaisaConfig
+from ...language_models_saisa import LanguageModelFamily, checkpoint_state_dict
+from ...modeling_saisa import SaisaForConditionalGeneration
+from ...processing_saisa import SaisaProcessor
+from ...vision_saisa import CLASS_TOKENS, NESTED_ENCODERS, NestedEncoder
+from .reading import LLAVAS
+
+
+def saisa_from_llava(
+    llava: PreTrainedModel, projector_hidden_size: int | None = None, seed: int = 0
+) -> SaisaForConditionalGeneration:
+    """The SAISA of a LLaVA, with LLaVA's projector copied into every layer. All other weights are shared with the LLaVA:
+    only the projectors take memory.
+
+    Args:
+        llava: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, all on one device.
+        projector_hidden_size: inner width of the projectors. If it is larger than LLaVA's, they compute the same as before;
+            if it is smaller, they are LLaVA's with inner units left out.
+        seed: of the inner units that are added or left out.
+
+    Raises:
+        ValueError: not a LLaVA, or one whose language model or encoder SAISA does not support.
+    """
+    theirs = llava.config
+    if theirs.model_type not in LLAVAS:
+        raise ValueError(
+            f"model_type={theirs.model_type!r}: expected a LLaVA, 'llava' or 'llava_next' (LlavaForConditionalGeneration, "
+            f"LlavaNextForConditionalGeneration)."
+        )
+    encoder = theirs.vision_config.model_type
+    if theirs.vision_feature_select_strategy == "default" and CLASS_TOKENS.get(encoder) == 0:
+        raise ValueError(
+            f"vision_feature_select_strategy='default' drops the first token of {encoder}, which is a patch, not a class "
+            f"token; SAISA cannot do that. A LLaVA with this encoder needs 'full'."
+        )
+    with torch.device("meta"):
+        model = SaisaForConditionalGeneration(_config(llava, projector_hidden_size)).eval()
+    family = model.language_model.family
+    as_they_are = type(family).scaled_input is LanguageModelFamily.scaled_input
+    if family.norms.before_attention is None or not as_they_are or hasattr(model.get_input_embeddings(), "scale"):
+        raise ValueError(
+            f"text_config.model_type={theirs.text_config.model_type!r} is not supported here: projectors are fitted to "
+            "hidden states that a norm follows and that no multiplier scales."
+        )
+    _share_weights(model, llava)
+    _copy_projector(model, llava.model.multi_modal_projector, seed)
+    model.generation_config = copy.deepcopy(llava.generation_config)
+    return model.requires_grad_(False)
+
+
+def _config(llava: PreTrainedModel, projector_hidden_size: int | None) -> SaisaConfig:
+    theirs, projector = llava.config, llava.model.multi_modal_projector
+    embedding = llava.get_input_embeddings().weight
+    own_width = projector_hidden_size in (None, projector.linear_1.out_features)
+    config = SaisaConfig(
+        vision_config=copy.deepcopy(theirs.vision_config),
+        text_config=copy.deepcopy(theirs.text_config),
+        image_token_id=theirs.image_token_index,
+        vision_feature_layer=theirs.vision_feature_layer,
+        vision_feature_select_strategy=theirs.vision_feature_select_strategy,
+        projector_hidden_act=theirs.projector_hidden_act,
+        projector_bias=projector.linear_1.bias is not None,
+        projector_hidden_size=None if own_width else projector_hidden_size,
+        tie_word_embeddings=llava.lm_head.weight is embedding,
+    )
+    config.architectures = [SaisaForConditionalGeneration.__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = embedding.dtype
+    return config
+
+
+def _share_weights(model: SaisaForConditionalGeneration, llava: PreTrainedModel) -> None:
+    """Gives `model`, which has no memory yet, the encoder, language model and head of `llava`."""
+    theirs, tower = llava.config, llava.model.vision_tower
+    nested = hasattr(tower, "vision_model") or theirs.vision_config.model_type not in NESTED_ENCODERS
+    model.model.vision_tower = tower if nested else NestedEncoder(tower)
+    decoder = model.model.language_model
+    keys = decoder.load_state_dict(checkpoint_state_dict(llava.model.language_model), strict=False, assign=True)
+    missing = [key for key in keys.missing_keys if ".visual_projector." not in key]
+    if missing or keys.unexpected_keys:
+        raise ValueError(
+            f"the language model of this {theirs.model_type} ({theirs.text_config.model_type}) does not match SAISA's: "
+            f"missing {missing[:3]}, unexpected {keys.unexpected_keys[:3]}."
+        )
+    embedding = llava.get_input_embeddings().weight
+    decoder.rotary_emb = decoder.family.rotary_embedding().to(embedding.device)
+    model.lm_head.weight = embedding if model.config.tie_word_embeddings else llava.lm_head.weight
+
+
+def _copy_projector(model: SaisaForConditionalGeneration, projector: nn.Module, seed: int) -> None:
+    embedding = model.get_input_embeddings().weight
+    width = model.config.projector_hidden_size or projector.linear_1.out_features
+    weights = _widened(projector, width, seed)
+    for layer in model.model.language_model.layers:
+        layer.visual_projector = layer.visual_projector.to_empty(device=embedding.device).to(embedding.dtype)
+        layer.visual_projector.load_state_dict(weights)
+
+
+def _widened(projector: nn.Module, width: int, seed: int) -> dict[str, torch.Tensor]:
+    """The state dict of `projector` with `width` inner units: with more of them, which have no effect yet, or with fewer."""
+    weights = {name: tensor.detach() for name, tensor in projector.state_dict().items()}
+    inner = projector.linear_1.out_features
+    if width == inner:
+        return weights
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(inner, generator=generator)[:width] if width < inner else torch.arange(inner)
+    more = max(width - inner, 0)
+    # a new unit is an old one plus noise of the same size: active, and unlike all others
+    copied = torch.randint(inner, (more,), generator=generator)
+    for name in ("linear_1.weight", "linear_1.bias"):
+        if name in weights:
+            old = weights[name]
+            noise = torch.randn((more, *old.shape[1:]), generator=generator).to(old) * old.float().std().to(old)
+            weights[name] = torch.cat([old[chosen.to(old.device)], old[copied.to(old.device)] + noise])
+    last = weights["linear_2.weight"]
+    weights["linear_2.weight"] = torch.cat([last[:, chosen.to(last.device)], last.new_zeros(len(last), more)], dim=1)
+    return weights
+
+
+def processor_from_llava(llava_processor: ProcessorMixin, config: SaisaConfig) -> SaisaProcessor:
+    """A `SaisaProcessor` with the tokenizer, image processor and chat template of a LLaVA's processor. It makes the same ids
+    and pixels from the same prompt. From an image for LLaVA-NeXT it makes the base image alone: the whole image, scaled to
+    the encoder's size."""
+    image_processor = llava_processor.image_processor
+    if hasattr(image_processor, "image_grid_pinpoints"):
+        side = config.vision_config.image_size
+        keep = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
+        image_processor = CLIPImageProcessor(
+            size={"height": side, "width": side},
+            do_center_crop=False,
+            **{name: getattr(image_processor, name) for name in keep if hasattr(image_processor, name)},
+        )
+    return SaisaProcessor(
+        image_processor,
+        llava_processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=config.vision_prefix_tokens,
+        image_token=llava_processor.image_token,
+        image_seq_length=config.image_seq_length,
+        chat_template=llava_processor.chat_template,
+        tokenize_whole=True,
+    )

@@ -1,0 +1,51 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Reading LLaVA checkpoints, and finding images in a folder."""
+
+import os
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+
+
+LLAVAS = ("llava", "llava_next")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def load_llava(
+    source: str | os.PathLike, dtype: str | None = None, device: str = "cpu", named: str = "--from-llava"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a LLaVA or LLaVA-NeXT checkpoint in transformers' layout.
+
+    Args:
+        source: folder or hub id.
+        dtype: "float32", "float16" or "bfloat16"; None: as stored.
+        device: where the model is loaded.
+        named: what error messages call `source`.
+
+    Raises:
+        ValueError: a checkpoint of another kind.
+        OSError: no such folder or repository.
+    """
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in LLAVAS:
+        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
+    processor = AutoProcessor.from_pretrained(source)
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"{named} {str(source)!r} has no image processor: preprocessor_config.json is missing.")
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
+    return model.eval(), processor
+
+
+def picture_files(folder: str | os.PathLike) -> list[Path]:
+    """The images below `folder`, recognised by suffix, in alphabetical order.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no images.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--images {str(folder)!r} is not a folder.")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise FileNotFoundError(f"--images {str(folder)!r} holds no images ({', '.join(SUFFIXES)}).")
+    return files

@@ -1,0 +1,137 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The whole way from a LLaVA checkpoint and a folder of images to a SAISA checkpoint."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ...common.destination import Destination, size_in_bytes
+from ..model_card import write_model_card
+from .agreement import agreement, answered
+from .distilling import distill
+from .fitting import fit_projectors
+from .model import processor_from_llava, saisa_from_llava
+from .reading import load_llava, picture_files
+from .reporting import report_text
+from .settings import PROMPTS, Fit
+from .teacher import Teacher
+from .work_folder import Workbench, write_json
+
+
+REPORT = "from_llava.json"
+
+
+def from_llava(
+    source: str | os.PathLike,
+    images: str | os.PathLike | Sequence,
+    destination: str | os.PathLike,
+    *,
+    fit: Fit | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    prompt_format: str | None = None,
+    work_folder: str | os.PathLike | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Makes a SAISA from a LLaVA, writes model, processor and report into the folder `destination`, and returns the report.
+
+    Args:
+        source: folder or hub id of a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
+        images: a folder of images, or a list of what `load_image` takes. They need no labels.
+        destination: folder to make. An existing one must be empty, or `overwrite` must be True.
+        fit: settings.
+        prompts: prompts that suit any image; agreement is measured and distilled along the answers to them.
+        prompt_format: see `Workbench`.
+        work_folder: where features, states and finished layers are kept, so that an interrupted run can resume; None: beside
+            the destination, removed at the end.
+        dtype: "float32", "float16" or "bfloat16"; None: as stored. Projectors are fitted in float32 in any case.
+        device: where the model is.
+        max_shard_size: the largest size of a weight file, as a number of bytes or like "5GB".
+        overwrite: whether `destination` may be replaced.
+        push_to_hub: a repository, "user/name", to upload the result to as well; made if needed.
+        private: whether the repository is private, if it is made; None leaves that to the hub.
+        log: called with one line of text per step.
+
+    Returns:
+        `layers`: errors by layer (see `fit_projectors`); `agreement`: by stage, `copied`, `fitted` and, if asked for,
+        `distilled` (see `agreement`); `pictures`, `settings` and `seconds`.
+
+    Raises:
+        ValueError, OSError: something is not as expected; the message says what.
+    """
+    fit, max_shard_size = fit or Fit(), size_in_bytes(max_shard_size)
+    place = Destination(destination, overwrite, push_to_hub, private, log)
+    for part in (source, images, work_folder):
+        if isinstance(part, (str, os.PathLike)) and (part is work_folder or Path(part).expanduser().is_dir()):
+            place.check_outside(Path(part).expanduser())
+    files = picture_files(images) if isinstance(images, (str, os.PathLike)) else list(images)
+    work = Path(work_folder).expanduser() if work_folder else place.path.parent / f".{place.path.name}.work"
+    start = time.perf_counter()
+    bench, teacher = _prepared(source, files, work, fit, prompts, prompt_format, dtype, device, log)
+    layers, agreements = _fitted(bench, teacher)
+    report = {
+        "source": str(source),
+        "pictures": {"fitted": len(bench.fitted), "held_out": len(bench.held_out), "skipped": bench.skipped},
+        "layers": layers,
+        "agreement": agreements,
+        "prompts": list(prompts),
+        "settings": asdict(fit),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    with place.new_folder() as partial:
+        bench.model.save_pretrained(partial, max_shard_size=max_shard_size)
+        bench.processor.save_pretrained(partial)
+        base_model = None if Path(source).expanduser().is_dir() else str(source)
+        write_model_card(partial, bench.model.config, repo_id=place.repo_id, base_model=base_model)
+        write_json(partial / REPORT, report)
+    if work_folder is None:
+        shutil.rmtree(work, ignore_errors=True)
+    log(report_text(report))
+    place.publish()
+    return report
+
+
+def _prepared(
+    source: str | os.PathLike,
+    files: Sequence,
+    work: Path,
+    fit: Fit,
+    prompts: Sequence[str],
+    prompt_format: str | None,
+    dtype: str | None,
+    device: str,
+    log: Callable[[str], None],
+) -> tuple[Workbench, Teacher]:
+    """Student and teacher of one set of weights, and the images' features."""
+    llava, llava_processor = load_llava(source, dtype, device)
+    if llava.config.model_type == "llava_next":
+        log("note: LLaVA-NeXT's tiles are not used: of each image only the whole, at the encoder's size")
+    model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed)
+    processor = processor_from_llava(llava_processor, model.config)
+    teacher = Teacher(model, llava.model.multi_modal_projector)
+    return Workbench(model, processor, files, work, fit, prompts, prompt_format, log), teacher
+
+
+def _fitted(bench: Workbench, teacher: Teacher) -> tuple[list[dict], dict[str, dict]]:
+    """Fits and distills; returns the errors by layer, and the agreement by stage."""
+    measured = answered(bench, teacher, bench.held_out, "held-out-answers.json")
+    path = bench.folder / "agreement.json"
+    agreements = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if "copied" not in agreements:
+        agreements["copied"] = agreement(bench, teacher, measured)
+        write_json(path, agreements)
+    layers = fit_projectors(bench, teacher)
+    agreements["fitted"] = agreement(bench, teacher, measured)
+    if bench.fit.distill_steps:
+        distill(bench, teacher)
+        agreements["distilled"] = agreement(bench, teacher, measured)
+    return layers, agreements

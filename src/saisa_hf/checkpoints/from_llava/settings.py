@@ -1,0 +1,80 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""How projectors are fitted: `Fit`, and the prompts along whose answers the result is measured."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+PROMPTS = (
+    "Describe this image in detail.",
+    "What is shown in this picture?",
+    "List the objects in the image with their colours and places.",
+    "What text can be read in the image?",
+)
+SPACES = ("hidden", "scaled", "norm", "keys_values")
+STARTS = ("previous", "llava")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How projectors are fitted.
+
+    Attributes:
+        pictures: the largest number of images to use, held-out ones included.
+        held_out: how many of these are not fitted on; errors and agreement are measured on them.
+        steps: steps of AdamW for each layer; 0 keeps the closed-form solution of `linear_2`.
+        rate: the highest learning rate of its cosine schedule, times the square root of the projector's inner width: 0.064
+            gives 0.001 at a width of 4096, as in LLaVA's first training stage, and 0.006 at 128.
+        batch_tokens: approximate number of visual tokens in one step.
+        ridge: the penalty of the closed form, relative to the mean square of the inner activations.
+        space: where descent measures the error: in the `"hidden"` states as they are, in the states `"scaled"` to a mean
+            square of 1 each, behind the layer's input `"norm"`, or in its `"keys_values"`.
+        start: what a layer's `linear_1` starts from: the `"previous"` layer's, or `"llava"`'s own.
+        projector_hidden_size: inner width of the projectors; None: LLaVA's.
+        distill_steps: steps of distillation of the next-token distributions, after the fit.
+        distill_rate: its highest learning rate.
+        distill_batch: images with prompt and answer in one of its steps.
+        answer_tokens: the longest answer of the LLaVA to a prompt.
+        seed: of the order of images and of everything that is drawn at random.
+    """
+
+    pictures: int = 2000
+    held_out: int = 64
+    steps: int = 500
+    rate: float = 0.064
+    batch_tokens: int = 2304
+    ridge: float = 1e-5
+    space: str = "scaled"
+    start: str = "previous"
+    projector_hidden_size: int | None = None
+    distill_steps: int = 0
+    distill_rate: float = 1e-4
+    distill_batch: int = 8
+    answer_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("pictures", "held_out", "batch_tokens", "distill_batch", "answer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
+        for name in ("steps", "distill_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or a positive number.")
+        for name, allowed in (("space", SPACES), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}.")
+
+
+def read_prompts(file: str | os.PathLike) -> list[str]:
+    """The prompts in a text file, one per line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has no prompts.
+    """
+    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {file} holds no prompts: expected one per line.")
+    return prompts

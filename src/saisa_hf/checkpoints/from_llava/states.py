@@ -1,0 +1,89 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The LLaVA's visual states, layer by layer: on disk at the input of one layer, and of the next while they are computed."""
+
+import os
+
+import torch
+
+from .teacher import Teacher
+from .work_folder import Workbench, rows_on_disk
+
+
+class VisualStates:
+    """The hidden states of the LLaVA's visual tokens at the input of one decoder layer at a time, of all images.
+
+    They are in the work folder, under the layer's number. In a causal LLaVA they depend on nothing but the image and the text
+    in front of it, whose own states are kept in memory.
+    """
+
+    def __init__(self, bench: Workbench, teacher: Teacher):
+        config = bench.model.config
+        self.bench, self.teacher = bench, teacher
+        self.shape = (len(bench.kept), config.image_seq_length, config.text_config.hidden_size)
+        self.at_once = max(1, bench.fit.batch_tokens // self.shape[1])
+        prefix = torch.tensor([bench.prefix], dtype=torch.long, device=bench.device)
+        self._prefix = bench.model.get_input_embeddings()(prefix)  # (1, S, D)
+        self._layer: int | None = None  # at whose input the states are
+        self._states: torch.Tensor | None = None
+
+    def at(self, index: int) -> torch.Tensor:
+        """(n, V, D) on disk: the states at the input of layer `index`, not in front of where they are already."""
+        if self._layer is None:
+            self._begin(index)
+        while self._layer < index:
+            self._advance()
+        return self._states
+
+    def remove(self) -> None:
+        """Deletes the files."""
+        self._states = None
+        for file in self.bench.folder.glob("states-*.bin"):
+            file.unlink()
+
+    def _begin(self, index: int) -> None:
+        """Takes the states nearest to layer `index` that an earlier run left, or those at layer 0, which it computes."""
+        found = [number for number in range(index, -1, -1) if self._file(number).exists()]
+        self._layer = found[0] if found else 0
+        if not found:
+            target = self._new_file()
+            for first in range(0, self.shape[0], self.at_once):
+                rows = range(first, min(first + self.at_once, self.shape[0]))
+                visual = self.teacher.projector(self.bench.features_of(rows))
+                target[rows.start : rows.stop] = visual.to(target.dtype).cpu()
+            del target
+            self._finish_file(0)
+        for number in range(self._layer):
+            self._advance_prefix(number)
+        self._open()
+
+    def _advance(self) -> None:
+        """Moves the states to the input of the next layer."""
+        target = self._new_file()
+        front = self._prefix.shape[1]
+        for first in range(0, self.shape[0], self.at_once):
+            visual = self._states[first : first + self.at_once].to(self.bench.device)
+            whole = torch.cat([self._prefix.expand(len(visual), -1, -1), visual], dim=1)
+            target[first : first + len(visual)] = self.teacher.advance(self._layer, whole)[:, front:].cpu()
+        self._advance_prefix(self._layer)
+        del target
+        self._states = None
+        self._finish_file(self._layer + 1)
+        self._file(self._layer).unlink(missing_ok=True)
+        self._layer += 1
+        self._open()
+
+    def _advance_prefix(self, layer: int) -> None:
+        if self._prefix.shape[1]:
+            self._prefix = self.teacher.advance(layer, self._prefix)
+
+    def _file(self, layer: int) -> os.PathLike:
+        return self.bench.folder / f"states-{layer}.bin"
+
+    def _new_file(self) -> torch.Tensor:
+        return rows_on_disk(self.bench.folder / "states.part", self.shape, self._prefix.dtype, create=True)
+
+    def _finish_file(self, layer: int) -> None:
+        os.replace(self.bench.folder / "states.part", self._file(layer))
+
+    def _open(self) -> None:
+        self._states = rows_on_disk(self._file(self._layer), self.shape, self._prefix.dtype)

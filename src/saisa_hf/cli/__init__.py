@@ -1,0 +1,56 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The console script `saisa`: what can be done without writing Python.
+
+Each command has a file here, which declares its options (`add_to`) and runs it (`run`). What takes long to import, torch and
+transformers above all, is imported by `run`, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+
+from .. import __version__
+from . import attend, bench, build, chat, convert, data, demo, fit, flops, redundancy, train, upgrade
+
+
+COMMANDS = (demo, convert, build, upgrade, chat, attend, train, flops, fit, redundancy, bench, data)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line `argv` (None: that of the process) and returns the exit status.
+
+    0: done. 1: a file, folder, repository or optional package is missing or cannot be used. 2: the command line or
+    something in the input is not as expected. Errors are one line on stderr.
+    """
+    try:
+        arguments, unknown = make_parser().parse_known_args(argv)
+        if unknown:
+            arguments.refuse(arguments, unknown)
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output is gone, as with `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ImportError) as error:
+        return _fail(error, 1)
+    except ValueError as error:
+        return _fail(error, 2)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(prog="saisa", description="SAISA vision-language models for transformers.")
+    parser.add_argument("--version", action="version", version=f"saisa-hf {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_to(commands)
+    return parser
+
+
+def _fail(error: object, status: int) -> int:
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"saisa: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
+    return status

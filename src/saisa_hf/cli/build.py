@@ -1,0 +1,164 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""`saisa build`: a new SAISA, from a language model and a vision encoder or from a trained LLaVA."""
+
+import argparse
+from typing import Any
+
+from ..common.arguments import count, positive
+from .options import (
+    Commands,
+    Options,
+    add_chat_template,
+    add_command,
+    add_device,
+    add_reduction,
+    add_result,
+    result,
+)
+
+
+HELP = """\
+Builds a model from a language model and a vision encoder, untrained and ready for the first training stage:
+
+  saisa build Qwen/Qwen3-0.6B google/siglip-base-patch16-224 ./my-saisa
+  saisa build ./llama ./clip ./my-saisa --projector-sharing shared --dtype bfloat16
+
+The weights of the language model and the encoder are kept bit for bit, the projectors are new. The tokenizer keeps its
+image token, or gets one; its chat template is changed to accept images.
+
+Or makes a SAISA from a trained LLaVA, without training on text. Language model and encoder are the LLaVA's own; each
+layer's projector is fitted to the states that the LLaVA's visual tokens have there, on any images:
+
+  saisa build --from-llava llava-hf/llava-1.5-7b-hf --images ./photos ./saisa-of-llava
+
+A report in DST gives the errors by layer, and how well the next-token distributions agree with the LLaVA's on held-out
+images. After an interruption, the same command resumes the work.
+
+DST appears when everything is written.
+"""
+
+
+def add_to(commands: Commands) -> None:
+    command = add_command(
+        commands,
+        "build",
+        run,
+        summary="build a model from a language model and a vision encoder, or from a LLaVA",
+        description=HELP,
+        usage="saisa build LANGUAGE_MODEL VISION_MODEL DST [options]\n"
+        "       saisa build --from-llava MODEL --images FOLDER DST [options]",
+    )
+    add = command.add_argument
+    paths = (
+        "folders or hub ids of the language model and the vision encoder, and the folder to create; with --from-llava only "
+        "the last"
+    )
+    add("paths", metavar="LANGUAGE_MODEL VISION_MODEL DST", nargs="+", help=paths)
+    add_result(command, "as in the language model, or the LLaVA")
+    width = "inner width of the projectors (default: the language model's hidden size, or as in the LLaVA's)"
+    add("--projector-hidden-size", metavar="N", type=positive, help=width)
+    add("--seed", metavar="N", type=count, default=0, help="of all random numbers (default: %(default)s)")
+    parts = command.add_argument_group("from parts")
+    _add_parts(parts)
+    llava = command.add_argument_group("from a LLaVA")
+    _add_llava(llava)
+    of_parts, of_llava = ([action.dest for action in group._group_actions] for group in (parts, llava))
+    command.set_defaults(of_parts=of_parts, of_llava=of_llava)
+
+
+def _add_parts(group: Options) -> None:
+    add = group.add_argument
+    token = "stands for an image in prompts (default: the tokenizer's own, else <image>)"
+    add("--image-token", metavar="TEXT", help=token)
+    add_chat_template(group, "the tokenizer's own, else plain")
+    layers = "states of the encoder to use (default: -2)"
+    add("--vision-feature-layer", metavar="N", type=int, nargs="+", help=layers)
+    strategy = "full: with the class token (default: without)"
+    add("--vision-feature-select-strategy", choices=("default", "full"), help=strategy)
+    sharing = "shared: one projector for all layers, for the first stage"
+    add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
+    seeing = "decoder layers that see images (default: all)"
+    add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
+    add_reduction(group, "reduce the visual tokens of an image (default: no reduction)")
+    add("--pad-to-square", action="store_true", help="pad images to squares, as LLaVA-1.5 does")
+
+
+def _add_llava(group: Options) -> None:
+    # the defaults are those of `saisa_hf.checkpoints.from_llava.Fit`
+    add = group.add_argument
+    add("--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
+    add("--images", metavar="FOLDER", help="images to fit the projectors on; no other data is needed")
+    number = "use at most N of them (default: %(default)s)"
+    add("--pictures", metavar="N", type=positive, default=2000, help=number)
+    held_out = "keep N of these to measure on (default: %(default)s)"
+    add("--held-out", metavar="N", type=positive, default=64, help=held_out)
+    steps = "gradient steps for each layer (default: %(default)s)"
+    add("--steps", metavar="N", type=count, default=500, help=steps)
+    distill = "then train the projectors for STEPS steps on MODEL's own answers to the prompts (default: %(default)s)"
+    add("--distill", metavar="STEPS", type=count, default=0, help=distill)
+    prompts = "generic prompts, one per line, to measure and distill with (default: four)"
+    add("--prompts", metavar="FILE", help=prompts)
+    form = "how to ask MODEL, for instance 'USER: <image>\\n{prompt} ASSISTANT:' (default: its chat template)"
+    add("--prompt-format", metavar="TEXT", help=form)
+    work = "keep features, states and finished layers there (default: a folder beside DST, removed at the end)"
+    add("--work-folder", metavar="DIR", help=work)
+    add_device(group)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    _check(arguments)
+    if arguments.from_llava is None:
+        _from_parts(arguments)
+    else:
+        _from_llava(arguments)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Ends the program if options of both ways are given, or the wrong number of paths."""
+    parser, from_llava = arguments.parser, arguments.from_llava is not None
+    wanted = ["DST"] if from_llava else ["LANGUAGE_MODEL", "VISION_MODEL", "DST"]
+    if len(arguments.paths) != len(wanted):
+        parser.error(f"expected {' '.join(wanted)}, got {' '.join(arguments.paths)}")
+    for name in arguments.of_parts if from_llava else arguments.of_llava:
+        if getattr(arguments, name) != parser.get_default(name):
+            rule = "does not go with --from-llava" if from_llava else "only goes with --from-llava"
+            parser.error(f"--{name.replace('_', '-')} {rule}")
+    if from_llava and arguments.images is None:
+        parser.error("--from-llava needs --images FOLDER, images to fit the projectors on")
+
+
+def _from_parts(arguments: argparse.Namespace) -> None:
+    from ..checkpoints.build import build
+
+    names = (*arguments.of_parts, "projector_hidden_size", "seed")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names} | result(arguments)
+    options = {name: value for name, value in options.items() if value is not None}
+    if len(options.get("vision_feature_layer", ())) == 1:
+        options["vision_feature_layer"] = options["vision_feature_layer"][0]
+    build(*arguments.paths, **options)
+
+
+def _from_llava(arguments: argparse.Namespace) -> None:
+    from ..checkpoints.from_llava import PROMPTS, Fit, from_llava, read_prompts
+    from ..common.loading import device_named
+
+    form = arguments.prompt_format
+    from_llava(
+        arguments.from_llava,
+        arguments.images,
+        *arguments.paths,
+        fit=Fit(
+            pictures=arguments.pictures,
+            held_out=arguments.held_out,
+            steps=arguments.steps,
+            projector_hidden_size=arguments.projector_hidden_size,
+            distill_steps=arguments.distill,
+            seed=arguments.seed,
+        ),
+        prompts=PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),
+        prompt_format=None if form is None else form.replace("\\n", "\n"),
+        work_folder=arguments.work_folder,
+        device=device_named(arguments.device),
+        **result(arguments),
+    )

@@ -1,0 +1,121 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What several commands share: how a command is added, and the options that they have in common."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from ..common.arguments import count, positive
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Options: TypeAlias = argparse._ActionsContainer  # a parser, or a group of its options
+
+DTYPES = ("float32", "float16", "bfloat16")
+REDUCTIONS = ("avg_pool", "pixel_unshuffle", "resampler", "class_attention")  # as in `vision_saisa`
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    **options: Any,
+) -> argparse.ArgumentParser:
+    """Adds the command `name`, which `run` runs; it gets the parsed arguments, with the command's parser as `parser`.
+
+    Args:
+        summary: its line in `saisa --help`.
+        description: what its own `--help` says before the options, printed as it is.
+        options: of `argparse.ArgumentParser`.
+    """
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(name, help=summary, description=description, formatter_class=layout, **options)
+    parser.set_defaults(run=run, refuse=_refuse, parser=parser)
+    return parser
+
+
+def _refuse(arguments: argparse.Namespace, unknown: list[str]) -> None:
+    """Ends the program because of arguments that the command does not have."""
+    arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments themselves, without what `add_command` put beside them."""
+    return {name: value for name, value in vars(arguments).items() if name not in ("run", "refuse", "parser")}
+
+
+# --- a model that runs: chat, attend, redundancy ---
+
+
+def add_model(options: Options) -> None:
+    """MODEL, a SAISA."""
+    options.add_argument("model", metavar="MODEL", help="folder, or hub id, of a SAISA checkpoint")
+
+
+def add_placement(options: Options) -> None:
+    """--dtype and --device."""
+    dtype = "compute in this (default: auto, as the checkpoint is stored)"
+    options.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help=dtype)
+    add_device(options)
+
+
+def add_device(options: Options) -> None:
+    """--device."""
+    device = "cpu, cuda, cuda:1, mps ... (default: auto, the fastest available)"
+    options.add_argument("--device", default="auto", help=device)
+
+
+def add_answering(options: Options, longest: int) -> None:
+    """--system and --max-new-tokens."""
+    add = options.add_argument
+    tokens = "longest answer (default: %(default)s)"
+    add("--max-new-tokens", metavar="N", type=positive, default=longest, help=tokens)
+    add("--system", metavar="TEXT", help="system message, if the model's chat template has one")
+
+
+# --- a new checkpoint: convert, build ---
+
+
+def add_result(options: Options, stored: str) -> None:
+    """How the result is stored, and where else it goes. `stored` is the default of --dtype, in words."""
+    add = options.add_argument
+    add("--dtype", choices=DTYPES, help=f"store the weights like this (default: {stored})")
+    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest weight file (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace DST if it exists")
+    repository = "also upload the result to this repository, user/name, which is created if necessary"
+    add("--push-to-hub", metavar="REPO", help=repository)
+    private = "with --push-to-hub: make a new repository private"
+    add("--private", action="store_true", default=None, help=private)
+
+
+def result(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the options of `add_result` say, as arguments of the functions that write a checkpoint."""
+    names = ("dtype", "max_shard_size", "overwrite", "push_to_hub", "private")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_chat_template(options: Options, default: str) -> None:
+    """--chat-template."""
+    template = f"vicuna, llama_3, chatml, plain, or a .jinja file (default: {default})"
+    options.add_argument("--chat-template", metavar="NAME", help=template)
+
+
+# --- sizes: build, flops, fit ---
+
+
+def add_reduction(options: Options, meaning: str) -> None:
+    """--visual-token-reduction, which does what `meaning` says, and its number."""
+    options.add_argument("--visual-token-reduction", choices=REDUCTIONS, help=meaning)
+    number = "how many, for resampler and class_attention"
+    options.add_argument("--reduced-visual-tokens", metavar="N", type=positive, help=number)
+
+
+def add_prompt_sizes(options: Options, text: int, generate: int) -> None:
+    """--text, --generate and --batch, with these defaults."""
+    add = options.add_argument
+    add("--text", metavar="N", type=positive, default=text, help="text tokens of a prompt (default: %(default)s)")
+    add("--generate", metavar="N", type=count, default=generate, help="tokens to generate (default: %(default)s)")
+    add("--batch", metavar="N", type=positive, default=1, help="samples (default: %(default)s)")
