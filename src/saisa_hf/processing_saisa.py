@@ -42,6 +42,10 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
+SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
+SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_feature_select_strategy", "visual_token_reduction")
+UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowing_tokens", "is_split_into_words")
+
 
 def add_image_token(tokenizer, image_token: str = "<image>") -> int:
     """Makes `image_token` a special token of `tokenizer`, in place, that leaves the spaces around it alone. Returns its id,
