@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache
@@ -63,13 +63,13 @@ class Visibility:
     """
 
     layout: TokenLayout
-    slots: torch.Tensor
+    slots: Tensor
     key_range: tuple[int, int]
     window: int | None = None
-    attention_mask: torch.Tensor | None = None
-    document_BS: torch.Tensor | None = None
+    attention_mask: Tensor | None = None
+    document_BS: Tensor | None = None
 
-    def for_implementation(self, implementation: str, dtype: torch.dtype) -> "torch.Tensor | BlockMask | Runs":
+    def for_implementation(self, implementation: str, dtype: torch.dtype) -> "Tensor | BlockMask | Runs":
         """What the attention implementation of that name takes as its mask, for queries of `dtype`."""
         if implementation == "eager":
             visible = self.mask()
@@ -83,7 +83,7 @@ class Visibility:
             return Runs(self)
         return self.mask()
 
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """bool (B or 1, 1, T, L), True is visible."""
         length, offset = self.key_range
         key_L = torch.arange(length, device=self.slots.device) + offset
@@ -106,7 +106,7 @@ class Visibility:
 
         return create_block_mask(visible, len(query_BT), None, query_BT.shape[1], length, device=self.slots.device)
 
-    def _sees(self, query, key, is_real, same_document) -> torch.Tensor:
+    def _sees(self, query, key, is_real, same_document) -> Tensor:
         """Whether queries at the places `query` see the keys at `key`. Every query sees itself, so that no row is empty."""
         seen = key <= query
         if self.window is not None:
@@ -120,7 +120,7 @@ class Visibility:
         skips = self.attention_mask is not None and not bool(self.attention_mask.all())
         return self.layout.segments is not None and not skips and self.document_BS is None
 
-    def real_keys(self) -> torch.Tensor | None:
+    def real_keys(self) -> Tensor | None:
         """bool (B, L), False at padding; None without padding mask. A static cache has more places than that knows of."""
         if self.attention_mask is None:
             return None
@@ -128,11 +128,11 @@ class Visibility:
         mask = self.attention_mask.to(self.slots.device, torch.bool)
         return nn.functional.pad(mask, (0, max(0, offset + length - mask.shape[1])))[:, offset : offset + length]
 
-    def _query_slots(self) -> torch.Tensor:
+    def _query_slots(self) -> Tensor:
         """(B or 1, T) places of the queries."""
         return self.slots[None] if self.layout.visual_BS is None else self.slots[self.layout.query_position_BT]
 
-    def _query_documents(self) -> torch.Tensor:
+    def _query_documents(self) -> Tensor:
         """(B, T) packed samples that the queries belong to."""
         return self.document_BS.gather(1, self.layout.query_position_BT)
 
@@ -151,7 +151,7 @@ class Runs:
         else:
             self.rows = list(_runs_as_rows(visibility))
 
-    def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> torch.Tensor:
+    def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> Tensor:
         """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
 
         def kernel(query, key, value, **lengths):
@@ -165,7 +165,7 @@ class Runs:
         for queries, keys, lengths in self.rows:
             queries, keys = queries.to(device), keys.to(device)
             selected = (query_RNH[queries], key_RKH[keys], value_RKH[keys])
-            lengths = {name: n.to(device) if isinstance(n, torch.Tensor) else n for name, n in lengths.items()}
+            lengths = {name: n.to(device) if isinstance(n, Tensor) else n for name, n in lengths.items()}
             run_RNH = kernel(*(x_RNH[None].transpose(1, 2) for x_RNH in selected), **lengths)[0]
             output_RNH = output_RNH.index_copy(0, queries, run_RNH)
         batch_size, heads, queries, head_size = query_BNTH.shape
@@ -226,7 +226,7 @@ def _runs_as_rows(visibility: Visibility):
         yield torch.cat(queries), torch.cat(keys), arguments
 
 
-def _text_segments(visual_S: torch.Tensor, document_S: torch.Tensor | None) -> list[tuple[int, int]]:
+def _text_segments(visual_S: Tensor, document_S: Tensor | None) -> list[tuple[int, int]]:
     """The stretches [start, end) of text in one sample, cut where a packed sample follows another."""
     segments = [(start, end) for visual, start, end in segments_of(visual_S) if not visual]
     if document_S is None:
@@ -296,7 +296,7 @@ def warn_of_no_probabilities(config) -> None:
         )
 
 
-def slots_of(cache, length: int, device) -> torch.Tensor:
+def slots_of(cache, length: int, device) -> Tensor:
     """(S,) places of `length` new tokens in the cache."""
     past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
     return torch.arange(length, device=device) + past
@@ -328,7 +328,7 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
     implementation, usual = implementation_of(layer.self_attn), config._attn_implementation
     if is_paged(cache):
         return given
-    if isinstance(given, torch.Tensor) and given.ndim == 4:
+    if isinstance(given, Tensor) and given.ndim == 4:
         return layout.query_rows(given)
     if layout.visual_BS is not None or implementation == "eager" != usual:
         return visibility.for_implementation(implementation, text_BTD.dtype)
@@ -350,7 +350,7 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
 # --- layers that do not see the image ---------------------------------------------------------------------------------
 
 
-def mark_hidden(key_BKSH: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def mark_hidden(key_BKSH: Tensor, layout: TokenLayout) -> Tensor:
     """Keys with `HIDDEN_KEY` at visual positions."""
     if layout.visual_BS is None:
         return key_BKSH

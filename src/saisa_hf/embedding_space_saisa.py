@@ -13,7 +13,7 @@ paper (arXiv 2502.02458); neither, in some layers, is what ShortV (arXiv 2504.00
 Shape suffixes as in `modeling_saisa.py`.
 """
 
-import torch
+from torch import Tensor
 
 from .hardware_saisa import Luggage
 from .token_layout_saisa import Rotation, TokenLayout
@@ -31,19 +31,19 @@ class VisualTokensAmongWords:
     def mask_kind(self) -> tuple:
         return self.attention_type, self.visual_tokens_attend
 
-    def queries_of(self, layout: TokenLayout, text_BTD: torch.Tensor) -> tuple[TokenLayout, torch.Tensor]:
+    def queries_of(self, layout: TokenLayout, text_BTD: Tensor) -> tuple[TokenLayout, Tensor]:
         if not self.visual_tokens_attend or layout.visual_BS is None:
             return layout, text_BTD
         return TokenLayout(None), text_BTD.new_empty(*layout.visual_BS.shape, 0)  # they are tokens like all others
 
     def forward(
         self,
-        text_BTD: torch.Tensor,
-        visual_VD: torch.Tensor | None = None,
+        text_BTD: Tensor,
+        visual_VD: Tensor | None = None,
         layout: TokenLayout | None = None,
         rotation: Rotation | None = None,
         **attention_arguments,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """
         Args:
             text_BTD, visual_VD: hidden states; without visual tokens in the input the latter is None.
@@ -97,5 +97,5 @@ class ThroughEveryLayer:
         return self.norm(_joined(layout, text_BTD, visual_VD)), hidden_states, attentions
 
 
-def _joined(layout: TokenLayout, text_BTD: torch.Tensor, visual_VD: torch.Tensor | None) -> torch.Tensor:
+def _joined(layout: TokenLayout, text_BTD: Tensor, visual_VD: Tensor | None) -> Tensor:
     return text_BTD if visual_VD is None else layout.joined(text_BTD, visual_VD)

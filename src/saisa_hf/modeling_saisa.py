@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -81,7 +81,7 @@ class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
         image_hidden_states: (V, C), the encoder's features of all visual tokens in input order.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_hidden_states: Tensor | None = None
 
 
 @dataclass
@@ -96,7 +96,7 @@ class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
             space.
     """
 
-    image_hidden_states: torch.Tensor | None = None
+    image_hidden_states: Tensor | None = None
 
 
 # --- section 3.2: projectors into the input space of self-attention ---------------------------------------------------
@@ -113,7 +113,7 @@ class SaisaVisualProjector(nn.Module):
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(inner_size, hidden_size, bias=config.projector_bias)
 
-    def forward(self, features_VC: torch.Tensor) -> torch.Tensor:
+    def forward(self, features_VC: Tensor) -> Tensor:
         """(V, C) -> (V, D), in the projector's own dtype where that is a floating one (quantized weights take any)."""
         dtype = self.linear_1.weight.dtype
         features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
@@ -162,15 +162,15 @@ class NaavitAttention(nn.Module):
 
     def forward(
         self,
-        text_BTD: torch.Tensor,
-        visual: tuple[torch.Tensor, torch.Tensor] | None,
+        text_BTD: Tensor,
+        visual: tuple[Tensor, Tensor] | None,
         layout: TokenLayout,
         rotation: Rotation,
         attention_mask,
         cache,
-        slots: torch.Tensor,
+        slots: Tensor,
         **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             text_BTD: normalised hidden states of the text tokens.
@@ -204,7 +204,7 @@ class NaavitAttention(nn.Module):
         output_BTNH, probabilities_BNTL = attend(self, query_BNTH, key_BKSH, value_BKSH, attention_mask, options)
         return self.o_proj(output_BTNH.flatten(2).contiguous()), probabilities_BNTL
 
-    def queries_keys_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input rows (B, T, D) of text tokens -> (B, T, N, H), (B, T, K, H), (B, T, K, H), before rotation."""
         if hasattr(self, "qkv_proj"):
             query_BTX, key_BTX, value_BTX = self.qkv_proj(x_BTD).split(self.sizes, dim=-1)
@@ -212,7 +212,7 @@ class NaavitAttention(nn.Module):
             query_BTX, key_BTX, value_BTX = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         return self._heads(query_BTX, "q_norm"), self._heads(key_BTX, "k_norm"), self._heads(value_BTX)
 
-    def keys_and_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input rows (..., D) of visual tokens -> their keys before rotation and their values, (..., K, H)."""
         if hasattr(self, "qkv_proj"):
             _, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
@@ -225,7 +225,7 @@ class NaavitAttention(nn.Module):
         """The name of the attention implementation."""
         return implementation_of(self)
 
-    def _heads(self, x: torch.Tensor, norm: str | None = None) -> torch.Tensor:
+    def _heads(self, x: Tensor, norm: str | None = None) -> Tensor:
         """(..., X) -> (..., heads, H), past the norm over each head or over all of them that some families have."""
         if norm is not None and self.head_norm == "width":
             x = getattr(self, norm)(x)
@@ -254,8 +254,8 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         self.residual_multiplier = family.residual_multiplier
 
     def forward(
-        self, text_BTD: torch.Tensor, visual=None, layout: TokenLayout | None = None, **attention_arguments
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, text_BTD: Tensor, visual=None, layout: TokenLayout | None = None, **attention_arguments
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
             text_BTD: hidden states of the text tokens.
@@ -273,9 +273,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         text_BTD, probabilities_BNTL = self.attended(text_BTD, visual, layout=layout, **attention_arguments)
         return self.fed(text_BTD), probabilities_BNTL
 
-    def visual_keys_and_values(
-        self, features: torch.Tensor, layout: TokenLayout | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def visual_keys_and_values(self, features: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
         """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
         (V, K, H) each. They depend on nothing else. Where a hook of one of the modules wants to know which sample a row
         belongs to, as adapters that differ between samples do, `layout` says so."""
@@ -290,13 +288,13 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             return keys_and_values(features)
         return tuple(map(layout.visual, keys_and_values(layout.in_input_order(features))))
 
-    def attended(self, text_BTD: torch.Tensor, visual, **attention_arguments):
+    def attended(self, text_BTD: Tensor, visual, **attention_arguments):
         """Hidden states past self-attention, and its probabilities."""
         normed_BTD = self._normed(self.norms.before_attention, text_BTD)
         attended_BTD, probabilities_BNTL = self.self_attn(normed_BTD, visual, **attention_arguments)
         return self._added(text_BTD, self._normed(self.norms.after_attention, attended_BTD)), probabilities_BNTL
 
-    def fed(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def fed(self, x_BTD: Tensor) -> Tensor:
         """Hidden states past the feed-forward network."""
         fed_BTD = getattr(self, self.feed_forward_name)(self._normed(self.norms.before_feed_forward, x_BTD))
         return self._added(x_BTD, self._normed(self.norms.after_feed_forward, fed_BTD))
@@ -307,7 +305,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         modules |= {name: getattr(self.self_attn, name, None) for name in ("k_proj", "v_proj", "qkv_proj", "k_norm")}
         return {name: module for name, module in modules.items() if module is not None}
 
-    def queries_of(self, layout: TokenLayout, text_BTD: torch.Tensor) -> tuple[TokenLayout, torch.Tensor]:
+    def queries_of(self, layout: TokenLayout, text_BTD: Tensor) -> tuple[TokenLayout, Tensor]:
         """The tokens that attend in this layer, for their mask: those of text."""
         return layout, text_BTD
 
@@ -325,10 +323,10 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
     def _first_norm(self) -> nn.Module:
         return getattr(self, next(filter(None, self.norms)))
 
-    def _normed(self, name: str | None, x: torch.Tensor) -> torch.Tensor:
+    def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
 
-    def _added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
         return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
 
@@ -470,16 +468,16 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         cache=None,
         **kwargs,
@@ -543,18 +541,18 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        pixel_attention_mask: torch.Tensor | None = None,
-        spatial_shapes: torch.Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         skip_logits: bool = False,
         cache=None,
