@@ -29,6 +29,20 @@ def modules_after(statement: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", program], text=True).split())
 
 
+PARAMETERS = 1_674_368
+
+
+def parameters_of(checkpoint: Path, cache: Path) -> int:
+    """How many parameters the model has that `checkpoint` loads as by the code that it carries."""
+    program = (
+        "import sys; sys.modules['saisa_hf'] = None; from transformers import AutoModelForImageTextToText as Auto; "
+        f"model = Auto.from_pretrained({str(checkpoint)!r}, trust_remote_code=True); "
+        "print(sum(p.numel() for p in model.parameters()))"
+    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(cache)}
+    return int(subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).splitlines()[-1])
+
+
 def third_party(modules: set[str]) -> set[str]:
     return {name for name in modules if name.split(".")[0] not in {"saisa_hf", *sys.stdlib_module_names}}
 
@@ -68,7 +82,13 @@ def test_the_shipped_checkpoint_carries_the_code_of_this_package():
     assert {reference.split(".")[0] + ".py" for reference in AUTO_MAP.values()} <= names
     assert {path.name for path in CHECKPOINT.glob("*.py")} == names
     for path in code_files():
-        assert (CHECKPOINT / path.name).read_text() == path.read_text(), "run python -m saisa_hf.demo.refresh"
+        assert (CHECKPOINT / path.name).read_text() == path.read_text()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files there are")
+def test_there_is_one_copy_of_the_code():
+    for path in CHECKPOINT.glob("*.py"):
+        assert os.readlink(path) == f"../../{path.name}"
 
 
 def test_all_who_name_the_version_name_the_same():
@@ -98,7 +118,7 @@ def test_the_distributions_hold_what_the_repository_does(tmp_path):
     copy, made = tmp_path / "repository", tmp_path / "dist"
     for name in files:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, copy / name)
+        shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(made), str(copy)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -106,7 +126,15 @@ def test_the_distributions_hold_what_the_repository_does(tmp_path):
 
     with tarfile.open(next(made.glob("*.tar.gz"))) as archive:
         in_archive = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "sdist", filter="data")
     assert files <= in_archive
     with zipfile.ZipFile(next(made.glob("*.whl"))) as wheel:
         in_wheel = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        wheel.extractall(tmp_path / "wheel")
     assert in_wheel == {name.removeprefix("src/") for name in files if name.startswith("src/")}
+
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    for number, package in enumerate(
+        (copy / "src" / "saisa_hf", unpacked / "src" / "saisa_hf", tmp_path / "wheel" / "saisa_hf")
+    ):
+        assert parameters_of(package / "demo" / "checkpoint", tmp_path / f"modules-{number}") == PARAMETERS, package
