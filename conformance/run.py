@@ -1,12 +1,13 @@
-"""Runs the tests that transformers holds its own models and processors to on saisa_hf.
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs transformers' shared test suite for models and processors on saisa_hf.
 
     python conformance/run.py REPOSITORY TAG [--llava] [pytest arguments]
 
-It copies the tests of release TAG out of REPOSITORY, a git clone of transformers (bare or not), puts the two test files of
-this folder beside them, and runs these against the transformers and the saisa_hf that are installed. No test asks the hub
-for anything. With `--llava` the same tests run for LLaVA, and those are listed that pass there and not here.
+Copies the tests of release TAG from REPOSITORY, a git clone of transformers (bare or not), puts this folder's test files
+beside them, and runs these against the installed transformers and saisa_hf. No test downloads anything from the hub. With
+`--llava` the same tests run for LLaVA, and the tests that pass there but not here are listed.
 
-Exits with 1 where a test failed.
+Exits with 1 if a test fails.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / ".compat" / "conformance"
 OURS = ("test_modeling_saisa.py", "test_processing_saisa.py")
-LLAVA = ("../llava/test_modeling_llava.py", "test_processing_llava.py")  # its own processing test is on the hub's files
+LLAVA = ("../llava/test_modeling_llava.py", "test_processing_llava.py")  # its own needs files from the hub
 
 
 def prepare(repository: str, tag: str) -> Path:
-    """The folder with the tests of release `tag`, in which pytest is to run."""
+    """Prepares and returns the folder with the tests of release `tag`, to run pytest in."""
     tree = WORK / tag
     if not (tree / "complete").exists():
         shutil.rmtree(tree, ignore_errors=True)
@@ -38,11 +39,11 @@ def prepare(repository: str, tag: str) -> Path:
         files = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         with tarfile.open(fileobj=io.BytesIO(files)) as archive:
             archive.extractall(tree)
-        # the picture of the chat tests; they take a file of its name here in place of the one on the hub
+        # the image of the chat tests, which use a local file of this name instead of the one on the hub
         Image.effect_noise((64, 48), 60).convert("RGB").save(tree / "coco_sample.png")
         (tree / "src").mkdir()
         (tree / "complete").touch()
-    # the tests import the library by this path
+    # the tests import the library from this path
     library = tree / "src" / "transformers"
     library.unlink(missing_ok=True)
     library.symlink_to(Path(transformers.__file__).parent)
@@ -55,7 +56,7 @@ def prepare(repository: str, tag: str) -> Path:
 
 
 def run(tree: Path, files: tuple[str, ...], report: Path, arguments: list[str]) -> int:
-    """Runs pytest in `tree`, writes JUnit's XML to `report`, and returns the exit status."""
+    """Runs pytest in `tree`, writes JUnit XML to `report`, and returns the exit status."""
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--timeout", "600", "--junitxml", str(report)]
     command += ["-p", "no:warnings", "-p", "no:cacheprovider", *arguments]
@@ -63,12 +64,12 @@ def run(tree: Path, files: tuple[str, ...], report: Path, arguments: list[str]) 
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1"}
     status = subprocess.run(command, cwd=tree, env=environment).returncode
     if not report.exists():
-        raise SystemExit(f"pytest ended with status {status} before it wrote its report.")
+        raise SystemExit(f"pytest exited with status {status} before it wrote its report.")
     return status
 
 
 def outcomes(report: Path) -> dict[str, tuple[str, str]]:
-    """("passed", "skipped" or "failed", reason) of each test in JUnit's XML, by "modeling" or "processing" and its name."""
+    """{"modeling: name" or "processing: name": ("passed", "skipped" or "failed", reason)} of the tests in JUnit XML."""
     found = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kind = "modeling" if "modeling" in case.get("classname") else "processing"
@@ -89,8 +90,8 @@ def print_counts(name: str, found: dict[str, tuple[str, str]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", help="a git clone of transformers that has TAG")
-    parser.add_argument("tag", help=f"the release to take the tests of: v{transformers.__version__} is installed here")
-    parser.add_argument("--llava", action="store_true", help="list what passes for LLaVA and does not for SAISA")
+    parser.add_argument("tag", help=f"the release whose tests to run; installed: v{transformers.__version__}")
+    parser.add_argument("--llava", action="store_true", help="list the tests that pass for LLaVA but not for SAISA")
     options, arguments = parser.parse_known_args()
 
     tree = prepare(options.repository, options.tag)

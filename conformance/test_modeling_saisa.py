@@ -1,4 +1,5 @@
-"""Runs the model, generation, config and pipeline tests that transformers holds its own models to on SAISA; see run.py."""
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs transformers' shared model, generation, config and pipeline tests on SAISA; see run.py."""
 
 import tempfile
 import unittest
@@ -19,7 +20,7 @@ from ...test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
 from ...test_pipeline_mixin import PipelineTesterMixin
 
 
-# The tests look up here which classes have a loss and which have none.
+# The tests look up here which classes have a loss.
 MODEL_MAPPING_NAMES["saisa"] = "SaisaModel"
 MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["saisa"] = "SaisaForConditionalGeneration"
 
@@ -28,7 +29,7 @@ try:
 except ImportError:  # transformers has had exporters since 5.13
     pass
 else:
-    # an argument of the language model, which is exported by itself; the exporter knows caches alone
+    # an argument of the language model, which is exported on its own; the exporter only knows caches
     register_pytree_node(TokenLayout)
 
 
@@ -95,7 +96,7 @@ class SaisaModelTester:
         config = self.get_config()
         pixel_values = floats_tensor([self.batch_size, self.num_channels, self.image_size, self.image_size])
         input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size - 4) + 4
-        # a token, which is padding in the first row, the picture, text
+        # one token (padding in the first row), the image, text
         input_ids[:, 1 : 1 + self.num_image_tokens] = self.image_token_id
         input_ids[0, 0] = self.pad_token_id
         attention_mask = input_ids.ne(self.pad_token_id).long().to(torch_device)
@@ -109,7 +110,7 @@ class SaisaForConditionalGenerationModelTest(
     all_generative_model_classes = (SaisaForConditionalGeneration,)
     pipeline_model_mapping = {"image-text-to-text": SaisaForConditionalGeneration}
     _is_composite = True
-    # the vision tower's last layer norm is not on the way of the selected features, in LLaVA neither
+    # as in LLaVA, the vision tower's last layer norm does not contribute to the selected features
     test_all_params_have_gradient = False
     test_pruning = False
     test_head_masking = False
@@ -121,12 +122,12 @@ class SaisaForConditionalGenerationModelTest(
             self, config_class=SaisaConfig, has_text_modality=False, common_properties=common_properties
         )
 
-    @unittest.skip("hidden states are text-only inside the decoder; what is returned is a view aligned with input_ids")
+    @unittest.skip("the decoder's hidden states are text-only; the returned ones are a view aligned with input_ids")
     def test_retain_grad_hidden_states_attentions(self):
         pass
 
     def test_reverse_loading_mapping(self):
-        # The mixin wants files that have other names than the model. SAISA's have the same, and both layouts are read.
+        # The mixin expects names in files to differ from those in the model. SAISA's are the same, and both layouts load.
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config()).to(torch_device)
             expected = model.state_dict()
@@ -142,7 +143,7 @@ class SaisaForConditionalGenerationModelTest(
             for name, x in expected.items():
                 torch.testing.assert_close(loaded[name], x, rtol=0, atol=0)
 
-    # --- what LLaVA's own test has beside the mixins ---
+    # --- tests that LLaVA's own file adds to the mixins ---
 
     def test_config(self):
         self.config_tester.run_common_tests()

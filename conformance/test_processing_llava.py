@@ -1,4 +1,5 @@
-"""The same for `LlavaProcessor`, the yardstick of `run.py --llava`: its own test takes its parts from the hub."""
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The same tests for `LlavaProcessor`, the reference of `run.py --llava`. Its own test file needs files from the hub."""
 
 import unittest
 

@@ -1,4 +1,5 @@
-"""Runs the tests that transformers holds its own processors to on `SaisaProcessor`; see run.py."""
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""Runs transformers' shared processor tests on `SaisaProcessor`; see run.py."""
 
 import json
 import shutil
@@ -17,7 +18,7 @@ from ...test_processing_common import ProcessorTesterMixin
 
 
 def byte_tokenizer():
-    """Every byte a token, and the image token."""
+    """A tokenizer with a token for each byte, and the image token."""
     words = ["<s>", "</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,7 +32,7 @@ def byte_tokenizer():
 
 
 class LocalProcessor:
-    """A processor of parts made here, in place of one from the hub."""
+    """A processor whose parts are built here instead of loaded from the hub."""
 
     full_tmpdirname = None  # transformers 5 has a second, larger processor for some models
 
@@ -48,7 +49,7 @@ class LocalProcessor:
 
     @staticmethod
     def prepare_processor_dict():
-        # 16 visual tokens per picture of 224 pixels
+        # 16 visual tokens per image of 224 pixels
         return {
             "patch_size": 56,
             "vision_feature_select_strategy": "default",
@@ -56,7 +57,7 @@ class LocalProcessor:
             "chat_template": chat_template("vicuna"),
         }
 
-    # --- what LlavaProcessor's own test has beside the mixin ---
+    # --- tests that LlavaProcessor's own file adds to the mixin ---
 
     def test_get_num_vision_tokens(self):
         counts = self.get_processor()._get_num_multimodal_tokens(image_sizes=[(100, 100), (300, 100), (500, 30)])
@@ -80,7 +81,7 @@ class SaisaProcessorTest(LocalProcessor, ProcessorTesterMixin, unittest.TestCase
     processor_class = SaisaProcessor
 
     def test_processor_text_has_no_visual(self):
-        # The mixin asks for videos in the signature. SaisaProcessor refuses them, and so does not name them.
+        # The mixin looks for videos in the signature. SaisaProcessor refuses videos, so its signature has none.
         call = SaisaProcessor.__call__
 
         def without_videos(

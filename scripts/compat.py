@@ -1,16 +1,17 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The remote-code round trip on every minor release of transformers that this project supports (`make compat`).
 
-One base environment holds PyTorch and what does not depend on the release; one folder per release, filled by `pip
-install --target`, holds transformers and those of its requirements that the base lacks or has in another version. Both
-are kept in `.compat/` and used again. `tests/roundtrip.py` does the work, one process per release, with the base's
-interpreter, the folder on PYTHONPATH and saisa_hf out of reach:
+A base environment holds PyTorch and everything that does not depend on the release. A folder per release, filled by `pip
+install --target`, holds transformers and those of its requirements that the base lacks or has in another version. Both are
+kept in `.compat/` and reused. `tests/roundtrip.py` does the work, in one process per release, with the base's interpreter,
+the folder on PYTHONPATH and, except for step 1, saisa_hf not importable:
 
-1. The oldest and the newest release save the same models and processors, by the package.
+1. The oldest and the newest release save the same models and processors with the package.
 2. Every release loads what either saved, compares it with what the saver computed, saves it and loads it again.
 3. The oldest and the newest release load what each of the others saved.
 
-Prints a Markdown table, and writes it between two markers of the files named by `--write`. Exits with 1 where a cell of
-the table is not "equal"; the reasons are printed, and the processes' output is in `.compat/run/`.
+Prints a Markdown table, and writes it between two markers in the files given by `--write`. Exits with 1 if a cell of the
+table is not "equal"; prints the reasons, and keeps the output of the processes in `.compat/run/`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from saisa_hf.compat_saisa import OLDEST_TESTED
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / ".compat"
 RUN = WORK / "run"
-# copies, so that all processes of a run see the same code whatever is edited meanwhile
+# copies, so that all processes of a run see the same code even if files are edited meanwhile
 ROUND_TRIP = RUN / "roundtrip.py"
 CODE = RUN / "src" / "saisa_hf"
 BASE = ["torch", "numpy", "pillow", "jinja2", "psutil", "pyyaml", "regex", "requests", "httpx", "typer", "tqdm"]
@@ -50,7 +51,7 @@ def pip(python: Path, *arguments: str) -> str:
 
 
 def base_python() -> Path:
-    """The interpreter of the base environment, which is made where it is missing."""
+    """The interpreter of the base environment, which is created if missing."""
     python = WORK / "base" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = WORK / "base" / "complete"
     if not complete.exists():
@@ -70,11 +71,11 @@ def minor_releases(python: Path) -> list[str]:
 
 
 def install(python: Path, minor: str) -> str:
-    """Fills the folder of a minor release with its newest patch that was not withdrawn; returns that version."""
+    """Fills the folder of a minor release with its newest patch that was not yanked; returns that version."""
     folder, version = WORK / minor, WORK / minor / "version"
     if not version.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        # --target alone knows nothing of the base, and would install all requirements again
+        # --target alone ignores the base and would install all requirements again
         report = WORK / f"{minor}.json"
         pip(python, "install", "--quiet", "--dry-run", "--report", str(report), f"transformers=={minor}.*")
         found = {
@@ -88,7 +89,7 @@ def install(python: Path, minor: str) -> str:
 
 
 def round_trip(python: Path, minor: str, name: str, *arguments: str, package=False) -> None:
-    """One process of `tests/roundtrip.py`, away from the repository, with caches of its own."""
+    """Runs `tests/roundtrip.py` in a process outside the repository, with its own caches."""
     home = RUN / "home" / name
     home.mkdir(parents=True)
     path = [str(WORK / minor)] + [str(CODE.parent)] * package
@@ -108,7 +109,7 @@ def round_trip(python: Path, minor: str, name: str, *arguments: str, package=Fal
 
 
 def check(python: Path, minor: str, name: str, checkpoints: list[Path], resave: Path | None = None) -> dict:
-    """{checkpoint: error message or None} of one release; a process that died has failed them all."""
+    """{checkpoint: error message or None} of one release; if the process dies, all checkpoints fail."""
     if not checkpoints:
         return {}
     results = RUN / f"{name}.json"
@@ -133,10 +134,10 @@ def table(versions: dict, savers: list, rows: dict) -> str:
 
 
 def write_table(path: Path, text: str) -> None:
-    """Replaces what stands between the two markers in `path`."""
+    """Replaces the text between the two markers in `path`."""
     content = path.read_text(encoding="utf-8")
     if START not in content or END not in content:
-        raise SystemExit(f"{path} has no place for the table: it needs the lines {START!r} and {END!r}")
+        raise SystemExit(f"{path} has no markers for the table: it needs the lines {START!r} and {END!r}")
     before, after = content.split(START)[0], content.split(END)[1]
     path.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
 
@@ -144,8 +145,8 @@ def write_table(path: Path, text: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--releases", help="minor releases to run, as in 4.57,5.0; all of them by default")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
-    parser.add_argument("--write", type=Path, nargs="+", default=[], help="Markdown files that show the table")
+    parser.add_argument("--jobs", type=int, default=2, help="processes to run in parallel (default: 2)")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], help="Markdown files to write the table into")
     arguments = parser.parse_args()
 
     started = time.monotonic()
@@ -155,7 +156,7 @@ def main() -> int:
     if arguments.releases:
         wanted = arguments.releases.split(",")
         if unknown := [minor for minor in wanted if minor not in minors]:
-            raise SystemExit(f"--releases {arguments.releases}: {unknown} are none of {', '.join(minors)}")
+            raise SystemExit(f"--releases {arguments.releases}: {unknown} not found among {', '.join(minors)}")
         minors = [minor for minor in minors if minor in wanted]
     savers = sorted({minors[0], minors[-1]}, key=minors.index)
 
@@ -164,7 +165,7 @@ def main() -> int:
     shutil.copy(ROOT / "tests" / "roundtrip.py", ROUND_TRIP)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         versions = dict(zip(minors, pool.map(lambda minor: install(python, minor), minors)))
-        print(f"{len(minors)} releases are installed after {time.monotonic() - started:.0f} s", flush=True)
+        print(f"{len(minors)} releases installed after {time.monotonic() - started:.0f} s", flush=True)
 
         list(
             pool.map(lambda m: round_trip(python, m, f"save-{m}", "save", str(RUN / "saved" / m), package=True), savers)
@@ -192,7 +193,7 @@ def main() -> int:
     for minor in minors:
         cells = [[loaded[minor][path] for path in saved[saver]] for saver in savers]
         again_paths = [RUN / "again" / minor / path.parent.name / path.name for path in checkpoints]
-        # a checkpoint that could not be saved again was not read either
+        # a checkpoint that could not be saved again cannot be read either
         cells += [[outcome.get(path, "was not saved") for path in again_paths] for outcome in outcomes]
         rows[minor] = cells
         failures += [f"{versions[minor]} loads {path.relative_to(RUN)}: {e}" for path, e in loaded[minor].items() if e]

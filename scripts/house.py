@@ -1,8 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """How big the code is and how it hangs together: python scripts/house.py [--before REVISION] [--help-times]
 
-Counts lines as `wc -l` does. An import circle is a group of modules that reach each other by their import statements, wherever
-in a file these stand, those for type checkers excepted. `--before` shows the same of a revision of this repository beside it;
+Counts lines as `wc -l` does. An import circle is a group of modules that reach each other by import statements anywhere in
+their files, those for type checkers excepted. `--before` shows the same of a revision of this repository beside it;
 `--help-times` the processor time of `saisa --help` and `saisa train --help`, which are run.
 """
 
@@ -126,7 +126,8 @@ def main() -> None:
     if arguments.before:
         archive = subprocess.run(["git", "archive", arguments.before], cwd=ROOT, check=True, stdout=subprocess.PIPE)
         with tempfile.TemporaryDirectory() as folder:
-            tarfile.open(fileobj=io.BytesIO(archive.stdout)).extractall(folder, filter="data")
+            with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+                tar.extractall(folder, filter="data")
             columns = {arguments.before: counts(Path(folder)), **columns}
     if arguments.help_times:
         columns["now"] |= {"saisa --help": help_time(), "saisa train --help": help_time("train")}

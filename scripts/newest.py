@@ -1,9 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The quick suite on the newest transformers, huggingface_hub, peft and trl there are (`make test-newest`).
+"""The quick suite on the newest releases of transformers, huggingface_hub, peft and trl (`make test-newest`).
 
-Installs them, unpinned, into an environment of its own, `.venv/newest`, which later runs bring up to date; prints their
-versions; and runs `tests/test_newest.py`. PyTorch is the one that all environments share. pip's own settings say where
-packages come from. Exits with 1 where the registry does not answer, or where a test fails.
+Installs them unpinned into their own environment, `.venv/newest`, which later runs update; prints their versions; and runs
+`tests/test_newest.py`. PyTorch is pinned as in all environments. pip's own settings decide where packages come from. Exits
+with 1 if the registry does not answer or a test fails.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def pip(*arguments: str) -> subprocess.CompletedProcess:
 def main() -> int:
     if not PYTHON.exists():
         venv.create(HOME, with_pip=True)
-    # pip would take what is installed for the newest if nothing else could be found
+    # without an answer from the registry, pip would accept the installed versions as the newest
     asked = pip("index", "versions", "transformers")
     if asked.returncode or "Available versions" not in asked.stdout:
-        print(f"The package registry does not say which transformers is the newest:\n{asked.stdout}", file=sys.stderr)
+        print(f"The package registry does not list the releases of transformers:\n{asked.stdout}", file=sys.stderr)
         return 1
     upgrade = ["--upgrade", "--upgrade-strategy", "eager", "-c", "constraints/base.txt"]
     installed = pip("install", "--quiet", *upgrade, *FOLLOWED, *TOOLS, "-e", ".[demo]")

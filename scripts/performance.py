@@ -1,11 +1,11 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Fills the marked blocks of docs/performance.md from what `saisa bench --json` wrote:
+"""Fills the marked blocks of docs/performance.md from the results of `saisa bench --json`:
 
   python scripts/performance.py
   python scripts/performance.py h200=h200.json
 
-A block is what stands between <!-- NAME: start --> and <!-- NAME: end -->; without arguments, the files NAME.json in
-benchmarks/performance fill them.
+A block is the text between <!-- NAME: start --> and <!-- NAME: end -->. Without arguments, blocks are filled from the files
+NAME.json in benchmarks/performance.
 """
 
 import json
@@ -29,7 +29,7 @@ def machine(result: dict) -> str:
 
 
 def block(result: dict) -> str:
-    """The text of a block: the machine, the table of targets where there is one, else that of ratios, and exponents."""
+    """The text of a block: the machine, the table of targets or else that of ratios, and the exponents."""
     parts = [machine(result)]
     parts.append(show_targets(result["targets"]) if "targets" in result else show_ratios(result["results"]))
     if result["slopes"]:

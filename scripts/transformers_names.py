@@ -1,13 +1,13 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every name of transformers, peft and accelerate that the files which travel with a checkpoint use, as a Markdown table.
+"""Lists every name of transformers, peft and accelerate used by the files that travel with a checkpoint, as a Markdown table.
 
-A name counts where a file imports it, asks `optional` or `needed` (see `compat_saisa.py`) for it, reads it as an attribute of
-a module or class that it has imported, or calls it by `super()`. It is on the core path where the import of the file asks for
-it and nothing takes its place. It is private where a part of it begins with an underscore, or where it is reached by a
-module's name that is put together at run time.
+A name counts if a file imports it, requests it through `optional` or `needed` (see `compat_saisa.py`), reads it as an
+attribute of an imported module or class, or calls it through `super()`. It is on the core path if importing the file needs it
+and nothing substitutes for it. It is private if a part of it begins with an underscore, or if it is reached through a module
+name that is composed at run time.
 
-`--write PAGE` replaces the table between two markers of that page, `--list` prints the names alone, which a test compares
-with `tests/fixtures/transformers_names.txt`, and `--of FOLDER` looks at the files of another folder.
+`--write PAGE` replaces the table between two markers of that page. `--list` prints the names alone, which a test compares
+with `tests/fixtures/transformers_names.txt`. `--of FOLDER` reads the files of another folder.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = ROOT / "src" / "saisa_hf"
 PACKAGES = ("transformers", "peft", "accelerate")
 START, END = "<!-- names: start -->", "<!-- names: end -->"
-# methods of `object`, `dict` and PyTorch's modules, which `super()` reaches as well
+# methods of `object`, `dict` and PyTorch's modules, which `super()` can also reach
 NOT_TRANSFORMERS = ("__init__", "__getattr__", "__getitem__", "__call__", "forward")
-# what holds the substitutes for parts of a language model
+# the class whose file has substitutes for parts of a language model
 HAS_SUBSTITUTES = "PlainAttention"
 # the last commit before the core path was made narrow
 BEFORE = "5c6bc16"
 
-# What a name is for, where it does not serve the core path: the first pattern that fits.
+# The feature that a name serves if it is not on the core path; the first matching pattern decides.
 FEATURES = {
     r"get_decoder|get_output_embeddings|AutoModelForCausalLM": "`from_parts`",
     r"tensor_parallel": "tensor parallelism",
@@ -65,12 +65,12 @@ FEATURES = {
     r"^transformers\.\{name\}$": "image processors that work with Pillow",
 }
 
-# Files of one feature: what their functions ask for is for that.
+# Files of a single feature: names used in their functions serve that feature.
 FEATURE_FILES = {"parts": "`from_parts`", "quantization": "quantization", "model_card": "model cards"}
 
 
 class Use(NamedTuple):
-    """A use of a name: in which file, and whether the import of that file asks for it and cannot do without."""
+    """A use of a name: its file, whether it happens when the file is imported, and whether it fails without the name."""
 
     name: str
     file: str
@@ -84,7 +84,7 @@ class Names(ast.NodeVisitor):
     def __init__(self, file: str, own_methods: dict[str, set[str]]):
         self.file, self.uses, self.bound = file, [], {}
         self.own_methods, self.class_name = own_methods, None
-        self.functions = 0  # how many functions enclose the node
+        self.functions = 0  # number of functions around the node
 
     def add(self, name: str, core: bool) -> None:
         self.uses.append(Use(name, self.file, not self.functions, core))
@@ -155,7 +155,7 @@ class Names(ast.NodeVisitor):
 
 
 def own_methods(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """{class: the methods that `super()` finds in its bases among these files, in PyTorch or in Python}"""
+    """{class: the methods that `super()` finds in its bases in these files, in PyTorch or in Python}"""
     classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
     def defined(name: str) -> set[str]:
@@ -189,7 +189,7 @@ def is_core(uses: list[Use]) -> bool:
 
 
 def is_private(name: str) -> bool:
-    """Whether transformers promises nothing about it."""
+    """Whether the name is not part of transformers' public interface."""
     return any(part.startswith("_") and not part.startswith("__") for part in name.split(".")) or "{" in name
 
 
@@ -198,12 +198,12 @@ def _feature(name: str) -> str:
 
 
 def removable(found: dict) -> list[str]:
-    """The names that a release may lack: what `optional` and `needed` are asked for by name."""
+    """The names that a release may lack: those requested by full name through `optional` and `needed` alone."""
     return [name for name, uses in found.items() if "{" not in name and not any(use.core for use in uses)]
 
 
 def serves(uses: list[Use]) -> str:
-    """What a name is for: "core", or a feature."""
+    """What a name serves: "core", or a feature."""
     feature = _feature(uses[0].name)
     if is_core(uses):
         return "core"
@@ -212,7 +212,7 @@ def serves(uses: list[Use]) -> str:
 
 
 def counts(found: dict) -> dict[str, int]:
-    """How many names there are in all, on the core path, and private ones."""
+    """The number of names: all, on the core path, and private."""
     core = [name for name, uses in found.items() if is_core(uses)]
     return {"all": len(found), "core": len(core), "private": sum(map(is_private, found))}
 
@@ -229,7 +229,7 @@ def before() -> dict[str, int]:
 
 
 def table(found: dict, old: dict[str, int] | None) -> str:
-    """What stands in the page."""
+    """The two tables of the page."""
     new = counts(found)
     lines = ["| names | in all | on the core path | private |", "| --- | --- | --- | --- |"]
     if old is not None:
@@ -246,9 +246,9 @@ def table(found: dict, old: dict[str, int] | None) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, help="Markdown page that shows the table")
+    parser.add_argument("--write", type=Path, help="Markdown page to write the table into")
     parser.add_argument("--list", action="store_true", help="print the names alone")
-    parser.add_argument("--of", type=Path, default=CODE, help="folder of the files (default: the package)")
+    parser.add_argument("--of", type=Path, default=CODE, help="folder of the files to read (default: the package)")
     arguments = parser.parse_args()
     found = names(arguments.of)
     if arguments.list:
@@ -259,7 +259,9 @@ def main() -> int:
     if arguments.write:
         content = arguments.write.read_text(encoding="utf-8")
         if START not in content or END not in content:
-            raise SystemExit(f"{arguments.write} has no place for the table: it needs the lines {START!r} and {END!r}")
+            raise SystemExit(
+                f"{arguments.write} has no markers for the table: it needs the lines {START!r} and {END!r}"
+            )
         head, tail = content.split(START)[0], content.split(END)[1]
         arguments.write.write_text(f"{head}{START}\n{text}\n{END}{tail}", encoding="utf-8")
     return 0

@@ -401,7 +401,7 @@ def test_the_command_writes_sheet_and_page_and_says_where_the_words_look(tmp_pat
     ]
     assert main([*command, "--layers", "all"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"\| word .*on picture 1 .*on picture 2 ", out) and re.search(r"\d of 6, \d of 6", out)
+    assert re.search(r"\| word .*on image 1 .*on image 2 ", out) and re.search(r"\d of 6, \d of 6", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["look.html", "look.png"]
     with Image.open(tmp_path / "look.png") as sheet:
         assert sheet.height > 2 * 5 * 176

@@ -19,6 +19,7 @@ import saisa_hf
 from saisa_hf import SaisaConfig
 from saisa_hf.checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.checkpoints import upgrade
+from saisa_hf.checkpoints.auto_map import with_auto_map
 from saisa_hf.checkpoints.model_card import _flop_table, _usage, model_card
 from saisa_hf.cli import main
 
@@ -243,7 +244,7 @@ def test_a_folder_killed_midway_and_one_upgraded_load_in_transformers(tmp_path, 
 )
 def test_json_changes_in_auto_map_alone(before, after, newline):
     before, after = before.replace("\n", newline), after.replace("\n", newline)
-    assert upgrade.with_auto_map(before.encode(), {"AutoX": "y.Z"}) == after.encode()
+    assert with_auto_map(before.encode(), {"AutoX": "y.Z"}) == after.encode()
 
 
 def test_auto_map_of_an_older_release_and_of_other_peoples_code(tmp_path):
@@ -257,7 +258,7 @@ def test_auto_map_of_an_older_release_and_of_other_peoples_code(tmp_path):
     rest = {}
     for name, auto_map in maps.items():
         path = folder / name
-        path.write_bytes(upgrade.with_auto_map(path.read_bytes(), auto_map))
+        path.write_bytes(with_auto_map(path.read_bytes(), auto_map))
         rest[name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "auto_map"}
     assert upgrade.upgrade(folder, log=str)
     found = {name: json.loads((folder / name).read_text()) for name in maps}
@@ -315,7 +316,7 @@ def test_a_card_that_somebody_wrote_stays(tmp_path, capsys, card):
         (folder / "README.md").write_bytes(card)
     assert main(["upgrade", str(folder)]) == 0
     assert contents(folder).get("README.md") == card
-    assert ("README.md is left as it is" in capsys.readouterr().out) == (card is not None)
+    assert ("README.md is not changed" in capsys.readouterr().out) == (card is not None)
 
 
 def test_a_usage_section_with_a_line_of_ones_own_stays(tmp_path):
@@ -387,7 +388,7 @@ def test_a_repository_gets_one_commit_and_its_weights_are_not_downloaded(tmp_pat
         hub.commit(REPO, files | {"sub/other_saisa.py": b"mine"})
         out = run(hub, tmp_path, (1, REPO, "--check"), (1, "someone/nobody", "--check"))
         assert "modeling_saisa.py: would be brought up" in out and "README.md: would be brought up" in out
-        assert "someone/nobody is no folder here and cannot be had from the hub" in out
+        assert "someone/nobody is not a folder here and cannot be downloaded from the hub" in out
         out = run(hub, tmp_path, (1, REPO, "--push-to-hub"), without=["HF_TOKEN"])
         assert "the hub does not accept the login" in out
         assert not [line for line in hub.requests if line.startswith(("POST", "PUT"))]

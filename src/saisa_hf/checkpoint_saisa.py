@@ -146,7 +146,7 @@ class SaisaCheckpoint:
         return (model, info) if wants_info else model
 
     def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # PreTrainedModel's
         if getattr(config, "in_embedding_space", False):
             self._no_split_modules = ["EmbeddingSpaceLayer"]  # FSDP insists on finding every class that is named
 

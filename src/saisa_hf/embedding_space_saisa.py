@@ -13,13 +13,13 @@ paper (arXiv 2502.02458); neither, in some layers, is what ShortV (arXiv 2504.00
 Shape suffixes as in `modeling_saisa.py`.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .hardware_saisa import Luggage
 from .token_layout_saisa import Rotation, TokenLayout
 
 
-class VisualTokensAmongWords:
+class VisualTokensAmongWords(nn.Module):
     """The part of a decoder layer through which visual tokens pass as well; it stands in front of `SaisaDecoderLayer`."""
 
     def __init__(self, config, layer_idx: int):

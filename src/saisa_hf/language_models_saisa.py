@@ -1,10 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The supported language models: one class per family, which says how its decoder differs from Llama's.
 
-`modeling_saisa.py` has the decoder that they share. A decoder layer adds to its input what self-attention makes of it, and
-then what the feed-forward network makes of that; each of the two may have a norm in front and one behind. Visual features
-enter where the text enters self-attention: behind the norm in front of it, or, in a family without one, as the projector
-leaves them.
+`modeling_saisa.py` has the decoder that they share. A decoder layer adds to its input the output of self-attention, and then
+that of the feed-forward network; each of the two may have a norm in front and one behind. Visual features enter where the
+text enters self-attention: behind the norm in front of it, or, in a family without one, as they leave the projector.
 """
 
 import re
@@ -26,35 +25,26 @@ class LayerNorms(NamedTuple):
     after_feed_forward: str | None = None
 
 
+def gated_plan(network: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """The tensor parallel plan of the feed-forward network of that name in a decoder layer."""
+    styles = {gate: "colwise", up: "colwise", down: "rowwise"}
+    return {f"layers.*.{network}.{name}": style for name, style in styles.items()}
+
+
 class LanguageModelFamily:
-    """Llama, and the default of all others.
+    """Llama, and the default of all others. `config` is the language model's."""
 
-    Args:
-        config: the language model's.
-
-    Attributes:
-        prefix: what transformers' classes of the family begin with.
-        norms: of a decoder layer.
-        head_norm: what queries and keys are normalised over before they are rotated: `"head"`, `"width"` (all heads
-            together), or None.
-        fused_projection: whether queries, keys and values come from one matrix, `qkv_proj`.
-        feed_forward_name: its name in a decoder layer.
-        compiles: whether a step of decoding is one graph to `torch.compile`.
-        only: fields of the config and the one value that is supported, where transformers knows others.
-    """
-
-    prefix = "Llama"
+    prefix = "Llama"  # what transformers' classes of the family begin with
     norms = LayerNorms(before_attention="input_layernorm", before_feed_forward="post_attention_layernorm")
-    head_norm: str | None = None
-    fused_projection = False
+    head_norm: str | None = None  # "head" or "width" (all heads together): what queries and keys are normalised over
+    fused_projection = False  # whether queries, keys and values come from one matrix, `qkv_proj`
     feed_forward_name = "mlp"
-    compiles = True
-    only: dict = {}
+    compiles = True  # whether a step of decoding is one graph to `torch.compile`
+    only: dict = {}  # fields of the config and the one value that is supported, where transformers knows others
+    residual_multiplier = 1.0
 
     def __init__(self, config):
         self.config = config
-
-    # --- parts ---
 
     def part(self, name: str):
         """transformers' class `name` of this family, or its function."""
@@ -84,8 +74,6 @@ class LanguageModelFamily:
         """Attention in plain matrix products, which also returns the probabilities."""
         return self.part("eager_attention_forward")
 
-    # --- attention ---
-
     @property
     def head_dim(self) -> int:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
@@ -94,9 +82,7 @@ class LanguageModelFamily:
     def qkv_bias(self) -> bool:
         return self.config.attention_bias
 
-    @property
-    def output_bias(self) -> bool:
-        return self.config.attention_bias
+    output_bias = qkv_bias
 
     @property
     def scaling(self) -> float:
@@ -105,8 +91,7 @@ class LanguageModelFamily:
 
     @property
     def softcap(self) -> float | None:
-        """What bounds the scores, where the attention implementation can: sdpa, which transformers 4.57 runs all the same,
-        cannot."""
+        """The bound of the scores where the implementation knows one; sdpa, which 4.57 runs all the same, does not."""
         return None
 
     @property
@@ -127,10 +112,6 @@ class LanguageModelFamily:
         """Whether a layer's queries and keys are rotated by their positions."""
         return True
 
-    # --- around the layers ---
-
-    residual_multiplier = 1.0
-
     def scaled_input(self, x: torch.Tensor) -> torch.Tensor:
         """What the first layer gets of embeddings `x`."""
         return x
@@ -139,12 +120,9 @@ class LanguageModelFamily:
         """What the head's output `x` becomes."""
         return x
 
-    # --- several processes ---
-
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """How `tp_plan="auto"` shards the layers, by module: the products of a pair of linear maps travel once, as the sums
-        behind the second. Attention that needs all heads at once gets its products gathered.
-        """
+        """How `tp_plan="auto"` shards the layers, by module. The outputs of a pair of linear maps are exchanged once, as sums
+        behind the second; attention that needs all heads at once has them gathered."""
         whole = self.fused_projection or self.head_norm == "width"
         first, second = ("colwise_gather_output", "rowwise_split_input") if whole else ("colwise", "rowwise")
         into = ["qkv_proj"] if self.fused_projection else ["q_proj", "k_proj", "v_proj"]
@@ -155,8 +133,6 @@ class LanguageModelFamily:
     def feed_forward_plan(self) -> dict[str, str]:
         return gated_plan("mlp", "gate_proj", "up_proj", "down_proj")
 
-    # --- checkpoints ---
-
     def checkpoint_name(self, name: str) -> str:
         """The name in checkpoints of what transformers calls `name`."""
         return name
@@ -164,12 +140,6 @@ class LanguageModelFamily:
     def feed_forward_sizes(self) -> list[int]:
         """Inner width of each layer's feed-forward network that a token passes."""
         return [self.config.intermediate_size] * self.config.num_hidden_layers
-
-
-def gated_plan(network: str, gate: str, up: str, down: str) -> dict[str, str]:
-    """The tensor parallel plan of the feed-forward network of that name in a decoder layer."""
-    styles = {gate: "colwise", up: "colwise", down: "rowwise"}
-    return {f"layers.*.{network}.{name}": style for name, style in styles.items()}
 
 
 class WindowEverywhere(LanguageModelFamily):
@@ -209,17 +179,13 @@ class Gemma2(WindowByLayer):
 
     prefix = "Gemma2"
     norms = LayerNorms(
-        before_attention="input_layernorm",
-        after_attention="post_attention_layernorm",
-        before_feed_forward="pre_feedforward_layernorm",
-        after_feed_forward="post_feedforward_layernorm",
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     )
     only = {"use_bidirectional_attention": False}
 
     def embedding(self):
-        config = self.config
-        scale = config.hidden_size**0.5
-        return ScaledEmbedding(config.vocab_size, config.hidden_size, config.pad_token_id, scale=scale)
+        size, width, padding = self.config.vocab_size, self.config.hidden_size, self.config.pad_token_id
+        return ScaledEmbedding(size, width, padding, scale=width**0.5)
 
     @property
     def scaling(self):
@@ -251,8 +217,7 @@ class Phi3(WindowEverywhere):
     only = {"resid_pdrop": 0.0}
 
     def feed_forward_plan(self):
-        styles = {"gate_up_proj": "colwise_gather_output", "down_proj": "rowwise_split_input"}
-        return {f"layers.*.mlp.{name}": style for name, style in styles.items()}
+        return {"layers.*.mlp.gate_up_proj": "colwise_gather_output", "layers.*.mlp.down_proj": "rowwise_split_input"}
 
 
 class Olmo2(LanguageModelFamily):
@@ -310,7 +275,7 @@ class Qwen3Moe(WindowEverywhere):
         if not self.is_sparse(layer_idx):
             return mlp(config, intermediate_size=config.intermediate_size)
         experts = [mlp(config, intermediate_size=config.moe_intermediate_size) for _ in range(config.num_experts)]
-        return Experts(config.hidden_size, experts, config.num_experts_per_tok, config.norm_topk_prob)
+        return Experts(config, experts, normalised=config.norm_topk_prob)
 
     def feed_forward_plan(self):
         plan = super().feed_forward_plan() if not all(map(self.is_sparse, range(self.config.num_hidden_layers))) else {}
@@ -319,8 +284,7 @@ class Qwen3Moe(WindowEverywhere):
     def feed_forward_sizes(self):
         config = self.config
         sparse = config.moe_intermediate_size * config.num_experts_per_tok
-        layers = range(config.num_hidden_layers)
-        return [sparse if self.is_sparse(layer) else config.intermediate_size for layer in layers]
+        return [sparse if self.is_sparse(i) else config.intermediate_size for i in range(config.num_hidden_layers)]
 
 
 class Mixtral(WindowEverywhere):
@@ -333,9 +297,8 @@ class Mixtral(WindowEverywhere):
     only = {"output_router_logits": False, "router_jitter_noise": 0.0}
 
     def feed_forward(self, layer_idx):
-        config = self.config
-        experts = [MixtralExpert(config) for _ in range(config.num_local_experts)]
-        return Experts(config.hidden_size, experts, config.num_experts_per_tok, normalised=True)
+        experts = [MixtralExpert(self.config) for _ in range(self.config.num_local_experts)]
+        return Experts(self.config, experts, normalised=True)
 
     def feed_forward_plan(self):
         return gated_plan("block_sparse_moe.experts.*", "w1", "w3", "w2")
@@ -347,8 +310,7 @@ class Mixtral(WindowEverywhere):
         return name
 
     def feed_forward_sizes(self):
-        config = self.config
-        return [config.intermediate_size * config.num_experts_per_tok] * config.num_hidden_layers
+        return [width * self.config.num_experts_per_tok for width in super().feed_forward_sizes()]
 
 
 FAMILIES: dict[str, type[LanguageModelFamily]] = {
@@ -368,11 +330,7 @@ FAMILIES: dict[str, type[LanguageModelFamily]] = {
 
 
 def language_model_family(config) -> LanguageModelFamily:
-    """What is particular about the decoder of `config`, a config of one of `FAMILIES`.
-
-    Raises:
-        KeyError: another `model_type`. `SaisaConfig` has refused it before.
-    """
+    """What is particular about the decoder of `config`, which has a `model_type` of `FAMILIES`: `SaisaConfig` checks that."""
     return FAMILIES[config.model_type](config)
 
 
@@ -383,8 +341,8 @@ def choose_attention(config) -> None:
 
 
 def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
-    """The tensors of `decoder`, transformers' model without its head, under the names that they have in checkpoints and
-    here. transformers 5 joins the experts of a layer in memory: they are copied."""
+    """The tensors of `decoder`, transformers' model without its head, under their names in checkpoints and here. transformers
+    5 joins the experts of a layer in memory: they are copied."""
     weights = {}
     for name, x in decoder.state_dict().items():
         joined = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
@@ -400,7 +358,7 @@ def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
 
 
 def initialize(module: nn.Module) -> None:
-    """What transformers' rules for new weights do not know about the parts above."""
+    """Initialises the parts above that transformers' rules for new weights do not know."""
     name = type(module).__name__
     if name.startswith("Gemma") and "RMSNorm" in name:
         init.zeros_(module.weight)  # it stands for the deviation from one
@@ -437,21 +395,15 @@ class MixtralExpert(nn.Module):
 
 
 class Experts(nn.Module):
-    """A mixture of experts: each token passes those of the `chosen` largest gates.
+    """A mixture of experts, modules (rows, D) -> (rows, D): each token passes those with the largest gates, whose weights add
+    up to one if `normalised`. Every expert is a module of its own, as in checkpoints: so it is named, quantized and adapted
+    alike on every release."""
 
-    Every expert is a module of its own, as in checkpoints: so it is named, quantized and adapted on every transformers
-    release alike.
-
-    Args:
-        experts: modules (rows, D) -> (rows, D).
-        normalised: whether the weights of the chosen experts add up to one.
-    """
-
-    def __init__(self, hidden_size: int, experts: list[nn.Module], chosen: int, normalised: bool):
+    def __init__(self, config, experts: list[nn.Module], normalised: bool):
         super().__init__()
-        self.gate = nn.Linear(hidden_size, len(experts), bias=False)
+        self.gate = nn.Linear(config.hidden_size, len(experts), bias=False)
         self.experts = nn.ModuleList(experts)
-        self.chosen, self.normalised = chosen, normalised
+        self.chosen, self.normalised = config.num_experts_per_tok, normalised
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D)."""

@@ -1,17 +1,16 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints that are out there, brought up to this package: `saisa upgrade`.
+"""`saisa upgrade`: existing checkpoints get the code of this package.
 
-Changed are the code files (`*_saisa.py`), `auto_map` in the JSON files, and the parts of the model card that this package
-wrote. Weights are not read, and every other byte stays.
+It changes the code files (`*_saisa.py`), `auto_map` in the JSON files, and the parts of the model card that this package
+wrote. Weights are not read, and every other byte stays the same.
 
-Code files import each other, so a folder in which half of them are new loads by neither generation. Therefore the new code
-is first written under names of its own; `auto_map` is pointed at it; the code files are replaced; `auto_map` is pointed back.
-Each of these steps is one `os.replace`, the folder loads after each, and a run that was killed is completed by the next.
+Code files import each other, so a folder in which half of them are new cannot be loaded. Therefore the new code is first
+written under names of its own; `auto_map` is pointed at it; the code files are replaced; `auto_map` is pointed back. Each of
+these steps is one `os.replace`, the folder loads after each, and a run that was killed is completed by the next one.
 """
 
 import glob
 import hashlib
-import json
 import os
 import re
 import tempfile
@@ -22,9 +21,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.utils import validate_repo_id
 
-from ..checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
+from ..checkpoint_saisa import code_files
+from ..common import sources
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
+from .auto_map import is_ours, parsed, wanted_auto_map, with_auto_map
 from .model_card import _flop_table, _usage, model_card
 
 
@@ -32,8 +33,8 @@ CONFIG, CARD = "config.json", "README.md"
 JSON_FILES = (CONFIG, "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 CODE = re.compile(r"\w+_saisa\.py")
 
-# Sections of the card as releases of this package wrote them, by `section_form`. When the text in model_card_saisa.py
-# changes, its new form is added here and the old ones stay.
+# Sections of the card as releases of this package wrote them, by `section_form`. When the text of a section changes, its new
+# form is added here and the old ones stay.
 CARD_FORMS = {
     "Usage": {"35d6b3c8"},
     "Cost of a prompt": {"f5122daf"},
@@ -42,7 +43,7 @@ CARD_FORMS = {
 
 @dataclass
 class Plan:
-    """What an upgrade does: `writes` (file name: content), `removes` (file names), and `notes` on what it leaves alone."""
+    """What an upgrade does: `writes` (file name: content), `removes` (file names), and `notes` on what it does not change."""
 
     writes: dict[str, bytes] = field(default_factory=dict)
     removes: list[str] = field(default_factory=list)
@@ -58,18 +59,19 @@ def upgrade(
     push_to_hub: bool = False,
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Brings the checkpoint `target`, a folder or a repository `user/name` on the hub, up to this package's code.
+    """Gives the checkpoint `target` the code of this package.
 
     Args:
-        check: tell what would change, and change nothing.
+        target: a folder, or a repository `user/name` on the hub.
+        check: report what would change, and change nothing.
         push_to_hub: for a repository: upload the changes, in one commit. Weights are not downloaded.
         log: gets a line for each file.
 
     Returns:
-        Whether something changed, or would change.
+        Whether anything changed, or would change.
 
     Raises:
-        FileNotFoundError: `target` is no folder and no `user/name`, or has no config.json.
+        FileNotFoundError: `target` is neither a folder nor a `user/name`, or has no config.json.
         ValueError: its model_type is not "saisa", a file is not JSON, or `push_to_hub` does not fit `target`.
         OSError: the hub cannot be reached or refuses, or a file cannot be written.
     """
@@ -82,39 +84,34 @@ def upgrade(
             "then `hf upload` it."
         )
     plan = plan_upgrade(folder, str(folder))
-    _tell(plan, str(folder), check, log)
+    _report(plan, str(folder), check, log)
     if plan and not check:
         apply(folder, plan)
     return bool(plan)
 
 
 def local_folder(target: str | os.PathLike) -> Path | None:
-    """The folder that `target` means, or None where it is the id of a repository, 'user/name'.
-
-    What exists, starts with `.`, `~` or `/`, or has more than one slash is a path, and nobody asks the hub for it.
+    """The folder that `target` means, or None if it is the id of a repository, 'user/name'.
 
     Raises:
         FileNotFoundError: it is neither.
     """
-    text = os.fspath(target)
-    path = Path(os.path.expanduser(text))
-    if path.is_dir():
-        return path
-    is_path = path.exists() or text.startswith((".", "~", "/")) or text.count("/") != 1 or os.path.isabs(text)
-    if is_path or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        what = "is a file" if path.exists() else "is not a folder"
+    folder = sources.local_folder(target, "FOLDER_OR_REPO")
+    if folder is None and "/" not in os.fspath(target):
         raise FileNotFoundError(
-            f"FOLDER_OR_REPO {text!r} {what}: expected the folder of a checkpoint, or a repository 'user/name' on the hub."
+            f"FOLDER_OR_REPO {os.fspath(target)!r} is not a folder: expected the folder of a checkpoint, or a repository "
+            "'user/name' on the hub."
         )
-    return None
+    return folder
 
 
 def plan_upgrade(folder: Path, name: str, repo_id: str | None = None) -> Plan:
     """What `apply` has to do to the files in `folder`; nothing is written.
 
     Args:
-        name: of the checkpoint, for errors.
-        repo_id: the repository it is, if it is one: there a missing model card is written, as `push_to_hub` does.
+        folder: of the checkpoint, or of its files without weights.
+        name: of the checkpoint, for error messages.
+        repo_id: the repository, if it is one: a missing model card is then written, as `push_to_hub` does.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -128,12 +125,12 @@ def plan_upgrade(folder: Path, name: str, repo_id: str | None = None) -> Plan:
         if not path.is_file():
             continue
         content = path.read_bytes()
-        settings = _parsed(content, f"{name}/{file}")
+        settings = parsed(content, f"{name}/{file}")
         if file == CONFIG:
             config = settings
             if config.get("model_type") != "saisa":
                 raise ValueError(f"{name} has model_type {config.get('model_type')!r}: expected 'saisa'.")
-        wanted = _wanted_auto_map(file, settings)
+        wanted = wanted_auto_map(file, settings)
         if wanted != settings.get("auto_map"):
             plan.writes[file] = with_auto_map(content, wanted)
     code = {path.name: path.read_bytes() for path in code_files()}
@@ -148,8 +145,8 @@ def plan_upgrade(folder: Path, name: str, repo_id: str | None = None) -> Plan:
 
 
 def apply(folder: Path, plan: Plan) -> None:
-    """Carries out `plan` in `folder`. Killed at any moment, it leaves a folder that loads, with the old code or the new,
-    and the next upgrade completes it. A symbolic link is replaced by a file; what it points to stays.
+    """Carries out `plan` in `folder`. If it is killed, the folder loads, with the old code or the new, and the next upgrade
+    completes it. A symbolic link is replaced by a file; what it points to stays.
 
     Raises:
         OSError: a file cannot be written.
@@ -157,7 +154,7 @@ def apply(folder: Path, plan: Plan) -> None:
     for left in glob.glob(f"{glob.escape(str(folder))}/.*.partial"):
         name = Path(left).name[1:]
         if "_saisa.py." in name or name.startswith(tuple(f"{file}." for file in (*JSON_FILES, CARD))):
-            os.unlink(left)  # of a run that was killed
+            os.unlink(left)  # left by a run that was killed
     code = [file for file in plan.writes if CODE.fullmatch(file)]
     settings = {file: plan.writes[file] for file in JSON_FILES if file in plan.writes}
     interim, aside = [], {}
@@ -167,8 +164,8 @@ def apply(folder: Path, plan: Plan) -> None:
             if not (folder / file).is_file():
                 continue
             content = settings.get(file) or (folder / file).read_bytes()
-            auto_map = _parsed(content, file).get("auto_map") or {}
-            moved = {key: prefix + value if _is_ours(value) else value for key, value in auto_map.items()}
+            auto_map = parsed(content, file).get("auto_map") or {}
+            moved = {key: prefix + value if is_ours(value) else value for key, value in auto_map.items()}
             if moved != auto_map:
                 if file not in settings:
                     aside[file] = _set_aside(folder / file)
@@ -188,8 +185,8 @@ def apply(folder: Path, plan: Plan) -> None:
 
 
 def _write_interim_code(folder: Path) -> tuple[str, list[str]]:
-    """Writes this package's code once more, complete, under names that no other generation has. Returns what these begin
-    with, and the names of the files."""
+    """Writes this package's code a second time, complete, under names that no other release has. Returns the prefix of these
+    names, and the names of the files."""
     sources = {path.stem: path.read_text(encoding="utf-8") for path in code_files()}
     digest = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:8]
     prefix = f"upgrade_{digest}_"
@@ -203,7 +200,7 @@ def _write_interim_code(folder: Path) -> tuple[str, list[str]]:
 
 
 def _set_aside(path: Path) -> Path | None:
-    """A second name of the file `path`, so that the very file can be put back; None where the file system has no links."""
+    """A second name of the file `path`, so that the same file can be put back; None if the file system has no links."""
     aside = path.with_name(f".{path.name}.original.partial")
     try:
         os.link(path, aside, follow_symlinks=False)
@@ -219,82 +216,8 @@ def _write(path: Path, content: bytes) -> None:
         os.chmod(path, mode)
 
 
-def _parsed(content: bytes, name: str) -> dict:
-    try:
-        settings = json.loads(content.decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name} is not JSON: {error}. Take it from the original checkpoint again.") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{name} holds a {type(settings).__name__}: expected a JSON object.")
-    return settings
-
-
-def _is_ours(reference) -> bool:
-    """Whether a value of auto_map names code of this package: 'modeling_saisa.SaisaModel', or with 'user/name--' in front."""
-    return isinstance(reference, str) and reference.split("--")[-1].split(".")[0].endswith("_saisa")
-
-
-def _wanted_auto_map(file: str, settings: dict):
-    """The auto_map that `file` ought to have. Entries that name other people's code stay."""
-    present = settings.get("auto_map")
-    entries = present if isinstance(present, dict) else {}
-    others = {key: value for key, value in entries.items() if not _is_ours(value)}
-    if file == CONFIG:
-        return AUTO_MAP | others
-    if file == "processor_config.json" and (entries or settings.get("processor_class") == "SaisaProcessor"):
-        return PROCESSOR_AUTO_MAP | others
-    if len(others) == len(entries):
-        return present
-    return {key: AUTO_MAP[key] for key in entries if key in AUTO_MAP} | others
-
-
-def with_auto_map(content: bytes, auto_map: dict) -> bytes:
-    """The JSON object `content`, which is not empty, with this `auto_map`; every byte outside of it stays.
-
-    Raises:
-        ValueError: `content` is not JSON.
-    """
-    text = content.decode("utf-8")
-    newline = "\r\n" if "\r\n" in text else "\n"
-    span = _span_of_auto_map(text)
-    if span is None:  # it becomes the first member
-        start = re.match(r"\s*\{\s*", text).end()
-        space = text[text.index("{") + 1 : start]
-        indent = space.rpartition("\n")[2] if "\n" in space else None
-        member = f'"auto_map": {_rendered(auto_map, indent, newline)},{" " if indent is None else space}'
-        return (text[:start] + member + text[start:]).encode("utf-8")
-    start, end = span
-    line = text[text.rfind("\n", 0, start) + 1 : start]
-    indent = line[: len(line) - len(line.lstrip())] if "\n" in text[start:end] else None
-    return (text[:start] + _rendered(auto_map, indent, newline) + text[end:]).encode("utf-8")
-
-
-def _rendered(auto_map: dict, indent: str | None, newline: str) -> str:
-    if indent is None:
-        return json.dumps(auto_map, sort_keys=True, ensure_ascii=False)
-    text = json.dumps(auto_map, sort_keys=True, ensure_ascii=False, indent=indent or 2)
-    return text.replace("\n", f"{newline}{indent}")
-
-
-def _span_of_auto_map(text: str) -> tuple[int, int] | None:
-    """Where the value of the outermost object's `auto_map` begins and ends."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    found = None
-    at = space.match(text, text.index("{") + 1).end()
-    while text[at] == '"':
-        key, at = decoder.raw_decode(text, at)
-        start = space.match(text, space.match(text, at).end() + 1).end()  # behind the colon
-        _, at = decoder.raw_decode(text, start)
-        if key == "auto_map":
-            found = (start, at)
-        at = space.match(text, at).end()
-        if text[at] == ",":
-            at = space.match(text, at + 1).end()
-    return found
-
-
 def section_form(section: str) -> str:
-    """What a section of the card is recognised by: a digest of its text without the model's name and numbers."""
+    """How a section of the card is recognised: a digest of its text without the model's name and numbers."""
     name = re.search(r'from_pretrained\("([^"\n]*)"', section)
     text = section.replace(f'"{name[1]}"', '"user/name"') if name else re.sub(r"\d[\d.,]*(e[+-]?\d+)?", "0", section)
     for one, other in (("| this model |", "| SAISA |"), ("more)", "less)")):
@@ -323,20 +246,18 @@ def _plan_card(plan: Plan, path: Path, config: dict, repo_id: str | None) -> Non
             section = section.strip() + found[0][len(found[0].rstrip()) :]
             text = text[: found.start()] + section + text[found.end() :]
         if not recognised:
-            plan.notes.append(f"{CARD} is left as it is: this package did not write it")
+            plan.notes.append(f"{CARD} is not changed: this package did not write it")
         elif text.encode() != content:
             plan.writes[CARD] = text.encode()
-    except (
-        Exception
-    ) as error:  # a card is no reason not to bring the code: the configuration may name parts that are not here
-        plan.notes.append(f"{CARD} is left as it is: {' '.join(str(error).split()) or type(error).__name__}")
+    except Exception as error:  # the code is upgraded in any case: the configuration may name parts that are not here
+        plan.notes.append(f"{CARD} is not changed: {' '.join(str(error).split()) or type(error).__name__}")
 
 
-def _tell(plan: Plan, name: str, check: bool, log: Callable[[str], None]) -> None:
+def _report(plan: Plan, name: str, check: bool, log: Callable[[str], None]) -> None:
     would = "would be " if check else ""
     for file in sorted(plan.writes):
         what = "auto_map " if file in JSON_FILES else ""
-        log(f"{file}: {what}{would}brought up to this package")
+        log(f"{file}: {what}{would}brought up to date")
     for file in plan.removes:
         log(f"{file}: {would}removed, this package has no such file")
     for note in plan.notes:
@@ -348,8 +269,8 @@ def _tell(plan: Plan, name: str, check: bool, log: Callable[[str], None]) -> Non
 def _upgrade_repository(repo_id: str, check: bool, push_to_hub: bool, log: Callable[[str], None]) -> bool:
     if not check and not push_to_hub:
         raise ValueError(
-            f"FOLDER_OR_REPO {repo_id!r} is no folder here. If it is a repository on the hub, pass --check to see what would "
-            "change in it, or --push-to-hub to change it."
+            f"FOLDER_OR_REPO {repo_id!r} is not a folder here. If it is a repository on the hub, pass --check to see what "
+            "would change in it, or --push-to-hub to change it."
         )
     validate_repo_id(repo_id)
     if push_to_hub:
@@ -363,10 +284,11 @@ def _upgrade_repository(repo_id: str, check: bool, push_to_hub: bool, log: Calla
             if wanted:
                 snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted, local_dir=folder)
         except Exception as error:  # what the HTTP library of the installed huggingface_hub raises
-            reason = str(error).strip().split("\n")[0]
-            raise OSError(f"{repo_id} is no folder here and cannot be had from the hub: {reason}") from error
+            raise OSError(
+                f"{repo_id} is not a folder here and cannot be downloaded from the hub: {sources.first_line(error)}"
+            ) from error
         plan = plan_upgrade(Path(folder), repo_id, repo_id=repo_id)
-    _tell(plan, repo_id, check, log)
+    _report(plan, repo_id, check, log)
     if not plan or check:
         return bool(plan)
     operations = [CommitOperationAdd(file, content) for file, content in sorted(plan.writes.items())]
@@ -376,7 +298,6 @@ def _upgrade_repository(repo_id: str, check: bool, push_to_hub: bool, log: Calla
             repo_id, operations, commit_message="Code of the current saisa_hf release", parent_commit=info.sha
         )
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise OSError(f"{repo_id} was not changed: {reason}") from error
+        raise OSError(f"{repo_id} was not changed: {sources.first_line(error)}") from error
     log(f"uploaded it to {commit.commit_url}")
     return True

@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attention maps for the eye: a contact sheet, a page for the browser that needs nothing but itself, and `saisa attend`."""
+"""Showing attention maps: a contact sheet, a self-contained page for the browser, and `saisa attend`."""
 
 import base64
 import io
@@ -21,17 +21,18 @@ from .attention_maps import AttentionMaps, PictureMaps, attend
 PANEL, COLUMNS, GAP, BELOW = 176, 6, 14, 20
 PAGE, DARK, GREY = (238, 240, 244), (28, 32, 40), (112, 118, 130)
 WEAK, STRONG, OPAQUE = (255, 214, 10), (214, 20, 20), 0.75
-LARGEST = 1024  # pixels of the longer side of a picture in the page
+LARGEST = 1024  # pixels of the longer side of an image in the page
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
 
 
 def contact_sheet(maps: AttentionMaps, layers: Sequence[int] = ()) -> PIL.Image.Image:
-    """A picture for each word with its attention over it, six words in a row; below each row those of `layers`, one by one.
+    """The image once for each word, with the word's attention over it, six words in a row. Below that the same for each of
+    `layers`.
 
-    The heat of a panel is relative to the largest weight in it; the number below it is the share of the word's attention
-    that goes to that picture at all. What the model is not shown of a picture is pale.
+    The heat of a panel is relative to the largest weight in it; the number below it is the share of the word's attention that
+    goes to that image at all. The part of an image that the model is not shown is pale.
 
     Raises:
         ValueError: there is no such layer.
@@ -40,58 +41,61 @@ def contact_sheet(maps: AttentionMaps, layers: Sequence[int] = ()) -> PIL.Image.
     for layer in layers:
         if not 0 <= layer < count:
             raise ValueError(f"layers has {layer}: the model has layers 0 to {count - 1}.")
-    kinds = ["mean", *(f"layer {layer}" for layer in layers)] if layers else [""]
-    several = len(maps.pictures) > 1
-    label = 60 if layers or several else 0
+    label = 60 if layers or len(maps.pictures) > 1 else 0
     columns = min(COLUMNS, len(maps.words))
     blocks = [range(first, min(first + COLUMNS, len(maps.words))) for first in range(0, len(maps.words), COLUMNS)]
     sizes = [_fitted(found.picture.size, PANEL) for found in maps.pictures]
-    block_height = 26 + sum((height + BELOW) * len(kinds) for _, height in sizes)
+    block_height = 26 + sum((height + BELOW) * (1 + len(layers)) for _, height in sizes)
     width = max(GAP + label + columns * (PANEL + GAP), 420)
     sheet = Image.new("RGB", (width, 62 + block_height * len(blocks) + GAP), PAGE)
-    canvas = ImageDraw.Draw(sheet)
-    canvas.text(
-        (GAP, 20), _shortened(maps.question, width, 15), fill=GREY, font=ImageFont.load_default(15), anchor="lm"
-    )
-    canvas.text((GAP, 44), _shortened(maps.answer, width, 19), fill=DARK, font=ImageFont.load_default(19), anchor="lm")
-    y = 62
-    for block in blocks:
-        for place, word in enumerate(block):
-            x = GAP + label + place * (PANEL + GAP)
-            text = _shortened(maps.words[word], PANEL, 16)
-            canvas.text((x + 2, y + 13), text, fill=DARK, font=ImageFont.load_default(16), anchor="lm")
-        y += 26
-        for index, (found, size) in enumerate(zip(maps.pictures, sizes)):
-            shown = [maps.mean(index), *(found.weights[layer] for layer in layers)]
-            if several:
-                name = f"picture {index + 1}"
-                canvas.text((GAP, y + 8), name, fill=DARK, font=ImageFont.load_default(13), anchor="lm")
-            for kind, weights in zip(kinds, shown):
-                if kind:
-                    middle = (GAP, y + size[1] // 2)
-                    canvas.text(middle, kind, fill=GREY, font=ImageFont.load_default(13), anchor="lm")
-                for place, word in enumerate(block):
-                    corner = GAP + label + place * (PANEL + GAP), y
-                    sheet.paste(overlay(found, weights[word], size), corner)
-                    below = corner[0] + 2, y + size[1] + 8
-                    share = f"{weights[word].sum():.0%}"
-                    canvas.text(below, share, fill=GREY, font=ImageFont.load_default(11), anchor="lm")
-                y += size[1] + BELOW
+    _write(sheet, (GAP, 20), _shortened(maps.question, width, 15), 15, GREY)
+    _write(sheet, (GAP, 44), _shortened(maps.answer, width, 19), 19)
+    for number, block in enumerate(blocks):
+        _draw_block(sheet, maps, layers, block, left=GAP + label, top=62 + number * block_height)
     return sheet
 
 
+def _draw_block(
+    sheet: PIL.Image.Image, maps: AttentionMaps, layers: Sequence[int], block: range, left: int, top: int
+) -> None:
+    """Draws the words of `block` beside each other, with their panels below."""
+    columns = [left + place * (PANEL + GAP) for place in range(len(block))]
+    for x, word in zip(columns, block):
+        _write(sheet, (x + 2, top + 13), _shortened(maps.words[word], PANEL, 16), 16)
+    y = top + 26
+    for index, found in enumerate(maps.pictures):
+        size = _fitted(found.picture.size, PANEL)
+        if len(maps.pictures) > 1:
+            _write(sheet, (GAP, y + 8), f"image {index + 1}", 13)
+        kinds = ["mean" if layers else "", *(f"layer {layer}" for layer in layers)]
+        for kind, weights in zip(kinds, [maps.mean(index), *(found.weights[layer] for layer in layers)]):
+            if kind:
+                _write(sheet, (GAP, y + size[1] // 2), kind, 13, GREY)
+            for x, word in zip(columns, block):
+                sheet.paste(overlay(found, weights[word], size), (x, y))
+                _write(sheet, (x + 2, y + size[1] + 8), f"{weights[word].sum():.0%}", 11, GREY)
+            y += size[1] + BELOW
+
+
+def _write(
+    sheet: PIL.Image.Image, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int] = DARK
+) -> None:
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(sheet).text(place, text, fill=colour, font=font, anchor="lm")
+
+
 def overlay(found: PictureMaps, weights: np.ndarray, size: tuple[int, int]) -> PIL.Image.Image:
-    """The picture at `size` (width, height) with `weights` (rows, columns) over it: from nothing through yellow to red."""
+    """The image at `size` (width, height) with `weights` (rows, columns) over it: from transparent over yellow to red."""
     scale = size[0] / found.picture.width, size[1] / found.picture.height
     left, top, right, bottom = (round(edge * scale[number % 2]) for number, edge in enumerate(found.box))
     covered = max(right - left, 1), max(bottom - top, 1)
     heat = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
     heat = _pasted(heat.resize(covered, Image.Resampling.BILINEAR), (left, top), size)
     seen = _pasted(Image.new("F", covered, 1.0), (left, top), size)
-    picture = np.asarray(found.picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
-    picture += (1 - seen) * 0.65 * (np.array(PAGE, dtype=np.float32) - picture)
+    image = np.asarray(found.picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
+    image = image + (1 - seen) * 0.65 * (np.array(PAGE, dtype=np.float32) - image)
     colour = np.array(WEAK) + heat * (np.array(STRONG, dtype=np.float32) - np.array(WEAK))
-    mixed = picture + OPAQUE * heat * (colour - picture)
+    mixed = image + OPAQUE * heat * (colour - image)
     return Image.fromarray(np.rint(np.clip(mixed, 0, 255)).astype(np.uint8))
 
 
@@ -103,7 +107,7 @@ def _pasted(part: PIL.Image.Image, corner: tuple[int, int], size: tuple[int, int
 
 
 def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(width, height) of a picture of `size` whose longer side is `side`."""
+    """(width, height) of an image of `size`, scaled so that its longer side is `side`."""
     scale = side / max(size)
     return max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
 
@@ -121,7 +125,7 @@ def _shortened(text: str, width: int, font_size: int) -> str:
 
 
 def page(maps: AttentionMaps) -> str:
-    """An HTML page that shows the maps by word and layer and loads nothing: pictures and weights are in it.
+    """An HTML page that shows the maps by word and layer. It loads nothing: images and weights are in it.
 
     Weights are bytes relative to the largest of their map, with the shares of attention beside them.
     """
@@ -142,12 +146,12 @@ def page(maps: AttentionMaps) -> str:
         )
     layers = ["mean", *(f"layer {index}" for index in range(len(maps.pictures[0].weights)))]
     data = {"question": maps.question, "words": maps.words, "layers": layers, "pictures": shown}
-    text = json.dumps(data).replace("<", "\\u003c")  # nothing in it ends the script
+    text = json.dumps(data).replace("<", "\\u003c")  # so that nothing in it ends the script
     return TEMPLATE.replace("DATA", text)
 
 
-def _data_uri(picture: PIL.Image.Image) -> str:
-    small = picture if max(picture.size) <= LARGEST else picture.resize(_fitted(picture.size, LARGEST))
+def _data_uri(image: PIL.Image.Image) -> str:
+    small = image if max(image.size) <= LARGEST else image.resize(_fitted(image.size, LARGEST))
     form = "PNG" if max(small.size) <= 256 else "JPEG"
     file = io.BytesIO()
     small.save(file, form, quality=90)
@@ -211,7 +215,7 @@ function show() {
       image.data.set([255 - 41 * heat, 214 - 194 * heat, 10 + 10 * heat, 191 * heat], 4 * cell);
     }
     context.putImageData(image, 0, 0);
-    caption.textContent = (100 * found.shares[l][w]).toFixed(1) + "% of the word's attention is on this picture";
+    caption.textContent = (100 * found.shares[l][w]).toFixed(1) + "% of the word's attention is on this image";
   }
 }
 word.oninput = layer.oninput = show;
@@ -236,27 +240,29 @@ def attend_and_draw(
     system: str | None = None,
     max_new_tokens: int = 64,
 ) -> int:
-    """`saisa attend`: writes `output`.png and `output`.html, prints a table, or all numbers as JSON, and returns 0.
+    """`saisa attend`: writes `output`.png and `output`.html, prints a table or all numbers as JSON, and returns 0.
 
     Args:
         checkpoint: folder or hub id.
         images: paths or addresses.
-        output: path of the files without ending; one of .png or .html is left out.
+        question: about the images.
+        output: path of the files without ending; an ending .png or .html is ignored.
         layers: decoder layers to draw one by one; None: all.
-        dtype, device: see `saisa_hf.chat.chat`.
+        as_json: whether all numbers are printed.
+        dtype, device, system, max_new_tokens: see `saisa_hf.chat.terminal.chat`.
 
     Raises:
-        OSError, ValueError: what cannot be used is named in one line.
+        OSError, ValueError: something cannot be used; the message names it in one line.
     """
     stem = Path(output).expanduser()
     stem = stem.with_suffix("") if stem.suffix in (".png", ".html") else stem
     files = [stem.with_name(stem.name + ending) for ending in (".png", ".html")]
     for file in files:
         check_file(file)
-    pictures = [read_image(path)[0] for path in images]
+    loaded = [read_image(path)[0] for path in images]
     with quiet_transformers(progress=sys.stderr.isatty()):
         model, processor = load_model(checkpoint, dtype, device, None)
-        maps = attend(model, processor, pictures, question, system=system, max_new_tokens=max_new_tokens)
+        maps = attend(model, processor, loaded, question, system=system, max_new_tokens=max_new_tokens)
     layers = range(len(maps.pictures[0].weights)) if layers is None else layers
     sheet = io.BytesIO()
     contact_sheet(maps, layers).save(sheet, "PNG")
@@ -270,12 +276,12 @@ def attend_and_draw(
 
 
 def _summary(maps: AttentionMaps) -> str:
-    """A table of the words: how much of their attention is on each picture, and where most of it."""
+    """A table of the words: how much of their attention is on each image, and where most of it is."""
     head, columns = ["word"], [maps.words]
     for index in range(len(maps.pictures)):
         name = f" {index + 1}" if len(maps.pictures) > 1 else ""
         mean = maps.mean(index)
-        head += [f"on picture{name}", "most at row, column"]
+        head += [f"on image{name}", "most at row, column"]
         columns.append([f"{share:.1%}" for share in mean.sum((1, 2))])
         most = [divmod(int(weights.argmax()), weights.shape[1]) for weights in mean]
         rows, cells = mean.shape[1:]

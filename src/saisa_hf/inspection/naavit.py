@@ -1,13 +1,14 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """NAAViT on a LLaVA of transformers, as it is loaded and without retraining: to measure what its visual tokens do.
 
-Nothing is rewritten. Hooks strike out what a decoder layer's attention, and its feed-forward network, add to the hidden
-states of visual tokens; the residual carries them on. All of it is computed all the same, so nothing is saved: a model that
-does not compute it is `SaisaForConditionalGeneration` in embedding space.
+The model's code is not changed. Hooks set to zero what a decoder layer's attention, and its feed-forward network, add to the
+hidden states of visual tokens, so that these pass through unchanged. Everything is still computed, so this saves no time: the
+model that does not compute it is `SaisaForConditionalGeneration` in embedding space.
 """
 
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,14 +18,15 @@ LLAVAS = ("llava", "llava_next")
 
 
 class NaavitHandle:
-    """What `apply_naavit` has done to a model, until `remove()`, or the end of a `with` block over it.
+    """What `apply_naavit` does to a model, until `remove()` or the end of a `with` block.
 
     Args:
         model: a LLaVA or LLaVA-NeXT of transformers, with its head or without.
-        attention, feed_forward: the decoder layers in which visual tokens get nothing from either.
+        attention, feed_forward: the decoder layers in which visual tokens get nothing from attention, or nothing from the
+            feed-forward network.
 
     Raises:
-        ValueError: another kind of model; a layer that is not there, or named twice.
+        ValueError: another kind of model; a layer that does not exist, or is named twice.
     """
 
     def __init__(self, model: nn.Module, attention: Iterable[int], feed_forward: Iterable[int]):
@@ -46,8 +48,9 @@ class NaavitHandle:
         self.attention, self.feed_forward = (_checked(x, len(decoder_layers)) for x in (attention, feed_forward))
         self._image_token_id, self._embedding = config.image_token_id, decoder.get_input_embeddings()
         self._signature = inspect.signature(base.forward)
-        self._visual_BS, self._within = None, False
-        self._hooks = [
+        self._visual_BS: torch.Tensor | None = None
+        self._within = False
+        self._hooks: list[Any] = [
             base.register_forward_pre_hook(self._find_visual_tokens, with_kwargs=True),
             base.register_forward_hook(self._forget_visual_tokens, always_call=True),
             decoder.register_forward_pre_hook(self._enter_decoder),
@@ -56,18 +59,18 @@ class NaavitHandle:
             for layer in chosen:
                 self._hooks.append(getattr(decoder_layers[layer], name).register_forward_hook(self._strike_out))
 
-    def remove(self):
-        """Makes the model what it was."""
+    def remove(self) -> None:
+        """Restores the model."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def __enter__(self) -> "NaavitHandle":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.remove()
 
-    def _find_visual_tokens(self, module, args, kwargs):
+    def _find_visual_tokens(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         self._visual_BS, self._within = None, True
@@ -80,16 +83,16 @@ class NaavitHandle:
             token = torch.tensor(self._image_token_id, device=self._embedding.weight.device)
             self._visual_BS = (embeds == self._embedding(token).to(embeds)).all(-1)
 
-    def _enter_decoder(self, module, args):
-        if not self._within:  # by itself: its tokens are not those of the last pass
+    def _enter_decoder(self, module: nn.Module, args: tuple) -> None:
+        if not self._within:  # called by itself: its tokens are not those of the last pass
             self._visual_BS = None
 
-    def _forget_visual_tokens(self, module, args, output):
+    def _forget_visual_tokens(self, module: nn.Module, args: tuple, output: Any) -> None:
         self._within = False
-        if not torch.is_grad_enabled():  # gradient checkpointing runs the layers once more, behind the forward pass
+        if not torch.is_grad_enabled():  # gradient checkpointing runs the layers again after the forward pass
             self._visual_BS = None
 
-    def _strike_out(self, module, args, output):
+    def _strike_out(self, module: nn.Module, args: tuple, output: Any) -> Any:
         if self._visual_BS is None:
             return None
         y_BSD = output[0] if isinstance(output, tuple) else output
@@ -100,25 +103,24 @@ class NaavitHandle:
 def apply_naavit(
     model: nn.Module, layers: Iterable[int] | None = None, visual_feed_forward: bool = True
 ) -> NaavitHandle:
-    """
-    Turns a loaded LLaVA of transformers into the pilot experiment of the SAISA paper (arXiv 2502.02458), in place and
+    """Turns a loaded LLaVA of transformers into the pilot experiment of the SAISA paper (arXiv 2502.02458), in place and
     without retraining: in the given layers visual tokens are keys and values only.
 
-    It measures and saves nothing: what is struck out is computed first. The same model that does not compute it is
+    This is for measuring and saves no time: what is set to zero is computed first. The same model that does not compute it is
     `SaisaForConditionalGeneration.from_pretrained(FOLDER, visual_attention="none")`.
 
     Args:
         model: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` whose language model has layers like
             Llama's (Mistral, Qwen2 ...). It runs as before: batches, padding, generation with a cache.
         layers: decoder layers, counted from 0; None: all.
-        visual_feed_forward: whether visual tokens pass the feed-forward networks of these layers. Without, they leave a layer
-            as they entered it, as in ShortV (arXiv 2504.00502).
+        visual_feed_forward: whether visual tokens pass through the feed-forward networks of these layers. Otherwise they
+            leave a layer as they entered it, as in ShortV (arXiv 2504.00502).
 
     Returns:
-        a handle: `handle.remove()`, or the end of `with apply_naavit(...):`, makes the model what it was.
+        A handle: `handle.remove()`, or the end of `with apply_naavit(...):`, restores the model.
 
     Raises:
-        ValueError: another kind of model; a layer that is not there, or named twice.
+        ValueError: another kind of model; a layer that does not exist, or is named twice.
     """
     if layers is None:
         decoder = getattr(getattr(model, "model", model), "language_model", None)
