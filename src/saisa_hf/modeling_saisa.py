@@ -507,15 +507,15 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         self.check_features_asked_for(kwargs)
-        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        kwargs |= {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
-        kwargs |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache}
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         text |= {"attention_mask": attention_mask, "position_ids": position_ids}
         images = {"pixel_values": pixel_values, "visual_states": visual_states}
         images |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         where = self.visual_input(**text, images=images, further=kwargs)
-        outputs = self.language_model(**text, layout=where.layout, visual=where.visual, **kwargs)
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
+        asked |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache}
+        outputs = self.language_model(**text, layout=where.layout, visual=where.visual, **asked, **kwargs)
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=where.features)
 
 
