@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the hardware asks for beside the model: several devices in one process (accelerate's device maps), several processes
+"""What hardware asks for besides the model: several devices in one process (accelerate's device maps), several processes
 (tensor parallelism), and quantized weights; and a digest of weights wherever they are kept."""
 
 import copy
@@ -11,7 +11,7 @@ import os
 import re
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.torch_version import TorchVersion
 
 from .compat_saisa import needed
@@ -27,14 +27,10 @@ def check_device_map(device_map) -> None:
     feeds its attention, and a layer's inputs are moved once."""
     if not isinstance(device_map, dict):
         return
-    of_layer = {}
-    for name in device_map:
-        found = DECODER_LAYER.match(name)
-        if found:
-            of_layer.setdefault(found[1], []).append(name)
-    for layer, names in of_layer.items():
+    for layer in dict.fromkeys(found[1] for found in map(DECODER_LAYER.match, device_map) if found):
         above = [name for name in device_map if name == "" or f"{layer}.".startswith(f"{name}.")]
-        devices = {name: str(device_map[name]) for name in [*sorted(above, key=len)[-1:], *names]}
+        below = [name for name in device_map if name.startswith(f"{layer}.")]
+        devices = {name: str(device_map[name]) for name in [*sorted(above, key=len)[-1:], *below]}
         if len(set(devices.values())) > 1:
             parts = ", ".join(f"{name or 'the rest'} on {device}" for name, device in devices.items())
             raise ValueError(
@@ -45,42 +41,37 @@ def check_device_map(device_map) -> None:
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where `module`, which has a weight, computes; accelerate may bring the weight there only then."""
-    hook = getattr(module, "_hf_hook", None)
-    if module.weight.is_meta and hook is not None:
-        return next(one.execution_device for one in _hooks(hook) if hasattr(one, "execution_device"))
+    if module.weight.is_meta and (hooks := _hooks(module)):
+        return next(hook.execution_device for hook in hooks if hasattr(hook, "execution_device"))
     return module.weight.device
 
 
-def _hooks(hook) -> tuple:
-    return getattr(hook, "hooks", (hook,))
+def _hooks(module: nn.Module) -> tuple:
+    """accelerate's hooks on `module`."""
+    hook = getattr(module, "_hf_hook", None)
+    return () if hook is None else getattr(hook, "hooks", (hook,))
 
 
 class Luggage:
-    """Tensors that all decoder layers read, copied to each device once.
-
-    Args:
-        contents: tensors, in dicts and tuples; anything else stays as it is.
-    """
+    """Tensors in tuples and dicts that all decoder layers read, copied to each device once; anything else stays as it is."""
 
     def __init__(self, *contents):
         self._contents, self._copies = contents, {}
 
     def at(self, device):
-        """`contents` on `device`."""
+        """The contents on `device`."""
         if device not in self._copies:
             self._copies[device] = _moved(self._contents, device)
         return self._copies[device]
 
 
 def _moved(x, device):
-    if isinstance(x, torch.Tensor):
-        return x.to(device)
     if isinstance(x, dict):
         return {key: _moved(value, device) for key, value in x.items()}
     if isinstance(x, tuple):
         moved = [_moved(value, device) for value in x]
         return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
-    return x
+    return x.to(device) if isinstance(x, Tensor) else x
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -101,39 +92,28 @@ def check_tensor_parallelism(text_config, arguments: dict) -> None:
         )
 
 
-def with_all_heads(keys_values: tuple[torch.Tensor, torch.Tensor], attention) -> tuple[torch.Tensor, torch.Tensor]:
+def with_all_heads(keys_values: tuple[Tensor, Tensor], attention: nn.Module) -> tuple[Tensor, Tensor]:
     """A layer's keys and values (V, K, H) with the heads of all processes that share it."""
     if keys_values[0].shape[1] == attention.config.num_key_value_heads:
         return keys_values
-    return tuple(gathered(x_VKH, attention.k_proj.weight, dim=1) for x_VKH in keys_values)
+    group, own_2VKH = _processes(attention), torch.stack(keys_values).contiguous()
+    parts = [torch.empty_like(own_2VKH) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(parts, own_2VKH, group=group)
+    return tuple(torch.cat(parts, dim=2))
 
 
-def with_own_heads(keys_values, attention, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+def with_own_heads(keys_values, attention: nn.Module, heads: int) -> tuple[Tensor, Tensor]:
     """The inverse of `with_all_heads`: the `heads` key heads that this process computes."""
     if keys_values[0].shape[1] == heads:
         return keys_values
-    return tuple(own_part(x_VKH, attention.k_proj.weight, dim=1) for x_VKH in keys_values)
+    group = _processes(attention)
+    shares, own = distributed.get_world_size(group), distributed.get_rank(group)
+    return tuple(x_VKH.chunk(shares, dim=1)[own] for x_VKH in keys_values)
 
 
-def gathered(x: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """The parts `x` of all processes that share `weight`, joined along `dim`."""
-    group = _group(weight)
-    parts = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size(group))
-    ]
-    distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.cat(parts, dim)
-
-
-def own_part(x: torch.Tensor, weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """This process's part of `x`: the inverse of `gathered`."""
-    group = _group(weight)
-    return x.chunk(distributed.get_world_size(group), dim)[distributed.get_rank(group)]
-
-
-def _group(weight: torch.Tensor):
-    """The processes that share `weight`; some releases of transformers keep a plain tensor, shared by all."""
-    mesh = getattr(weight, "device_mesh", None)
+def _processes(attention: nn.Module):
+    """Those that share the layer; some releases of transformers keep a plain tensor, shared by all."""
+    mesh = getattr(attention.k_proj.weight, "device_mesh", None)
     return None if mesh is None else mesh.get_group()
 
 
@@ -145,8 +125,7 @@ KEPT_PRECISE = ("vision_tower", "visual_resampler", "visual_projector", "lm_head
 KEPT_NAMES = [name for part in KEPT_PRECISE for name in (part, rf".*\.{part}")]
 # what quantization configs call the modules to leave alone, and what that is by default (HQQ: the head)
 SKIP_ARGUMENTS = {"llm_int8_skip_modules": None, "modules_to_not_convert": None, "skip_modules": ["lm_head"]}
-# the first that transformers 5 takes, and that computes on a CPU
-MINIMUM_BITSANDBYTES = "0.46.1"
+MINIMUM_BITSANDBYTES = "0.46.1"  # the first that transformers 5 takes, and that computes on a CPU
 
 
 def with_precise_modules(quantization_config):
@@ -169,21 +148,21 @@ def check_backend(quantization_config) -> None:
     method = quantization_config.get("quant_method") if is_dict else getattr(quantization_config, "quant_method", None)
     if method != "bitsandbytes":
         return
-    remedy = f'pip install -U "bitsandbytes>={MINIMUM_BITSANDBYTES}"'
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError(f"The quantization of this model needs bitsandbytes, which is not installed: {remedy}")
-    found = importlib.metadata.version("bitsandbytes")
-    if TorchVersion(found) < MINIMUM_BITSANDBYTES:
-        raise ImportError(f"The quantization of this model needs a newer bitsandbytes than {found}: {remedy}")
+    found = importlib.metadata.version("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
+    if found is None or TorchVersion(found) < MINIMUM_BITSANDBYTES:
+        wanted = "bitsandbytes, which is not installed" if found is None else f"a newer bitsandbytes than {found}"
+        raise ImportError(
+            f'The quantization of this model needs {wanted}: pip install -U "bitsandbytes>={MINIMUM_BITSANDBYTES}"'
+        )
 
 
 def settle(model: nn.Module) -> None:
     """What a model with 4-bit weights of bitsandbytes (0.50) needs to run and to be saved on a CPU.
 
-    There its first step without gradients rearranges the weights, which fails for rows and columns that are not multiples
-    of its blocks: such layers go without. And `state_dict` puts them back with scales in the wrong order.
+    Its first step without gradients rearranges the weights there, which fails for rows and columns that are not multiples of
+    its blocks: such layers go without. And `state_dict` puts them back with scales in the wrong order.
     """
-    found = [module for module in model.modules() if _is_4_bit(module)]
+    found = _4_bit_modules(model)
     for module in found:
         if module.out_features % 32 or module.in_features % module.weight.quant_state.blocksize:
             module.support_avx512bf16_for_cpu = False
@@ -194,83 +173,39 @@ def settle(model: nn.Module) -> None:
 def put_back(model: nn.Module, *_) -> None:
     """Puts 4-bit weights back into the order in which they are stored, in place. Codes are what they were; scales keep the
     rounding to bfloat16 that they got when they were rearranged, which is how the model computes."""
-    for module in model.modules():
-        if _is_4_bit(module) and _is_rearranged(module.weight):
-            weight, functional = module.weight, _functional()
-            state, scales = weight.quant_state, _stored_scales(weight)
-            nested, offset = state.original_nested, state.offset
-            weight.data, state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
-            state.absmax = scales
-            if nested:
-                state.absmax, state.state2 = functional.quantize_blockwise(scales - offset, blocksize=256)
+    for weight in (module.weight for module in _4_bit_modules(model)):
+        state = weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            offset = state.offset
+            weight.data, state.absmax = _codes_and_scales(weight, state)
+            if state.nested:
+                blockwise = importlib.import_module("bitsandbytes.functional").quantize_blockwise
+                state.absmax, state.state2 = blockwise(state.absmax - offset, blocksize=256)
                 state.offset = offset
-            weight.quant_state = state
 
 
-def stored_tensors(module: nn.Module, name: str) -> list[torch.Tensor] | None:
-    """The tensors that parameter `name` of `module` consists of, wherever they are kept and in an order that rearranging does
-    not change; None if nothing tells where they are."""
-    weight = module._parameters[name]
-    if weight.is_meta:  # accelerate keeps it in memory or on disk until it is used
-        hooks = _hooks(getattr(module, "_hf_hook", None))
-        maps = [one.weights_map for one in hooks if getattr(one, "weights_map", None) is not None]
-        return [maps[0][name]] if maps else None
-    if getattr(weight, "quant_state", None) is not None:
-        return [_codes(weight), _stored_scales(weight).to(torch.bfloat16)]
-    scales = getattr(weight, "SCB", None)
-    if scales is None:  # 8-bit weights of bitsandbytes hand them over at their first step
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    if weight.dtype == torch.int8 and scales is not None:
-        return [weight.data, scales]
-    return _inner_tensors(weight)
+def _4_bit_modules(model: nn.Module) -> list[nn.Module]:
+    linear = [module for module in model.modules() if hasattr(module, "in_features")]
+    return [module for module in linear if getattr(getattr(module, "weight", None), "quant_state", None) is not None]
 
 
-def _inner_tensors(weight: torch.Tensor) -> list[torch.Tensor]:
-    if hasattr(weight, "full_tensor"):  # sharded over processes, all of which ask
-        return [weight.full_tensor()]
-    if not hasattr(weight, "__tensor_flatten__"):
-        return [weight]
-    return [tensor for name in weight.__tensor_flatten__()[0] for tensor in _inner_tensors(getattr(weight, name))]
-
-
-def _stored_scales(weight: torch.Tensor) -> torch.Tensor:
-    """float32, the scale of each block of a 4-bit weight in the order of the blocks."""
-    state = weight.quant_state
-    if _is_rearranged(weight):
-        return state.absmax.T.reshape(-1).float()
+def _codes_and_scales(weight: Tensor, state) -> tuple[Tensor, Tensor]:
+    """The codes of a 4-bit weight and the scales of its blocks (float32) in the order in which they are stored. `state`, the
+    weight's `quant_state` or a copy, is changed to that order, but for the scales."""
+    # an import statement would make transformers ask everyone who loads a checkpoint by its code for bitsandbytes
+    functional = importlib.import_module("bitsandbytes.functional")
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.reshape(-1).float()
+        return functional._convert_weight_packed_for_cpu_inverse(weight.data, state)[0], scales
     if state.nested:
-        return _functional().dequantize_blockwise(state.absmax, state.state2).float() + state.offset
-    return state.absmax.flatten().float()
-
-
-def _codes(weight: torch.Tensor) -> torch.Tensor:
-    """The bytes of a 4-bit weight in the order in which they are stored."""
-    if not _is_rearranged(weight):
-        return weight.data.flatten().view(torch.uint8)
-    state = copy.copy(weight.quant_state)
-    state.original_nested = False  # the scales are not asked for
-    codes, _ = _functional()._convert_weight_packed_for_cpu_inverse(weight.data, state)
-    return codes.flatten().view(torch.uint8)
-
-
-def _functional():
-    """bitsandbytes' functions. An import statement anywhere in this file would make transformers ask everyone who loads a
-    checkpoint by its code for that package."""
-    return importlib.import_module("bitsandbytes.functional")
-
-
-def _is_4_bit(module: nn.Module) -> bool:
-    return getattr(getattr(module, "weight", None), "quant_state", None) is not None and hasattr(module, "in_features")
-
-
-def _is_rearranged(weight: torch.Tensor) -> bool:
-    return getattr(weight.quant_state, "packing_format_for_cpu", False)
+        return weight.data, functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    return weight.data, state.absmax.flatten().float()
 
 
 # --- a digest of weights, wherever they are ---------------------------------------------------------------------------
 
 
-def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torch.nn.Module], settings: list) -> str:
+def weights_fingerprint(owner: nn.Module, name: str, parts: dict[str, nn.Module], settings: list) -> str:
     """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
 
     Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest. Weights that accelerate keeps
@@ -279,56 +214,72 @@ def weights_fingerprint(owner: torch.nn.Module, name: str, parts: dict[str, torc
     Raises:
         ValueError: a weight is on the meta device, and nothing tells where its values are.
     """
-    # names are made for the digest alone: this is asked at every use; the encoder's differ between transformers releases
-    found = []
-    for module in parts.values():
-        _collect_parameters(module, found)
-    state = [_identity(p) for p in found if p is not None]
+    state = ([_identity(p) for module in parts.values() for p in _parameters(module)], settings)
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
-    if name in remembered and remembered[name][0] == (state, settings):
-        return remembered[name][1]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for part, module in parts.items():
-        pieces = []
-        for prefix, child in module.named_modules(prefix=part):
-            for key, p in child._parameters.items():
-                if p is None:
-                    continue
-                tensors = stored_tensors(child, key)
-                if tensors is None:
-                    raise ValueError(
-                        f"{prefix}.{key} is on the meta device, and no hook of accelerate tells where its values are: visual "
-                        "states cannot be told from those of another model. Load the weights with from_pretrained."
-                    )
-                shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-                shown = part if part == "vision_tower" else f"{prefix}.{key}"
-                pieces.append(f"{shown} {tuple(shape)} ".encode() + b"".join(map(_sums, tensors)))
-        for piece in sorted(pieces) if part == "vision_tower" else pieces:
-            digest.update(piece)
-    remembered[name] = ((state, settings), digest.hexdigest())
-    return digest.hexdigest()
+    if name not in remembered or remembered[name][0] != state:
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for part, module in parts.items():
+            modules = module.named_modules(prefix=part)
+            names = [(child, key, f"{prefix}.{key}") for prefix, child in modules for key in child._parameters]
+            if part == "vision_tower":  # names, and with them the order, differ between transformers releases
+                digest.update(b"".join(sorted(_piece(*weight, shown=part) for weight in names)))
+            else:
+                digest.update(b"".join(_piece(*weight, shown=weight[-1]) for weight in names))
+        remembered[name] = (state, digest.hexdigest())
+    return remembered[name][1]
 
 
-def _identity(p: torch.Tensor) -> tuple:
-    """What changes when a parameter gets other values; nothing does for one that is kept elsewhere, of which there is a new
-    stand-in at each use."""
-    if p.is_meta:
-        return ()
-    has_storage = not hasattr(p, "__tensor_flatten__")
-    return id(p), p.data_ptr() if has_storage else 0, 0 if p.is_inference() else p._version
-
-
-def _collect_parameters(module: torch.nn.Module, found: list):
-    found += module._parameters.values()
+def _parameters(module: nn.Module) -> list[Tensor | None]:
+    """All of `module`, in a fifth of the time that its own iterators take: this is asked at every use of visual states."""
+    found = list(module._parameters.values())
     for child in module._modules.values():
-        if child is not None:
-            _collect_parameters(child, found)
+        found += () if child is None else _parameters(child)
+    return found
 
 
-def _sums(p: torch.Tensor) -> bytes:
+def _identity(p: Tensor | None) -> tuple:
+    """What changes when a parameter gets other values. One that is kept elsewhere has a new stand-in at each use."""
+    if p is None or p.is_meta:
+        return ()
+    return id(p), 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr(), 0 if p.is_inference() else p._version
+
+
+def _piece(module: nn.Module, key: str, name: str, shown: str) -> bytes:
+    """The part of the digest for parameter `key` of `module`, whose full name is `name`, under the name `shown`."""
+    p = module._parameters[key]
+    if p is None:
+        return b""
+    shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+    return f"{shown} {tuple(shape)} ".encode() + b"".join(map(_sums, _stored_tensors(p, module, key, name)))
+
+
+def _stored_tensors(p: Tensor, module: nn.Module | None = None, key: str = "", name: str = "") -> list[Tensor]:
+    """What a parameter consists of, wherever it is kept, in an order that rearranging does not change."""
+    if p.is_meta:  # accelerate keeps it in memory or on disk until it is used
+        for hook in _hooks(module):
+            if getattr(hook, "weights_map", None) is not None:
+                return [hook.weights_map[key]]
+        raise ValueError(
+            f"{name} is on the meta device, and no hook of accelerate tells where its values are: visual states cannot be "
+            "told from those of another model. Load the weights with from_pretrained."
+        )
+    if getattr(p, "quant_state", None) is not None:
+        codes, scales = _codes_and_scales(p, copy.copy(p.quant_state))
+        return [codes.flatten().view(torch.uint8), scales.to(torch.bfloat16)]
+    scales = getattr(p, "SCB", None)
+    if scales is None:  # 8-bit weights of bitsandbytes hand them over at their first step
+        scales = getattr(getattr(module, "state", None), "SCB", None)
+    if p.dtype == torch.int8 and scales is not None:
+        return [p.data, scales]
+    if hasattr(p, "full_tensor"):  # sharded over processes, all of which ask
+        return [p.full_tensor()]
+    parts = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else ()
+    return [tensor for part in parts for tensor in _stored_tensors(getattr(p, part))] if parts else [p]
+
+
+def _sums(p: Tensor) -> bytes:
     """Sums of the bits of `p` along the rows and along the columns of a table: quick on any device, and every bit counts."""
     flat = p.detach().flatten()
     flat = flat.to(torch.bfloat16).view(torch.int16) if flat.is_floating_point() else flat.view(torch.uint8)
-    table = torch.nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024)
-    sums = [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64)]
-    return b"".join(s.cpu().numpy().tobytes() for s in sums)
+    table = nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024)
+    return b"".join(table.sum(dim, dtype=torch.int64).cpu().numpy().tobytes() for dim in (0, 1))

@@ -9,8 +9,7 @@ Visual tokens cost a SAISA keys and values in each layer. `visual_token_reductio
 - `"avg_pool"`: the mean of each 2 x 2 patches;
 - `"pixel_unshuffle"`: the features of each 2 x 2 patches side by side, four times as wide (InternVL, Idefics 3);
 - `"resampler"`: learned queries that attend to the features (Flamingo, Qwen-VL), trained with the projectors;
-- `"class_attention"`: the patches that the encoder's class token attends to most, in the layer that the features are taken
-  from (FasterVLM, VisionZip).
+- `"class_attention"`: the patches that the class token attends to most in the layer of the features (FasterVLM, VisionZip).
 
 Shape suffixes: I images, V visual tokens of an image before and R after the reduction, C width of the features.
 """
@@ -23,7 +22,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -31,13 +31,7 @@ from .compat_saisa import can_return_tuple, model_class_of
 
 
 # encoder -> how many tokens stand in front of its patch tokens
-CLASS_TOKENS = {
-    "clip_vision_model": 1,
-    "siglip_vision_model": 0,
-    "siglip2_vision_model": 0,
-    "dinov2": 1,
-    "convnext": 0,
-}
+CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0, "dinov2": 1, "convnext": 0}
 # The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
 # there on every release, so that a checkpoint has one layout.
 NESTED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
@@ -52,17 +46,11 @@ CLASS_ATTENTION_ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_register
 
 
 class EncoderStates(NamedTuple):
-    """Of each state in an encoder's `hidden_states`, for images of the size that its config names.
+    """Of each state in an encoder's `hidden_states`, for images of the size that its config names."""
 
-    Attributes:
-        widths: channels.
-        tokens: tokens, class and register tokens included; of a feature map, height times width.
-        prefix: how many tokens stand in front of the patches.
-    """
-
-    widths: tuple[int, ...]
-    tokens: tuple[int, ...]
-    prefix: int
+    widths: tuple[int, ...]  # channels
+    tokens: tuple[int, ...]  # class and register tokens included; of a feature map, height times width
+    prefix: int  # how many tokens stand in front of the patches
 
 
 def encoder_states(config) -> EncoderStates:
@@ -78,9 +66,12 @@ def encoder_states(config) -> EncoderStates:
 
 def image_size(config) -> tuple[int, int]:
     """(height, width) of the images that an encoder is made for."""
-    size = (
+    return _pair(
         getattr(config, "image_size", None) or (getattr(config, "pretrained_cfg", None) or {}).get("input_size") or 224
     )
+
+
+def _pair(size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size[-2:])
 
 
@@ -94,11 +85,8 @@ def has_choice_of_attention(config) -> bool:
 
 @lru_cache(maxsize=32)
 def _asked(config_class: type, settings: str) -> EncoderStates:
-    settings = json.loads(settings)
-    name = settings["model_type"]
-    refused = f"vision_config.model_type={name!r} is not supported: "
-    config = config_class.from_dict(settings)
-    height, width = image_size(config)
+    config = config_class.from_dict(json.loads(settings))
+    given, (height, width) = f"vision_config.model_type={config.model_type!r}", image_size(config)
     try:
         with torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(config).eval()
@@ -106,34 +94,25 @@ def _asked(config_class: type, settings: str) -> EncoderStates:
             pixel_values = pixel_values.to(next(encoder.parameters()).dtype)
             states = encoder(pixel_values=pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     except ImportError as error:
-        extra = ": pip install timm" if name == "timm_wrapper" else ""
-        raise ImportError(
-            f"vision_config.model_type={name!r} needs a package that is not installed{extra}. {error}"
-        ) from error
+        extra = ": pip install timm" if config.model_type == "timm_wrapper" else ""
+        raise ImportError(f"{given} needs a package that is not installed{extra}. {error}") from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"{refused}expected an encoder that takes images of {height} x {width} pixels as `pixel_values`, such as "
-            f"{', '.join(CLASS_TOKENS)} or vit ({type(error).__name__}: {reason})."
+            f"{given} is not supported: expected an encoder that takes images of {height} x {width} pixels as "
+            f"`pixel_values`, such as {', '.join(CLASS_TOKENS)} or vit ({type(error).__name__}: {reason})."
         ) from error
     if not states or any(state.ndim not in (3, 4) for state in states):
-        raise ValueError(f"{refused}it yields no hidden states of patches.")
+        raise ValueError(f"{given} is not supported: it yields no hidden states of patches.")
     hidden_size = getattr(config, "hidden_size", None)
     if any(state.ndim == 4 and state.shape[-1] == hidden_size != state.shape[1] for state in states):
-        raise ValueError(f"{refused}its feature maps have channels last.")
-    widths = tuple(state.shape[1 if state.ndim == 4 else 2] for state in states)
-    tokens = tuple(state.shape[2] * state.shape[3] if state.ndim == 4 else state.shape[1] for state in states)
-    return EncoderStates(widths, tokens, _prefix(config, states, tokens))
-
-
-def _prefix(config, states, tokens: tuple[int, ...]) -> int:
-    """Tokens beyond those of a grid of patches, where all states have the same number."""
-    patch = getattr(config, "patch_size", None)
-    if patch is None or len(set(tokens)) > 1 or states[0].ndim == 4:
-        return 0
-    rows, columns = (patch, patch) if isinstance(patch, int) else patch
-    height, width = image_size(config)
-    return max(tokens[0] - (height // rows) * (width // columns), 0)
+        raise ValueError(f"{given} is not supported: its feature maps have channels last.")
+    tokens = tuple(state.shape[2:].numel() if state.ndim == 4 else state.shape[1] for state in states)
+    prefix, patch = 0, getattr(config, "patch_size", None)
+    if patch is not None and len(set(tokens)) == 1 and states[0].ndim == 3:  # beyond those of a grid of patches
+        rows, columns = _pair(patch)
+        prefix = max(tokens[0] - (height // rows) * (width // columns), 0)
+    return EncoderStates(tuple(state.shape[1 if state.ndim == 4 else 2] for state in states), tokens, prefix)
 
 
 # --- the encoder in the model -----------------------------------------------------------------------------------------
@@ -178,11 +157,10 @@ class SaisaImageFeatures(BaseModelOutputWithPooling):
     Output of `get_image_features`: the encoder's, with the features as `pooler_output`, and
 
     Attributes:
-        kept_tokens: (images, visual tokens), which of the patches the features are of, where
-            `visual_token_reduction="class_attention"` chose among them.
+        kept_tokens: (images, visual tokens), which patches `visual_token_reduction="class_attention"` has kept.
     """
 
-    kept_tokens: torch.Tensor | None = None
+    kept_tokens: Tensor | None = None
 
 
 class EncodesImages:
