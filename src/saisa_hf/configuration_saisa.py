@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # transformers carries along the files that a checkpoint's mo
     from .attention_saisa import Visibility  # noqa: F401
     from .devices_saisa import check_device_map  # noqa: F401
     from .embedding_space_saisa import EmbeddingSpaceLayer  # noqa: F401
+    from .images_saisa import load_image  # noqa: F401
     from .loss_saisa import chunked_cross_entropy  # noqa: F401
     from .model_card_saisa import model_card  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .parts_saisa import assemble  # noqa: F401
-    from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
     from .quantization_saisa import settle  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
