@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the processor of a converted checkpoint makes of prompts, pictures and conversations is what the authors' code makes
+"""What the processor of a converted checkpoint makes of prompts, images and conversations is what the authors' code makes
 of them. That code is written down here a second time, from its description and with other tools: sentencepiece and a slow
 tokenizer for the ids, Pillow and NumPy for the pixels, string formats for the conversations."""
 
@@ -25,7 +25,7 @@ from saisa_hf.compat_saisa import pillow_image_processor
 FIXTURES = json.loads((REFERENCE / "tokenizer" / "prompts.json").read_text())
 IMAGE, PER_IMAGE = -200, 16
 SLOW_EXISTS = transformers.__version__ < "5"
-# what prompts are composed of: pictures; spaces and newlines, leading and doubled; words; scripts; what looks like a token
+# what prompts are composed of: images; spaces and newlines, leading and doubled; words; scripts; what looks like a token
 PIECES = ["<image>"] * 8 + [
     " ",
     "  ",
@@ -72,7 +72,7 @@ def random_prompts(count, specials, seed=0):
 
 
 def authors_ids(tokenize, bos, prompt):
-    """The authors' tokenization: each stretch between pictures by itself, as a text with a BOS, of which the first stays."""
+    """The authors' tokenization: each stretch between images by itself, as a text with a BOS, of which the first stays."""
     ids = []
     for number, chunk in enumerate(prompt.split("<image>")):
         chunk_ids = list(tokenize(chunk))
@@ -81,7 +81,7 @@ def authors_ids(tokenize, bos, prompt):
 
 
 def ids_of(processor, prompt):
-    """The processor's ids, each run of placeholders written as the authors write a picture."""
+    """The processor's ids, each run of placeholders written as the authors write an image."""
     pictures = [Image.new("RGB", (4, 4))] * prompt.count("<image>")
     ids, found = processor(text=prompt, images=pictures or None)["input_ids"][0], []
     while ids:
@@ -306,7 +306,7 @@ def test_conversations_are_printed_and_tokenized_as_theirs(checkpoint, end, syst
     assert len(batch.get("pixel_values", [])) == expected.count("<image>")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def authors_pixels(picture, pad=True, size=56):
@@ -368,7 +368,7 @@ def torchvision_version():
 
 @pytest.fixture(scope="module")
 def unpadded(vicuna, tmp_path_factory):
-    """The same checkpoint, of a model that was trained on pictures as they are."""
+    """The same checkpoint, of a model that was trained on images as they are."""
     folder = tmp_path_factory.mktemp("unpadded") / "checkpoint"
     shutil.copytree(vicuna, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "processor_config.json").read_text())
@@ -378,7 +378,7 @@ def unpadded(vicuna, tmp_path_factory):
 
 @pytest.mark.parametrize("backend", [None, "torchvision"])
 @pytest.mark.parametrize("pad", [True, False], ids=["padded", "as_it_is"])
-def test_pictures_become_the_authors_pixels(vicuna, unpadded, pad, backend):
+def test_images_become_the_authors_pixels(vicuna, unpadded, pad, backend):
     if backend == "torchvision" and torchvision_version() is None:
         pytest.skip("torchvision is not installed")
     processor = AutoProcessor.from_pretrained(vicuna if pad else unpadded, trust_remote_code=True)
@@ -402,7 +402,7 @@ def test_the_fixtures_pixels_and_the_yardstick_agree(vicuna):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_where_a_picture_has_holes_theirs_shows_what_is_behind_them_and_ours_white(vicuna):
+def test_where_an_image_has_holes_theirs_shows_what_is_behind_them_and_ours_white(vicuna):
     """The one deliberate difference: `convert("RGB")` drops transparency, so that colours appear which nobody sees."""
     processor = AutoProcessor.from_pretrained(vicuna, trust_remote_code=True)
     picture = noise(40, 40)

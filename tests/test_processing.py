@@ -1,4 +1,4 @@
-"""SaisaProcessor: pictures of every kind, the authors' tokenization, placeholders, and folders that load elsewhere."""
+"""SaisaProcessor: images of every kind, the authors' tokenization, placeholders, and folders that load elsewhere."""
 
 import functools
 import http.server
@@ -81,13 +81,13 @@ def open_picture(name=PICTURES[0]):
 
 
 def gradient(size=(12, 10)):
-    """A picture, RGB, whose pixels all differ."""
+    """An image, RGB, whose pixels all differ."""
     y, x = np.mgrid[: size[1], : size[0]]
     return Image.fromarray(np.stack([x * 20, y * 20, x + y], -1).astype(np.uint8))
 
 
 def collapsed(ids, image_token_id, n=N_VISUAL):
-    """`ids` with -200 for each run of `n` placeholders, as the authors write a picture."""
+    """`ids` with -200 for each run of `n` placeholders, as the authors write an image."""
     ids, i = list(ids), 0
     while i < len(ids):
         if ids[i] == image_token_id:
@@ -162,7 +162,7 @@ def test_without_patch_size_and_image_seq_length_the_error_names_both():
 # --- padding to a square ----------------------------------------------------------------------------------------------
 
 
-def test_pictures_padded_to_a_square_equal_the_authors_pixels():
+def test_images_padded_to_a_square_equal_the_authors_pixels():
     expected = load_file(REFERENCE / "images" / "pad_expected.safetensors")
     out = make_processor(pad_to_square=True)(images=[open_picture(n) for n in PICTURES], return_tensors="pt")
     for pixels, name in zip(out["pixel_values"], PICTURES):
@@ -207,7 +207,7 @@ def test_ids_equal_the_authors(prompt, use_fast):
         "tab\t<image>\t\n\nx  y ",
     ],
 )
-def test_the_pieces_around_pictures_are_tokenized_as_sentencepiece_does_it(text, use_fast, legacy):
+def test_the_pieces_around_images_are_tokenized_as_sentencepiece_does_it(text, use_fast, legacy):
     sentencepiece = pytest.importorskip("sentencepiece")
     model = sentencepiece.SentencePieceProcessor(model_file=str(REFERENCE / "tokenizer" / "tokenizer.model"))
     expected = [1]
@@ -252,7 +252,7 @@ def test_another_image_token_can_be_named():
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
-def test_flat_and_nested_pictures_give_the_same_batch_in_placeholder_order():
+def test_flat_and_nested_images_give_the_same_batch_in_placeholder_order():
     processor = make_processor()
     a, b = open_picture(), open_picture(PICTURES[1])
     texts = ["what <image> is <image> in", "no picture", "<image> the"]
@@ -320,7 +320,7 @@ def test_offsets_of_placeholders_are_those_of_their_image_token():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_truncation_never_cuts_a_picture(side):
+def test_truncation_never_cuts_an_image(side):
     tokenizer = bpe_tokenizer()
     tokenizer.truncation_side = side
     processor = make_processor(tokenizer)
@@ -333,7 +333,7 @@ def test_truncation_never_cuts_a_picture(side):
     assert len(cut) == len(full) and cut.count(processor.image_token_id) == N_VISUAL
 
 
-def test_text_alone_has_no_pixels_and_pictures_alone_no_ids():
+def test_text_alone_has_no_pixels_and_images_alone_no_ids():
     processor = make_processor()
     assert set(processor(text="a")) == {"input_ids", "attention_mask"}
     assert set(processor(images=open_picture())) == {"pixel_values"}
@@ -346,14 +346,14 @@ def test_text_alone_has_no_pixels_and_pictures_alone_no_ids():
 @pytest.mark.parametrize(
     ("images", "text", "message"),
     [
-        (2, "<image> a", r"`images` has 2 images.*\[1\] '<image>'"),
-        (0, ["a", "<image>"], r"`images` has no images.*\[0, 1\] '<image>'"),
-        (1, "no token", r"1 images.*\[0\] '<image>'"),
-        ([[1], []], ["<image>", "<image>"], r"\[1, 0\] images.*\[1, 1\] '<image>', text by text"),
-        ([[1], [1]], "<image><image>", r"\[1, 1\] images.*\[2\] '<image>'.*one list per text"),
+        (2, "<image> a", r"`images` has 2 images for \[1\] '<image>'"),
+        (0, ["a", "<image>"], r"`images` has no images for \[0, 1\] '<image>'"),
+        (1, "no token", r"1 images for \[0\] '<image>'"),
+        ([[1], []], ["<image>", "<image>"], r"\[1, 0\] images for \[1, 1\] '<image>'"),
+        ([[1], [1]], "<image><image>", r"\[1, 1\] images for \[2\] '<image>'.*one list per text"),
     ],
 )
-def test_pictures_and_image_tokens_have_to_match(images, text, message):
+def test_images_and_image_tokens_have_to_match(images, text, message):
     if isinstance(images, int):
         images = [gradient()] * images or None
     else:
@@ -372,11 +372,11 @@ def test_video_audio_and_other_texts_are_refused():
 
 
 def visual_states(*lengths):
-    """Pictures of `lengths` visual tokens."""
+    """Images of `lengths` visual tokens."""
     return SaisaVisualStates(VisualStore(list(lengths), torch.randn(sum(lengths), 4), None, "weights"))
 
 
-def test_visual_states_give_the_batch_of_their_pictures_without_pixels():
+def test_visual_states_give_the_batch_of_their_images_without_pixels():
     processor, states = make_processor(), visual_states(N_VISUAL, N_VISUAL)
     texts = ["what <image> is", "no picture", "<image> the"]
     options = {"text": texts, "padding": True, "return_tensors": "pt", "return_mm_token_type_ids": True}
@@ -426,7 +426,7 @@ def test_a_chat_takes_visual_states_for_its_bare_image_parts():
     nested = processor.apply_chat_template(chats, processor_kwargs={"visual_states": states}, **options)
     assert nested["visual_states"] is states
     own = [{"role": "user", "content": [{**bare, "image": open_picture()}, text]}]
-    with pytest.raises(ValueError, match=r"brings images.*visual_states"):
+    with pytest.raises(ValueError, match="`visual_states` both bring images"):
         processor.apply_chat_template(own, visual_states=visual_states(N_VISUAL), **options)
 
 
@@ -435,12 +435,12 @@ def test_a_chat_takes_visual_states_for_its_bare_image_parts():
     [
         (
             {"text": ["<image>a", "<image>b"]},
-            r"has 1 images.*\[1, 1\] '<image>', text by text.*expand\(n\).*states\[\[\.\.\.\]\]",
+            r"has 1 images for \[1, 1\] '<image>'.*expand\(n\).*states\[\[\.\.\.\]\]",
         ),
-        ({"text": "a"}, r"has 1 images.*\[0\] '<image>'"),
+        ({"text": "a"}, r"has 1 images for \[0\] '<image>'"),
         ({"text": "<image>", "images": gradient()}, r"`images` and `visual_states`.*Pass one"),
         ({}, r"`visual_states` was given without `text`"),
-        ({"text": "<image>", "visual_states": [visual_states(3)]}, r"a list of \['SaisaVisualStates'\].*cat"),
+        ({"text": "<image>", "visual_states": [visual_states(3)]}, r"is \[.*SaisaVisualStates.*cat"),
     ],
 )
 def test_visual_states_and_image_tokens_have_to_match(arguments, message):
@@ -448,14 +448,14 @@ def test_visual_states_and_image_tokens_have_to_match(arguments, message):
         make_processor()(**{"visual_states": visual_states(3), **arguments})
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def pixels_of(picture, **kwargs):
     return np.asarray(load_image(picture, **kwargs)).astype(int)
 
 
-def test_the_same_picture_arrives_in_every_container(tmp_path):
+def test_the_same_image_arrives_in_every_container(tmp_path):
     picture = gradient()
     array, path = np.asarray(picture), tmp_path / "picture.png"
     picture.save(path)
@@ -476,7 +476,7 @@ def test_the_same_picture_arrives_in_every_container(tmp_path):
         assert np.array_equal(pixels_of(file), array)
 
 
-def test_pictures_come_from_addresses_and_data_uris(tmp_path):
+def test_images_come_from_addresses_and_data_uris(tmp_path):
     import base64
 
     gradient().save(tmp_path / "picture.png")
@@ -535,7 +535,7 @@ def test_a_transparent_palette_entry_shows_white(tmp_path):
     assert pixels_of(tmp_path / "palette.png")[0].tolist() == [[255] * 3, [0, 200, 0]]
 
 
-def test_grey_bilevel_and_cmyk_pictures_become_rgb():
+def test_grey_bilevel_and_cmyk_images_become_rgb():
     for mode, value, expected in [("L", 77, [77] * 3), ("1", 1, [255] * 3), ("CMYK", (0, 255, 255, 0), [255, 0, 0])]:
         assert pixels_of(Image.new(mode, (2, 2), value))[0, 0].tolist() == expected
     assert pixels_of(np.full((2, 2), 77, np.uint8))[0, 0].tolist() == [77] * 3
@@ -543,7 +543,7 @@ def test_grey_bilevel_and_cmyk_pictures_become_rgb():
 
 
 @pytest.mark.parametrize("kind", ["I;16", "I;16B", "I", "F", "uint16", "int32", "png", "tensor"])
-def test_16_bit_pictures_are_scaled_not_clipped(kind, tmp_path):
+def test_16_bit_images_are_scaled_not_clipped(kind, tmp_path):
     values = np.array([[0, 257, 32768, 65535]], np.uint16)
     if kind == "png":
         picture = tmp_path / "deep.png"
@@ -560,7 +560,7 @@ def test_16_bit_pictures_are_scaled_not_clipped(kind, tmp_path):
     assert pixels_of(picture)[0, :, 0].tolist() == [0, 1, 128, 255]
 
 
-def test_a_dark_16_bit_picture_stays_dark():
+def test_a_dark_16_bit_image_stays_dark():
     assert pixels_of(np.full((2, 2), 200, np.uint16)).max() == 1
 
 
@@ -571,7 +571,7 @@ def test_data_format_settles_what_a_shape_leaves_open():
     assert np.array_equal(pixels_of(array, data_format="channels_first"), array.transpose(1, 2, 0))
 
 
-def test_a_picture_three_pixels_high_is_not_taken_for_channels():
+def test_an_image_three_pixels_high_is_not_taken_for_channels():
     processor = make_processor()
     thin = Image.new("RGB", (30, 3), (255, 0, 0))
     pixels = processor(images=thin, return_tensors="pt")["pixel_values"]
@@ -579,7 +579,7 @@ def test_a_picture_three_pixels_high_is_not_taken_for_channels():
     torch.testing.assert_close(pixels, whole)
 
 
-def test_fractions_with_do_rescale_false_are_the_same_picture():
+def test_fractions_with_do_rescale_false_are_the_same_image():
     processor, array = make_processor(), np.asarray(gradient())
     expected = processor(images=array, return_tensors="pt")["pixel_values"]
     got = processor(images=array / 255, do_rescale=False, return_tensors="pt")["pixel_values"]
@@ -594,7 +594,7 @@ def test_placeholders_are_counted_wherever_the_channels_are(data_format):
     assert out["input_ids"][0].count(make_processor().image_token_id) == N_VISUAL
 
 
-def test_unreadable_pictures_are_named(tmp_path):
+def test_unreadable_images_are_named(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
@@ -621,7 +621,7 @@ def test_unreadable_pictures_are_named(tmp_path):
         make_processor()(images=[str(tmp_path / "half.png")])
 
 
-def test_oversized_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+def test_oversized_images_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     gradient((40, 40)).save(tmp_path / "large.png")
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -635,7 +635,7 @@ def test_oversized_pictures_are_refused_before_they_are_decoded(tmp_path, monkey
 
 
 @pytest.mark.parametrize("pad", [False, True])
-def test_a_thin_picture_cannot_blow_up(pad):
+def test_a_thin_image_cannot_blow_up(pad):
     with pytest.raises(ValueError, match=r"image 0 of 1 (padded|resized).*MAX_IMAGE_PIXELS"):
         make_processor(pad_to_square=pad)(images=Image.new("RGB", (200_000, 1)))
 
@@ -644,7 +644,7 @@ def test_a_thin_picture_cannot_blow_up(pad):
 
 
 @pytest.mark.parametrize("source", ["image", "path", "image_url", "bare", "string"])
-def test_a_chat_with_a_picture_is_ready_for_the_model(source, tmp_path):
+def test_a_chat_with_an_image_is_ready_for_the_model(source, tmp_path):
     open_picture().save(tmp_path / "picture.png")
     path, extra = str(tmp_path / "picture.png"), {}
     part = {
@@ -672,7 +672,7 @@ def test_a_chat_with_a_picture_is_ready_for_the_model(source, tmp_path):
     assert torch.equal(out["pixel_values"], processor(images=open_picture(), return_tensors="pt")["pixel_values"])
 
 
-def test_a_batch_of_chats_keeps_pictures_in_order():
+def test_a_batch_of_chats_keeps_images_in_order():
     processor = make_processor(chat_template=chat_template("chatml"))
     a, b = open_picture(), open_picture(PICTURES[1])
     first = [{"role": "user", "content": [{"type": "text", "text": "no picture"}]}]

@@ -64,8 +64,7 @@ def _open_binary(source, timeout: float | None):
 
 
 def from_base64(text: str) -> io.BytesIO | None:
-    """The image file that `text` encodes, with or without line breaks; None if `text` is no base64, or as short as a path,
-    which may be base64 by chance, and no image."""
+    """The image file that `text` encodes in base64, or None. A short text may be a path, so it has to encode an image."""
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
         if len(text) < 1000:

@@ -1,7 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """From texts and images to what SAISA's forward takes: token ids with a placeholder for each visual token, and pixels."""
 
-import functools
 import json
 import math
 import os
@@ -56,14 +55,6 @@ def add_image_token(tokenizer, image_token: str = "<image>") -> int:
     return tokenizer.convert_tokens_to_ids(image_token)
 
 
-def prepare_padding(tokenizer) -> None:
-    """Makes `tokenizer`, in place, pad on the left with a token that it has, and forget where it came from."""
-    tokenizer.name_or_path = ""
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter is what is saved
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-
-
 def begins_with_bos(tokenizer, text: str) -> bool:
     """Whether a rendered conversation brings its own BOS token, so that the tokenizer must not add another."""
     return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
@@ -89,9 +80,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     Args:
         image_processor, tokenizer: any of transformers; the tokenizer has to know `image_token`, see `add_image_token`.
-        patch_size: side of the vision encoder's patches in pixels (CLIP ViT-L/14: 14).
+        patch_size, num_additional_image_tokens: of the vision encoder; CLIP ViT-L/14 has 14 pixels and 1 token of no patch.
         vision_feature_select_strategy: `"default"` drops the class token if there is one, `"full"` keeps it.
-        num_additional_image_tokens: tokens of the encoder that are not patches (CLIP: 1, its class token; SigLIP: 0).
         image_token: stands for one image in texts.
         image_seq_length: placeholders per image, in place of what the three arguments about patches say.
         chat_template: Jinja source, or a dict of several by name.
@@ -99,6 +89,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         tokenize_whole: tokenize texts as `LlavaProcessor` does, not in pieces; see `__call__`.
         visual_token_reduction, reduced_visual_tokens: as in the model's `SaisaConfig`.
     """
+
+    model_input_names = ["input_ids", "attention_mask", "pixel_values"]
 
     def __init__(
         self,
@@ -130,17 +122,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         if self.image_token not in tokenizer.get_vocab():
+            added = f"AddedToken({self.image_token!r}, special=True, normalized=False)"
             raise ValueError(
-                f"The tokenizer does not know image_token {self.image_token!r}. Name the one it has, or add this one with "
-                "saisa_hf.processing_saisa.add_image_token(tokenizer), that is, tokenizer.add_tokens([AddedToken("
-                f"{self.image_token!r}, special=True, normalized=False)], special_tokens=True)."
+                f"The tokenizer does not know image_token {self.image_token!r}. Name the one it has, or add it: "
+                f"tokenizer.add_tokens([{added}], special_tokens=True), which is what add_image_token does."
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """What this processor makes for the model."""
-        return ["input_ids", "attention_mask", "pixel_values"]
 
     def __call__(self, images=None, text=None, *, visual_states=None, **kwargs: CallArguments) -> BatchFeature:
         """Prepares texts, images or both for the model.
@@ -152,16 +139,15 @@ class SaisaProcessor(ImageTextProcessorMixin):
             images: what `load_image` takes: one image, a list in the order of the texts' image tokens, or a list per text.
             text: a text or a list of them. Each `image_token` in them stands for one image.
             visual_states: in place of `images`, the `SaisaVisualStates` that the model's `get_visual_states` made of them.
-            kwargs: arguments of a tokenizer's and an image processor's call, flat or in dicts `text_kwargs` and
-                `images_kwargs`; `return_tensors`; `return_mm_token_type_ids`. Offsets refer to the text as given; those
-                of a placeholder are its image token's.
+            kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
+                `return_mm_token_type_ids`. Offsets refer to the text as given; a placeholder has those of its image token.
 
         Returns:
             `input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images.
 
         Raises:
-            ValueError: an image is unreadable, too large or empty; images and image tokens do not match; truncation would
-                cut into an image's placeholders; an argument is not supported.
+            ValueError: an image is unreadable, too large or empty, or not one per image token; truncation would cut into an
+                image's placeholders; an argument is not supported.
         """
         texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
         text_kwargs, images_kwargs, return_tensors, marks_visual = self._sorted_arguments(kwargs)
@@ -184,24 +170,13 @@ class SaisaProcessor(ImageTextProcessorMixin):
         kwargs |= {part: dict(kwargs[part]) for part in ("text_kwargs", "images_kwargs") if part in kwargs}
         marks_visual = kwargs.pop("return_mm_token_type_ids", False)
         marks_visual = kwargs.get("text_kwargs", {}).pop("return_mm_token_type_ids", marks_visual)
-        explicit = {**kwargs, **kwargs.get("text_kwargs", {})}  # 4.57 empties the dicts while it merges them
+        asked = {*kwargs, *kwargs.get("text_kwargs", ())}  # in front of the merging: 4.57's empties the dicts
         merged = sorted_arguments(self, kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs)
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
-        if not {"max_length", "truncation", "padding"} & explicit.keys() and text_kwargs.get("padding") != "max_length":
+        if not asked & {"max_length", "truncation", "padding"} and text_kwargs.get("padding") != "max_length":
             text_kwargs.pop("max_length", None)  # this call did not ask for it: it was saved in tokenizer.json
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
         return text_kwargs, images_kwargs, return_tensors, marks_visual
-
-    def _check_numbers(self, argument: str, found: int | list[int], texts: list[str], fix: str) -> None:
-        """Raises ValueError unless the images found in `argument`, in all or text by text, are as many as image tokens."""
-        expected = [text.count(self.image_token) for text in texts]
-        if found != (expected if isinstance(found, list) else sum(expected)):
-            token, found = repr(self.image_token), found or "no"
-            raise ValueError(
-                f"`{argument}` has {found} images, but the texts have {expected} {token}, text by text. {fix}"
-            )
-
-    # --- images ---
 
     def _flat_images(self, images, texts: list[str] | None) -> list:
         """`images` as one list in the order of the texts' image tokens."""
@@ -211,28 +186,38 @@ class SaisaProcessor(ImageTextProcessorMixin):
             groups = [[] if group is None else _image_list(group) for group in groups]
         if texts is not None:
             found = [len(group) for group in groups] if nested else len(groups)
-            fix = "Pass one image for each, in one flat list or in one list per text."
-            self._check_numbers("images", found, texts, fix)
+            self._check_numbers("images", found, texts, "Pass one image for each: one flat list, or one list per text.")
         return [image for group in groups for image in group] if nested else groups
 
     def _lengths(self, visual_states, texts: list[str]) -> list[int]:
         """The visual tokens of each image in `visual_states`."""
         if not hasattr(visual_states, "lengths"):
             raise ValueError(
-                f"`visual_states` is {_describe(visual_states)}. Expected one SaisaVisualStates for the whole batch: "
+                f"`visual_states` is {visual_states!r:.80}. Expected one SaisaVisualStates for the whole batch: "
                 "model.get_visual_states makes them, SaisaVisualStates.cat([...]) joins several."
             )
         fix = "Pass `states.expand(n)` for the same images in n texts, or choose some with `states[[...]]`."
         self._check_numbers("visual_states", len(visual_states), texts, fix)
         return list(visual_states.lengths)
 
+    def _check_numbers(self, name: str, found: int | list[int], texts: list[str], fix: str) -> None:
+        """Raises ValueError unless argument `name` has as many images as the texts have image tokens, in all or by text."""
+        tokens = [text.count(self.image_token) for text in texts]
+        if found not in (tokens, sum(tokens)):
+            raise ValueError(
+                f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in the texts. {fix}"
+            )
+
     def _pixels(self, images: list, kwargs: dict) -> dict:
         """The image processor's output for `images`."""
         kwargs = dict(kwargs)
         data_format, timeout = kwargs.pop("input_data_format", None), kwargs.pop("timeout", None)
         names = [f"image {i} of {len(images)}" for i in range(len(images))]
-        loaded = [load_image(one, name + _source(one), data_format, timeout) for one, name in zip(images, names)]
-        if not self._setting("do_rescale", kwargs, True) and all(map(_is_fraction_array, images)):
+        sources = [f" ({one!s:.120})" if isinstance(one, (str, os.PathLike)) else "" for one in images]
+        loaded = [load_image(one, n + s, data_format, timeout) for one, n, s in zip(images, names, sources)]
+        dtypes = [getattr(one, "dtype", None) for one in images]
+        fractions = all(getattr(d, "kind", "") == "f" or getattr(d, "is_floating_point", False) for d in dtypes)
+        if fractions and not self._setting("do_rescale", kwargs, True):
             kwargs["do_rescale"] = True  # False was meant for arrays in [0, 1], which are 8-bit images by now
         if self.pad_to_square:
             mean = self._setting("image_mean", kwargs)
@@ -263,8 +248,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
         if not edge or not self._setting("do_resize", kwargs, False):
             return size
-        scale = edge / min(size)
-        return math.ceil(size[0] * scale), math.ceil(size[1] * scale)
+        return math.ceil(size[0] * edge / min(size)), math.ceil(size[1] * edge / min(size))
 
     def _counts(self, processed: dict) -> list[int]:
         """The number of placeholders for each image in the image processor's output."""
@@ -274,9 +258,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         elif self.image_seq_length is not None:
             return [self.image_seq_length] * len(shapes)
         elif patch is None:
-            raise ValueError(
-                "Neither `patch_size` nor `image_seq_length` is set. Set one, to tell the tokens per image."
-            )
+            raise ValueError("Both `patch_size` and `image_seq_length` are None: set one, for the tokens per image.")
         else:  # the image processors of some releases ignore `data_format`: channels are where the shape has a 3
             sizes = [shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:] for shape in shapes]
             grids = [(height // patch, width // patch) for height, width in sizes]
@@ -285,9 +267,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         counts = [rows * columns + others for rows, columns in grids]
         if min(counts, default=1) < 1:
             raise ValueError(
-                f"Images of shapes {shapes} have {counts} visual tokens. Check patch_size={patch}, num_additional_image_tokens="
-                f"{self.num_additional_image_tokens} and vision_feature_select_strategy="
-                f"{self.vision_feature_select_strategy!r}."
+                f"Images of {grids} patches have {counts} tokens. Check patch_size={patch}, num_additional_image_tokens="
+                f"{self.num_additional_image_tokens}, vision_feature_select_strategy={self.vision_feature_select_strategy!r}."
             )
         reduction = self.visual_token_reduction, self.reduced_visual_tokens
         return [reduced_length(*reduction, count, grid) for count, grid in zip(counts, grids)]
@@ -304,7 +285,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return data_class(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
     # --- text ---
-
     def _tokenize(self, texts: list[str], counts: list[int], kwargs: dict) -> dict[str, list[list]]:
         """Token ids and what goes with them, one row per text, with `counts` placeholders for the texts' images."""
         for key in UNSUPPORTED:
@@ -312,24 +292,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 raise ValueError(f"{key}={kwargs[key]!r} is not supported: texts are tokenized around their images.")
         prefix, suffix = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
         n_special, wants_offsets = len(prefix) + len(suffix), bool(kwargs.get("return_offsets_mapping"))
-        found = [
-            self._truncate(index, *row, n_special, kwargs)
-            for index, row in enumerate(self._ids_and_offsets(texts, iter(counts), wants_offsets))
-        ]
-        rows = {
-            "input_ids": [[*prefix, *ids, *suffix] for ids, _ in found],
-            "attention_mask": [[1] * (len(ids) + n_special) for ids, _ in found],
-            "special_tokens_mask": [[1] * len(prefix) + [0] * len(ids) + [1] * len(suffix) for ids, _ in found],
-            "offset_mapping": [[(0, 0)] * len(prefix) + offsets + [(0, 0)] * len(suffix) for _, offsets in found],
-            "token_type_ids": [[0] * (len(ids) + n_special) for ids, _ in found],
-        }
-        wanted = {
-            "attention_mask": kwargs.get("return_attention_mask") is not False,
-            "special_tokens_mask": kwargs.get("return_special_tokens_mask"),
-            "offset_mapping": wants_offsets,
-            "token_type_ids": kwargs.get("return_token_type_ids"),
-        }
-        rows = {key: values for key, values in rows.items() if wanted.get(key, True)}
+        found = self._ids_and_offsets(texts, iter(counts), wants_offsets)
+        found = [self._truncate(index, *row, n_special, kwargs) for index, row in enumerate(found)]
+        rows = {"input_ids": [[*prefix, *ids, *suffix] for ids, _ in found]}
+        if kwargs.get("return_attention_mask") is not False:
+            rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        if kwargs.get("return_special_tokens_mask"):
+            rows["special_tokens_mask"] = [[1] * len(prefix) + [0] * len(ids) + [1] * len(suffix) for ids, _ in found]
+        if wants_offsets:
+            rows["offset_mapping"] = [[(0, 0)] * len(prefix) + pairs + [(0, 0)] * len(suffix) for _, pairs in found]
+        if kwargs.get("return_token_type_ids"):
+            rows["token_type_ids"] = [[0] * len(ids) for ids in rows["input_ids"]]
         self._pad(rows, kwargs)
         if kwargs.get("return_length"):
             rows["length"] = [len(ids) for ids in rows["input_ids"]]
@@ -343,17 +316,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return full[:start], full[start + len(bare) :]
 
     def _splitter(self):
-        """(function from a text to its pieces, some of them empty, and special tokens by turns; `swallows`).
+        """(function that splits a text into pieces, at times empty, and special tokens by turns; `swallows`).
 
-        Llama's sentencepiece model puts a space in front of every text, even of one that begins with a space (or with
-        U+2581, which stands for one in the vocabulary). Its `tokenizers` form `swallows` that space, in transformers 5
-        always and in 4 with `legacy=False`. With `legacy=True` it does so behind special tokens as well.
+        Llama's sentencepiece model puts a space in front of every text, even of one that begins with a space or its stand-in
+        U+2581. Its `tokenizers` form `swallows` that space, in transformers 5 always and in 4 with `legacy=False`. With
+        `legacy=True` it does so behind special tokens as well.
         """
         if self.tokenize_whole:
             return lambda text: [text], False
-        encode = functools.partial(self.tokenizer, add_special_tokens=False)
         legacy, specials = getattr(self.tokenizer, "legacy", None), {self.image_token}
-        swallows = legacy is not None and encode(" a") == encode("a")
+        spaced, bare = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", "a"))
+        swallows = legacy is not None and spaced == bare
         if swallows and legacy:
             tokens = self.tokenizer.added_tokens_decoder.values()
             specials |= {token.content for token in tokens if not (token.lstrip or token.rstrip)}
@@ -405,24 +378,19 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 enough = (len(ids) - first if left else last) + n_special
                 raise ValueError(
                     f"Truncation to max_length={limit} cuts into the {last - first} placeholders of image {number} of text "
-                    f"{index}. Set max_length to {enough} or more, or truncation=False, or shorten the text."
+                    f"{index} ({len(ids) + n_special} tokens). Set max_length to {enough} or more, or truncation=False."
                 )
         return ids[start:end], offsets[start:end]
 
     def _pad(self, rows: dict, kwargs: dict) -> None:
         """Pads `rows` in place, as `padding`, `max_length`, `padding_side` and `pad_to_multiple_of` say."""
-        padding, multiple = kwargs.get("padding") or False, kwargs.get("pad_to_multiple_of")
-        if padding is False or padding == "do_not_pad" or not rows["input_ids"]:
-            return
-        if padding not in (True, "longest", "max_length"):
+        padding, multiple = kwargs.get("padding") or "do_not_pad", kwargs.get("pad_to_multiple_of") or 1
+        if padding not in (True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding is {padding!r}. Expected True, False, 'longest', 'max_length' or 'do_not_pad'.")
-        length = max(map(len, rows["input_ids"]))
-        if padding == "max_length":
-            limit = kwargs.get("max_length") or self.tokenizer.model_max_length
-            if limit > 1e9:  # there is no limit: as tokenizers do
-                return
-            length = max(length, limit)
-        length = math.ceil(length / multiple) * multiple if multiple else length
+        limit = kwargs.get("max_length") or self.tokenizer.model_max_length if padding == "max_length" else 0
+        if padding == "do_not_pad" or limit > 1e9 or not rows["input_ids"]:  # no limit, no padding: as tokenizers do
+            return
+        length = math.ceil(max(limit, *map(len, rows["input_ids"])) / multiple) * multiple
         side = kwargs.get("padding_side") or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side is {side!r}. Expected 'left' or 'right'.")
@@ -431,14 +399,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError("The tokenizer has no pad token. Set one: tokenizer.pad_token = tokenizer.eos_token.")
         fills = {"input_ids": self.tokenizer.pad_token_id, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
         for key, values in rows.items():
-            for i, n in enumerate(missing):
-                fill = [fills.get(key, 0)] * n
-                values[i] = fill + values[i] if side == "left" else values[i] + fill
+            added = [[fills.get(key, 0)] * n for n in missing]
+            rows[key] = [fill + row if side == "left" else row + fill for row, fill in zip(values, added)]
 
     # --- chat ---
-
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
-        """Renders conversations and, with `tokenize=True`, prepares text and images for the model.
+        """Renders conversations: to text, with `tokenize=True` to `input_ids`, with `return_dict=True` too to a whole batch.
 
         Args:
             conversation: a list of messages, or a list of such lists. A message's content is a string or a list of parts:
@@ -447,13 +413,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             chat_template: Jinja source, or the name of one of the processor's templates.
             images: what image tokens in strings and bare `{"type": "image"}` parts stand for, in their order.
             visual_states: in place of `images`, see `__call__`; no image part may then have data.
-            kwargs: `tokenize`, `return_dict`, `add_generation_prompt`, `continue_final_message`, `tools`, `documents`,
-                `return_assistant_tokens_mask` (fast tokenizers; gives `assistant_masks`), arguments of the call (flat or in
-                `processor_kwargs`), and variables of the template.
-
-        Returns:
-            The text (a list for a list of conversations); with `tokenize=True` its `input_ids`; with `return_dict=True` too,
-            all that the call gives.
+            kwargs: `return_assistant_tokens_mask` (makes `assistant_masks`; fast tokenizers only); arguments of `__call__`,
+                flat or in `processor_kwargs`; `add_generation_prompt`, `continue_final_message`; variables of the template.
         """
         call = _pop_call_arguments(kwargs)
         images, visual_states = call.pop("images", images), call.pop("visual_states", visual_states)
@@ -463,10 +424,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError("continue_final_message excludes add_generation_prompt and return_assistant_tokens_mask.")
         if wants_masks and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: slow ones give no offsets.")
-
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
         conversations = conversation if is_batch else [conversation]
-        conversations = [[_readable_message(message) for message in messages] for messages in conversations]
+        conversations = [[_readable(message) for message in messages] for messages in conversations]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
         variables = {**self.tokenizer.special_tokens_map, **kwargs}
         template = self._template(chat_template)
@@ -491,12 +451,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     def _template(self, chosen: str | None) -> str:
         """The Jinja source that `chosen` (source, name or None) stands for."""
-        templates = self.chat_template or {}
-        templates = templates if isinstance(templates, dict) else {"default": templates}
-        template = templates.get(chosen or "default", chosen)
+        templates = self.chat_template
+        template = templates.get(chosen or "default", chosen) if isinstance(templates, dict) else chosen or templates
         if template is None:
             raise ValueError(
-                f"There is no default chat template among {sorted(templates)}. Pass chat_template=, or set "
+                f"There is no default chat template among {sorted(templates or ())}. Pass chat_template=, or set "
                 'processor.chat_template, to saisa_hf.chat.templates.chat_template("vicuna") for instance.'
             )
         return template
@@ -506,32 +465,28 @@ class SaisaProcessor(ImageTextProcessorMixin):
         found = []  # None where there is no data
         for message in (message for messages in conversations for message in messages):
             content = message.get("content") or []
-            for part in [_readable_part(content)] if isinstance(content, str) else content:
+            for part in [{"text": content}] if isinstance(content, str) else content:
                 if part.get("type") == "image":
                     given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
                     found.append(given[0] if given else None)
                 else:
                     found += [None] * str(part.get("text") or "").count(self.image_token)
+        if visual_states is not None and any(image is not None for image in found):
+            raise ValueError("The conversation and `visual_states` both bring images. Leave out the image parts' data.")
         if visual_states is not None:
-            if any(image is not None for image in found):
-                raise ValueError(
-                    "The conversation brings images, but `visual_states` was given for all of them. Leave the data out of the "
-                    'image parts, {"type": "image"}, or leave out `visual_states`.'
-                )
             return images
         groups = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         spares = [image for group in groups for image in (group if isinstance(group, (list, tuple)) else [group])]
         missing = sum(image is None for image in found)
         if missing != len(spares):
             raise ValueError(
-                f"The conversation names {missing} images without data ({self.image_token!r} in strings, bare image parts), but "
-                f"`images` has {len(spares)}."
+                f"The conversation names {missing} images without data ({self.image_token!r}, bare image parts), but has "
+                f"{len(spares)} in `images`."
             )
         remaining = iter(spares)
         return [next(remaining) if image is None else image for image in found] or None
 
     # --- files ---
-
     @classmethod
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
         """transformers' own; if `kwargs` ask for another reduction, the number of placeholders follows."""
@@ -547,15 +502,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
         """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package.
 
-        Each file is written under a temporary name and renamed, so that nobody reads half a file.
-
-        Args:
-            save_directory: the folder; created if it does not exist.
-            push_to_hub: whether to upload to the hub as well, to `repo_id` (default: the folder's name).
-            kwargs: arguments of `push_to_hub`; with transformers 4 also `save_jinja_files=False`, for `chat_template.json`.
-
-        Returns:
-            The paths of the files, `processor_config.json` first, without the code that loads them.
+        Each file is written under a temporary name and renamed, so that nobody reads half a file. `push_to_hub` uploads to
+        `repo_id` (default: the folder's name), with the arguments of `push_to_hub` among `kwargs`; with transformers 4,
+        `save_jinja_files=False` makes a `chat_template.json`. Returns the paths of the files, `processor_config.json` first,
+        without the code that loads them.
         """
         target = Path(save_directory)
         if target.is_file():
@@ -563,10 +513,22 @@ class SaisaProcessor(ImageTextProcessorMixin):
         target.mkdir(parents=True, exist_ok=True)
         written = []
         with tempfile.TemporaryDirectory(dir=target, prefix=".processor.") as folder:
-            self._write_parts(Path(folder), **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs})
-            files = [path for path in Path(folder).rglob("*") if path.is_file()]
+            new, tokenizer = Path(folder), self.tokenizer
+            super().save_pretrained(folder, **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs})
+            self.image_processor.save_pretrained(folder)
+            vocabulary = str(getattr(tokenizer, "vocab_file", None))
+            if vocabulary.endswith(".model") and os.path.isfile(vocabulary):
+                (new / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
+            prefix, suffix = self._special_ids()
+            ends = tokenizer.bos_token_id in prefix, tokenizer.eos_token_id in suffix
+            _rewrite_json(new / "tokenizer_config.json", lambda c: portable_tokenizer_config(c, tokenizer, *ends))
+            _rewrite_json(new / "preprocessor_config.json", portable_image_processor_config)
+            config = {"auto_map": dict(PROCESSOR_AUTO_MAP), "processor_class": "SaisaProcessor"}
+            config |= {name: getattr(self, name) for name in SETTINGS}
+            _rewrite_json(new / "processor_config.json", lambda _: config)
+            files = [path for path in new.rglob("*") if path.is_file()]
             for source in sorted(files, key=lambda path: (path.name != "processor_config.json", path)):
-                destination = target / source.relative_to(folder)
+                destination = target / source.relative_to(new)
                 destination.parent.mkdir(exist_ok=True)
                 os.replace(source, destination)
                 written.append(str(destination))
@@ -576,21 +538,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
             options = {key: kwargs[key] for key in hub if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or target.resolve().name, **options)
         return written
-
-    def _write_parts(self, folder: Path, **options) -> None:
-        """Writes everything but code, each part in files of its own, in a form that every release reads."""
-        super().save_pretrained(str(folder), **options)
-        self.image_processor.save_pretrained(str(folder))
-        vocabulary = getattr(self.tokenizer, "vocab_file", None)
-        if vocabulary and str(vocabulary).endswith(".model") and os.path.isfile(vocabulary):
-            (folder / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
-        prefix, suffix = self._special_ids()
-        ends = self.tokenizer.bos_token_id in prefix, self.tokenizer.eos_token_id in suffix
-        _rewrite_json(folder / "tokenizer_config.json", lambda c: portable_tokenizer_config(c, self.tokenizer, *ends))
-        _rewrite_json(folder / "preprocessor_config.json", portable_image_processor_config)
-        config = {"auto_map": dict(PROCESSOR_AUTO_MAP), "processor_class": "SaisaProcessor"}
-        config |= {name: getattr(self, name) for name in SETTINGS}
-        _rewrite_json(folder / "processor_config.json", lambda _: config)
 
 
 def _rewrite_json(path: Path, change) -> None:
@@ -612,29 +559,11 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
         return None
     texts = [text] if isinstance(text, str) else text
     if not (isinstance(texts, (list, tuple)) and all(isinstance(one, str) for one in texts)):
-        raise ValueError(f"`text` is {_describe(text)}. Expected a string or a list of strings.")
+        raise ValueError(f"`text` is {text!r:.80}. Expected a string or a list of strings.")
     for index, one in enumerate(texts):
         if not one.isascii() and (half := re.search("[\ud800-\udfff]", one)):
             raise ValueError(f"text {index} has half a character, {half[0]!r} at {half.start()}: a lone surrogate.")
     return list(texts)
-
-
-def _describe(value) -> str:
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {sorted({type(item).__name__ for item in value})}"
-    return type(value).__name__
-
-
-def _source(image) -> str:
-    """Where an image comes from, for error messages."""
-    name = str(image) if isinstance(image, (str, os.PathLike)) else ""
-    return name and f" ({name if len(name) <= 120 else name[:60] + '...'})"
-
-
-def _is_fraction_array(image) -> bool:
-    if isinstance(image, torch.Tensor):
-        return image.is_floating_point()
-    return isinstance(image, np.ndarray) and image.dtype.kind == "f"
 
 
 def _image_list(images) -> list:
@@ -657,18 +586,14 @@ def _pop_call_arguments(kwargs: dict) -> dict:
     return call
 
 
-def _readable_message(message: dict) -> dict:
-    """A copy of `message` without empty keys, whose parts are dicts and images `{"type": "image"}`, not OpenAI's."""
+def _readable(message: dict) -> dict:
+    """A copy of `message` without empty keys, whose parts are dicts, with image parts for OpenAI's `image_url` ones."""
     message = {key: value for key, value in message.items() if value is not None}
     if isinstance(message.get("content"), (list, tuple)):
-        message["content"] = [_readable_part(part) for part in message["content"]]
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in message["content"]]
+        for i, part in enumerate(parts):
+            if part.get("type") == "image_url":
+                url = part["image_url"]
+                parts[i] = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
+        message["content"] = parts
     return message
-
-
-def _readable_part(part: str | dict) -> dict:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if part.get("type") != "image_url":
-        return part
-    address = part["image_url"]
-    return {"type": "image", "url": address["url"] if isinstance(address, dict) else address}

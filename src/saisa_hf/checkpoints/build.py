@@ -22,9 +22,10 @@ from ..chat.templates import read_chat_template, with_pictures
 from ..common.destination import Destination, size_in_bytes
 from ..common.sources import local_folder
 from ..modeling_saisa import SaisaForConditionalGeneration
-from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
+from ..processing_saisa import SaisaProcessor, add_image_token
 from .model_card import licence_in_card, write_model_card
 from .names import as_saved
+from .padding import prepare_padding
 from .weight_files import DTYPES
 
 

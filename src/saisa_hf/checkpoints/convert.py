@@ -29,9 +29,10 @@ from ..chat.templates import chat_template_names, read_chat_template
 from ..common.destination import Destination, size_in_bytes
 from ..common.sources import first_line, local_folder
 from ..configuration_saisa import SaisaConfig
-from ..processing_saisa import SaisaProcessor, add_image_token, prepare_padding
+from ..processing_saisa import SaisaProcessor, add_image_token
 from .authors_layout import TOWER_PREFIX, saisa_config, shared_projector_sources, tensor_sources
 from .model_card import licence_in_card, write_model_card
+from .padding import prepare_padding
 from .weight_files import DTYPES, WeightFiles, read_json
 from .weight_writing import weight_shards, write_weights
 
