@@ -62,8 +62,7 @@ class SaisaConfig(PretrainedConfig):
         image_seq_length: visual tokens per image, behind `visual_token_reduction`. `None`: computed from `vision_config`.
         vision_feature_layer: index into the encoder's `hidden_states`; several are concatenated on the last axis.
         vision_feature_select_strategy: `"default"` drops the class token, where the encoder has one; `"full"` keeps it.
-        projector_hidden_act: activation between the projector's two linear maps.
-        projector_bias: whether these have biases.
+        projector_hidden_act, projector_bias: activation between the projector's two linear maps; whether these have biases.
         projector_hidden_size: width between them. `None`: the language model's hidden size.
         projector_sharing: `"per_layer"`: each decoder layer has a projector of its own (the SAISA model). `"shared"`: one
             serves all layers (the paper's pre-training stage, and always in embedding space).
@@ -275,8 +274,8 @@ class SaisaConfig(PretrainedConfig):
         _check_choice("projector_bias", self.projector_bias, (True, False))
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
             raise ValueError(
-                f"image_token_id={self.image_token_id!r} is outside the vocabulary of text_config: expected an integer in "
-                f"[0, {text.vocab_size}). Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
+                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), of the vocabulary of "
+                "text_config. Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
             )
         for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
             if getattr(self, name) is not None and not _is_integer(getattr(self, name)):
@@ -288,7 +287,7 @@ class SaisaConfig(PretrainedConfig):
         for name, value in language_model_family(text).only.items():
             if getattr(text, name, value) not in (value, None):
                 raise ValueError(
-                    f"text_config.{name}={getattr(text, name)!r} is not supported for {text.model_type}: expected {value!r}."
+                    f"text_config.{name}={getattr(text, name)!r}: for {text.model_type} expected {value!r}."
                 )
         self._check_alignment(text.num_hidden_layers)
 
@@ -302,9 +301,7 @@ class SaisaConfig(PretrainedConfig):
                 f"of them; with {count - 1} layers, {-count} to {count - 1} are allowed."
             )
         if len({sizes[layer] for layer in layers}) > 1:
-            raise ValueError(
-                f"vision_feature_layer={given!r}: these states of {vision.model_type} differ in size. Choose one stage."
-            )
+            raise ValueError(f"vision_feature_layer={given!r}: these states differ in size. Choose those of one stage.")
 
     def _check_alignment(self, count: int):
         """What depends on the space that visual tokens are in, given the number of decoder layers."""
@@ -324,13 +321,13 @@ class SaisaConfig(PretrainedConfig):
         layers = self.visual_layers
         if layers is not None and self.in_embedding_space:
             raise ValueError(
-                f"visual_layers={layers!r}: in embedding space all layers see the image. Leave it out, and give visual_attention "
-                f'or visual_feed_forward a value per layer: ["none" if layer in LAYERS else "full" for layer in range({count})].'
+                f"visual_layers={layers!r}: in embedding space all layers see the image. Give visual_attention and "
+                "visual_feed_forward instead, which take a list of one value per layer: "
+                f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})].'
             )
         if layers is not None and not (_are_indices(layers, 0, count) and len(set(layers)) == len(layers)):
             raise ValueError(
-                f"visual_layers={layers!r}: expected a list of distinct decoder layers between 0 and {count - 1}, at least "
-                "one, or None for all."
+                f"visual_layers={layers!r}: expected None, or a list of distinct layers, at least one, between 0 and {count - 1}."
             )
 
 
