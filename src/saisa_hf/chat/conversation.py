@@ -58,7 +58,7 @@ class Conversation:
     def clear(self) -> None:
         """Forgets all turns; the system message stays."""
         self.messages = [] if self.system is None else [_message("system", self.system)]
-        self.finish_reason = None
+        self.finish_reason: str | None = None
         self._forget_cache()
 
     @property

@@ -52,7 +52,7 @@ def chat(
     """
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     waiting = [read_image(path) for path in images]
-    sampling = {} if temperature is None else {"do_sample": False}
+    sampling: dict[str, Any] = {} if temperature is None else {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature}
     with quiet_transformers(progress=interactive):

@@ -2,7 +2,6 @@
 """`auto_map` in the JSON files of a checkpoint: what it should be, and how it is replaced without touching another byte."""
 
 import json
-import re
 from typing import Any
 
 from ..checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP
@@ -52,7 +51,7 @@ def with_auto_map(content: bytes, auto_map: dict) -> bytes:
     newline = "\r\n" if "\r\n" in text else "\n"
     span = _span_of_auto_map(text)
     if span is None:  # it becomes the first member
-        start = re.match(r"\s*\{\s*", text).end()
+        start = text.index('"')
         space = text[text.index("{") + 1 : start]
         indent = space.rpartition("\n")[2] if "\n" in space else None
         member = f'"auto_map": {_rendered(auto_map, indent, newline)},{" " if indent is None else space}'
@@ -73,16 +72,22 @@ def _rendered(auto_map: dict, indent: str | None, newline: str) -> str:
 
 def _span_of_auto_map(text: str) -> tuple[int, int] | None:
     """Where the value of the outermost object's `auto_map` begins and ends."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    found = None
-    at = space.match(text, text.index("{") + 1).end()
+    decoder, found = json.JSONDecoder(), None
+    at = _behind_space(text, text.index("{") + 1)
     while text[at] == '"':
         key, at = decoder.raw_decode(text, at)
-        start = space.match(text, space.match(text, at).end() + 1).end()  # behind the colon
+        start = _behind_space(text, _behind_space(text, at) + 1)  # behind the colon
         _, at = decoder.raw_decode(text, start)
         if key == "auto_map":
             found = (start, at)
-        at = space.match(text, at).end()
+        at = _behind_space(text, at)
         if text[at] == ",":
-            at = space.match(text, at + 1).end()
+            at = _behind_space(text, at + 1)
     return found
+
+
+def _behind_space(text: str, at: int) -> int:
+    """The first place from `at` on that is not white space."""
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at

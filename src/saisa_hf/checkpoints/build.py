@@ -136,7 +136,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, image_token: str | Non
     vocabulary = tokenizer.get_vocab()
     if image_token is None:
         own = (getattr(tokenizer, "image_token", None), *KNOWN_IMAGE_TOKENS)
-        image_token = next((token for token in own if token in vocabulary), "<image>")
+        image_token = str(next((token for token in own if token in vocabulary), "<image>"))
     if image_token not in vocabulary:
         add_image_token(tokenizer, image_token)
     return image_token
@@ -212,11 +212,11 @@ def _image_processor(vision_model: str) -> Any:
         return AutoImageProcessor.from_pretrained(vision_model)
     seen = config.pretrained_cfg
     side = seen.get("input_size", (3, 224, 224))[-1]
-    filters = {"bilinear": PIL.Image.BILINEAR, "nearest": PIL.Image.NEAREST}
+    filters = {"bilinear": PIL.Image.Resampling.BILINEAR, "nearest": PIL.Image.Resampling.NEAREST}
     return CLIPImageProcessor(
         size={"shortest_edge": int(side / seen.get("crop_pct", 0.875))},
         crop_size={"height": side, "width": side},
-        resample=filters.get(seen.get("interpolation"), PIL.Image.BICUBIC),
+        resample=filters.get(seen.get("interpolation"), PIL.Image.Resampling.BICUBIC),
         image_mean=list(seen.get("mean", (0.485, 0.456, 0.406))),
         image_std=list(seen.get("std", (0.229, 0.224, 0.225))),
     )

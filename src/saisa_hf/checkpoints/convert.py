@@ -107,20 +107,20 @@ def convert(
     tower = weights if own_tower else WeightFiles(tower_folder)
 
     tokenizer = _tokenizer(folder)
-    old_rows = settings.get("vocab_size")
+    old_rows: Any = settings.get("vocab_size")  # checked by `saisa_config`
     image_token_id = old_rows if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     sharing = "shared" if shared_projector == "use" else "per_layer"
     config = saisa_config(settings, folder / "config.json", _vision_config(tower_folder), image_token_id, sharing)
     sources = tensor_sources(config, weights, tower, own_tower, old_rows)
     beside = shared_projector_sources(config, weights) if shared_projector == "keep" else {}
-    stored = DTYPES[dtype] if dtype else weights.dtypes["model.embed_tokens.weight"]
+    stored: Any = DTYPES[dtype] if dtype else weights.dtypes["model.embed_tokens.weight"]
     for part in (config, config.text_config, config.vision_config):
         part.dtype = stored
     processor = None if tokenizer is None else _processor(config, settings, tokenizer, tower_folder, chat_template)
     generation_config = _generation_config(folder, config, processor, chat_template, old_rows)
 
     files = weight_shards(sources, stored, max_bytes) | ({SHARED_PROJECTOR_FILE: beside} if beside else {})
-    size = sum(source.nbytes(stored) for part in files.values() for source in part.values())
+    size = sum(source.nbytes(stored) for content in files.values() for source in content.values())
     with place.new_folder() as partial:
         place.check_space(size)
         write_weights(partial, files, stored, [weights] if own_tower else [weights, tower], size, progress, log)

@@ -157,7 +157,8 @@ def apply(folder: Path, plan: Plan) -> None:
             os.unlink(left)  # left by a run that was killed
     code = [file for file in plan.writes if CODE.fullmatch(file)]
     settings = {file: plan.writes[file] for file in JSON_FILES if file in plan.writes}
-    interim, aside = [], {}
+    interim: list[str] = []
+    aside: dict[str, Path | None] = {}
     if code:
         prefix, interim = _write_interim_code(folder)
         for file in JSON_FILES:
@@ -174,8 +175,9 @@ def apply(folder: Path, plan: Plan) -> None:
         for file in code:
             _write(folder / file, plan.writes[file])
     for file, content in settings.items():
-        if aside.get(file):
-            os.replace(aside[file], folder / file)
+        original = aside.get(file)
+        if original is not None:
+            os.replace(original, folder / file)
         else:
             _write(folder / file, content)
     for file in [*plan.removes, *interim]:
@@ -279,7 +281,7 @@ def _upgrade_repository(repo_id: str, check: bool, push_to_hub: bool, log: Calla
     with tempfile.TemporaryDirectory() as folder:
         try:
             info = api.model_info(repo_id)
-            present = {file.rfilename for file in info.siblings}
+            present = {file.rfilename for file in info.siblings or ()}
             wanted = [file for file in present if file in (*JSON_FILES, CARD) or CODE.fullmatch(file)]
             if wanted:
                 snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted, local_dir=folder)
@@ -291,7 +293,8 @@ def _upgrade_repository(repo_id: str, check: bool, push_to_hub: bool, log: Calla
     _report(plan, repo_id, check, log)
     if not plan or check:
         return bool(plan)
-    operations = [CommitOperationAdd(file, content) for file, content in sorted(plan.writes.items())]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    operations += [CommitOperationAdd(file, content) for file, content in sorted(plan.writes.items())]
     operations += [CommitOperationDelete(file) for file in plan.removes]
     try:
         commit = api.create_commit(

@@ -72,6 +72,8 @@ class WeightFiles:
     def rows(self, name: str) -> Iterator[torch.Tensor]:
         """The tensor in slices of its first dimension, 32 MiB or one row each; a scalar as one row."""
         shape, dtype = self.shapes[name], self.dtypes[name]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{self.files[name]}: tensor {name} is {dtype}, which cannot be read.")
         row_bytes = dtype.itemsize * torch.Size(shape[1:]).numel()
         step = max(_PIECE // max(row_bytes, 1), 1)
         count = shape[0] if shape else 1
@@ -105,7 +107,7 @@ class WeightFiles:
                 return
             for info in records:
                 if not _matches(archive, info, progress):
-                    names = self._handle(file).names_by_place()
+                    names = _PickleFile(file).names_by_place()
                     place = data.index(info.filename) if info.filename in data and len(names) == len(data) else None
                     what = info.filename if place is None else f"tensor {names[place]}"
                     raise OSError(f"{file}: {what} is corrupt, its checksum differs. Download or copy the file again.")
@@ -149,7 +151,7 @@ class _SafetensorsFile:
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         shape, dtype, place = self.tensors[name]
         piece = torch.empty((stop - start, *shape[1:]), dtype=dtype)
-        view = memoryview(as_bytes(piece).numpy())
+        view = as_bytes(piece)
         try:
             with self.file.open("rb", buffering=0) as stream:
                 stream.seek(place + start * (len(view) // max(stop - start, 1)))
@@ -242,6 +244,6 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
     )
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The memory of a contiguous tensor, uint8 (bytes,)."""
-    return tensor.reshape(-1).view(torch.uint8)
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -43,9 +43,10 @@ class Source:
         """
         old = self.weights.shapes[self.name]
         new_rows = self.shape[0] - old[0] if old else 0
-        total = 0
+        total = torch.zeros((), dtype=torch.float64)
         for piece in self.weights.rows(self.name):
-            total = total + sum(rows.double().sum(0) for rows in piece.split(1024)) if new_rows else 0
+            if new_rows:
+                total = total + sum(rows.double().sum(0) for rows in piece.split(1024))
             yield self._cast(piece, dtype)
         if new_rows:  # as a head row, the mean of all rows gives the mean of all logits, which is never the largest
             mean = (total / old[0]).to(self.weights.dtypes[self.name])
@@ -75,7 +76,8 @@ def write_safetensors(
     Raises:
         OSError: the disk is full, or the file is larger than allowed; the message names the file and the tensor.
     """
-    header, end, digests = {"__metadata__": {"format": "pt"}}, 0, {}
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end, digests = 0, {}
     for name, source in sources.items():
         start, end = end, end + source.nbytes(dtype)
         header[name] = {"dtype": STORED_DTYPES[dtype], "shape": list(source.shape), "data_offsets": [start, end]}
@@ -86,7 +88,7 @@ def write_safetensors(
         for name, source in sources.items():
             digest = hashlib.sha256()
             for piece in source.pieces(dtype):
-                data = memoryview(as_bytes(piece).numpy())
+                data = as_bytes(piece)
                 _write(stream, data, file, name)
                 digest.update(data)
                 progress(len(data))
@@ -121,7 +123,7 @@ def check_safetensors(
         with safe_open(file, framework="pt") as written:  # anew each time: what is mapped counts as used memory
             tensor = written.get_tensor(name)
         whole = (tensor.dtype, tuple(tensor.shape)) == (dtype, sources[name].shape)
-        if not whole or hashlib.sha256(as_bytes(tensor).numpy()).hexdigest() != digest:
+        if not whole or hashlib.sha256(as_bytes(tensor)).hexdigest() != digest:
             raise OSError(f"{file}: {name} read back differs from its source: is the disk sound?")
         progress(tensor.nbytes)
 
@@ -189,14 +191,14 @@ def write_weights(
         for weights, file in summed:
             bar.set_description(f"verifying {file.name}")
             weights.verify(file, bar.update)
-        for file, sources in files.items():
-            say(f"writing {file} ({len(sources)} tensors)")
-            bar.set_description(f"writing {file}")
-            digests = write_safetensors(folder / file, sources, dtype, bar.update)
+        for name, sources in files.items():
+            say(f"writing {name} ({len(sources)} tensors)")
+            bar.set_description(f"writing {name}")
+            digests = write_safetensors(folder / name, sources, dtype, bar.update)
             for weights in read_from:
                 weights.close()
-            bar.set_description(f"checking {file}")
-            check_safetensors(folder / file, sources, dtype, digests, bar.update)
+            bar.set_description(f"checking {name}")
+            check_safetensors(folder / name, sources, dtype, digests, bar.update)
         bar.update(total - bar.n)  # what lies around the tensors of the files with checksums
     models = {file: sources for file, sources in files.items() if file.startswith("model")}
     if len(models) > 1:

@@ -28,8 +28,9 @@ def fill_blocks(path: str | Path, blocks: dict[str, str]) -> None:
     page = Path(path).read_text(encoding="utf-8")
     for name, text in blocks.items():
         start, end = f"<!-- {name}: start -->", f"<!-- {name}: end -->"
-        page, count = re.subn(f"{start}.*?{end}", lambda _, new=f"{start}\n{text}\n{end}": new, page, flags=re.S)
-        if not count:
+        around = re.split(f"{start}.*?{end}", page, flags=re.S)
+        if len(around) == 1:
             names = ", ".join(re.findall(r"<!-- (\S+): start -->", page)) or "none"
             raise ValueError(f"{path} has no block {name!r} to replace; it has {names}.")
+        page = f"{start}\n{text}\n{end}".join(around)
     Path(path).write_text(page, encoding="utf-8")

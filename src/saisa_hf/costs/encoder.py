@@ -46,7 +46,7 @@ def _encoder_flops(settings: str, size: tuple[int, int]) -> int:
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, **arguments).eval()
         dtype = next(encoder.parameters()).dtype
-        inputs = {"pixel_values": torch.empty(1, channels, *size, dtype=dtype)}
+        inputs: dict[str, torch.Tensor | None] = {"pixel_values": torch.empty(1, channels, *size, dtype=dtype)}
         if (
             config.model_type == "siglip2_vision_model"
         ):  # takes patches, and values that say how many there are each way

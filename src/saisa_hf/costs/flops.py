@@ -90,7 +90,7 @@ def training_flops(
         layer = product.layer
         # whether what enters the layer, its queries and its keys depend on anything that is trained
         entering = full or architecture == "llava" or layer is None or layer > (0 if adapted else first)
-        entering = entering or (architecture == "saisa" and config.visual_tokens_attend(layer))
+        entering = entering or (architecture == "saisa" and layer is not None and config.visual_tokens_attend(layer))
         queries = entering or adapted
         keys = queries or layer == first
         if product.sizes is None:
@@ -101,7 +101,7 @@ def training_flops(
         has_weight = full or (trained == "projectors" and product.part in ("projectors", "encoder"))
         again = architecture == "saisa" and product.part == "head"
         total += product.flops * (1 + needs_input + has_weight + again)
-        routed = product.part == "feed-forward" and experts(family, layer) > 0
+        routed = product.part == "feed-forward" and layer is not None and experts(family, layer) > 0
         if adapted and product.part != "head" and not routed:
             rows, inputs, outputs = product.sizes
             total += 2 * rows * rank * (inputs * (2 + needs_input) + outputs * 3) * (outputs > 0)

@@ -40,8 +40,9 @@ def bytes_of(text: str) -> int:
     """
     found = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
     try:
-        return int(float(found[1]) * UNITS[found[2]])
-    except (TypeError, KeyError, ValueError):
+        number, unit = found.groups() if found else ("", "")
+        return int(float(number) * UNITS[unit])
+    except (KeyError, ValueError):
         raise ValueError(
             f"{text!r} is not a size of memory: expected a number with a unit, such as 8GiB or 8GB."
         ) from None
@@ -121,28 +122,29 @@ def fit(
     """For each of `WAYS` the bytes of `weights`, `cache` and `work`, whether it `fits` into `memory` bytes, whether the model
     has enough positions for prompt and answer (`in_context`), and the largest `text` with this number of images and the
     largest number of `images` with this much text (None: none fits)."""
+    parameters = _weights(config)
+    return [_fit(config, way, _stored_bytes(parameters, way), memory, text, images, generated, batch) for way in WAYS]
+
+
+def _fit(
+    config: SaisaConfig, way: str, weights: int, memory: int, text: int, images: int, generated: int, batch: int
+) -> dict:
     limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
-    parameters, found = _weights(config), []
-    for way in WAYS:
-        weights = _stored_bytes(parameters, way)
+    room = limit - generated - images * config.image_seq_length
+    most_images = (limit - generated - text) // config.image_seq_length
+    parts = {"weights": weights, **use_bytes(config, way, text, images, generated, batch)}
 
-        def need(text: int, images: int, way: str = way, weights: int = weights) -> int:
-            return weights + sum(use_bytes(config, way, text, images, generated, batch).values())
+    def fits(text: int, images: int) -> bool:
+        return weights + sum(use_bytes(config, way, text, images, generated, batch).values()) <= memory
 
-        room = limit - generated - images * config.image_seq_length
-        most_images = (limit - generated - text) // config.image_seq_length
-        parts = {"weights": weights, **use_bytes(config, way, text, images, generated, batch)}
-        found.append(
-            {
-                "way": way,
-                **parts,
-                "fits": sum(parts.values()) <= memory,
-                "in_context": text <= room,
-                "largest_text": _largest(lambda n, need=need: need(n, images) <= memory, 1, room),
-                "largest_images": _largest(lambda n, need=need: need(text, n) <= memory, 0, most_images),
-            }
-        )
-    return found
+    return {
+        "way": way,
+        **parts,
+        "fits": sum(parts.values()) <= memory,
+        "in_context": text <= room,
+        "largest_text": _largest(lambda count: fits(count, images), 1, room),
+        "largest_images": _largest(lambda count: fits(text, count), 0, most_images),
+    }
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:

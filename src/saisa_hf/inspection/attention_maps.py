@@ -176,9 +176,10 @@ def _maps_by_image(
             f"The prompt has {weights_LWV.shape[-1]} visual tokens, but the images have "
             f"{sum(place.tokens for place in places)} places: the tokens are not a grid over the image."
         )
-    kept = [None] * len(images)
+    kept: Any = [None] * len(images)
     if model.config.visual_token_reduction == "class_attention":
-        kept = model.get_image_features(pixel_values, return_dict=True).kept_tokens.cpu()
+        features: Any = model.get_image_features(pixel_values, return_dict=True)
+        kept = features.kept_tokens.cpu()
     maps = []
     for image, place, cells, weights in zip(images, places, kept, weights_LWV.split([p.tokens for p in places], -1)):
         rows, columns = place.grid
@@ -325,14 +326,15 @@ class _Places(NamedTuple):
 
 def _places(model: SaisaForConditionalGeneration, processor: SaisaProcessor, image: PIL.Image.Image) -> _Places:
     config = model.config
-    kind, patch = config.visual_token_reduction, getattr(config.vision_config, "patch_size", None)
+    kind = config.visual_token_reduction
+    patch: Any = getattr(config.vision_config, "patch_size", None)
     (height, width), patches, (left, top, right, bottom) = seen_part(processor, image.size)
     outside = config.kept_prefix_tokens
     tokens = processor._get_num_multimodal_tokens([image.size[::-1]]).num_image_tokens[0]
     if patches is None and isinstance(patch, int):
         patches = height // patch, width // patch
     cell = 2 if kind in OF_CELLS else 1  # patches along the side of what one visual token stands for
-    grid = tuple(-(-count // cell) for count in patches or ())
+    grid: Any = tuple(-(-count // cell) for count in patches or ())
     if kind != "class_attention" and (not grid or grid[0] * grid[1] != tokens - outside):
         grid = grid_of(tokens - outside, height, width)  # of feature maps
     else:  # pixels that do not fill a patch are not seen, and a cell at an odd edge reaches beyond it

@@ -89,8 +89,8 @@ def overlay(found: PictureMaps, weights: np.ndarray, size: tuple[int, int]) -> P
     scale = size[0] / found.picture.width, size[1] / found.picture.height
     left, top, right, bottom = (round(edge * scale[number % 2]) for number, edge in enumerate(found.box))
     covered = max(right - left, 1), max(bottom - top, 1)
-    heat = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
-    heat = _pasted(heat.resize(covered, Image.Resampling.BILINEAR), (left, top), size)
+    small = Image.fromarray((weights / max(weights.max(), 1e-12)).astype(np.float32))
+    heat = _pasted(small.resize(covered, Image.Resampling.BILINEAR), (left, top), size)
     seen = _pasted(Image.new("F", covered, 1.0), (left, top), size)
     image = np.asarray(found.picture.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)
     image = image + (1 - seen) * 0.65 * (np.array(PAGE, dtype=np.float32) - image)

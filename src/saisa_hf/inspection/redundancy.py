@@ -85,7 +85,7 @@ def redundancy(
     """
     if not pictures:
         raise ValueError("pictures is empty: expected at least one.")
-    text, total = _whole_prompt(processor, prompt), 0
+    text, total = _whole_prompt(processor, prompt), torch.zeros(())
     options = {"add_special_tokens": False} if begins_with_bos(processor.tokenizer, text) else {}
     for number, image in enumerate(pictures, start=1):
         inputs = processor(images=load_image(image, str(image)), text=text, return_tensors="pt", **options)

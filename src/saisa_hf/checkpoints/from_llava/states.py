@@ -2,6 +2,7 @@
 """The LLaVA's visual states, layer by layer: on disk at the input of one layer, and of the next while they are computed."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -23,12 +24,12 @@ class VisualStates:
         self.at_once = max(1, bench.fit.batch_tokens // self.shape[1])
         prefix = torch.tensor([bench.prefix], dtype=torch.long, device=bench.device)
         self._prefix = bench.model.get_input_embeddings()(prefix)  # (1, S, D)
-        self._layer: int | None = None  # at whose input the states are
-        self._states: torch.Tensor | None = None
+        self._layer = -1  # at whose input the states are; -1: not begun
+        self._states = torch.empty(0)
 
     def at(self, index: int) -> torch.Tensor:
         """(n, V, D) on disk: the states at the input of layer `index`, not in front of where they are already."""
-        if self._layer is None:
+        if self._layer < 0:
             self._begin(index)
         while self._layer < index:
             self._advance()
@@ -36,7 +37,7 @@ class VisualStates:
 
     def remove(self) -> None:
         """Deletes the files."""
-        self._states = None
+        self._states = torch.empty(0)
         for file in self.bench.folder.glob("states-*.bin"):
             file.unlink()
 
@@ -66,7 +67,7 @@ class VisualStates:
             target[first : first + len(visual)] = self.teacher.advance(self._layer, whole)[:, front:].cpu()
         self._advance_prefix(self._layer)
         del target
-        self._states = None
+        self._states = torch.empty(0)  # closes the file
         self._finish_file(self._layer + 1)
         self._file(self._layer).unlink(missing_ok=True)
         self._layer += 1
@@ -76,7 +77,7 @@ class VisualStates:
         if self._prefix.shape[1]:
             self._prefix = self.teacher.advance(layer, self._prefix)
 
-    def _file(self, layer: int) -> os.PathLike:
+    def _file(self, layer: int) -> Path:
         return self.bench.folder / f"states-{layer}.bin"
 
     def _new_file(self) -> torch.Tensor:
