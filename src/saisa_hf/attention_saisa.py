@@ -44,11 +44,6 @@ HIDDEN_KEY = 2.0**-14
 LARGE_MASK = 2**26
 
 
-def is_flash(implementation: str) -> bool:
-    """Whether `implementation` is one of transformers' flash attentions, which take padding masks alone."""
-    return "flash" in implementation
-
-
 @dataclass
 class Visibility:
     """Which keys the text queries see, and the forms in which attention implementations want to know it.
@@ -76,28 +71,22 @@ class Visibility:
             return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
         if implementation == "flex_attention":
             return self.block_mask()
-        if is_flash(implementation):
-            return Runs(self)
-        size = self.layout.query_position_BT.numel() * self.key_range[0]
-        if implementation == "sdpa" and size >= LARGE_MASK and self.window is None and self.equal_in_all_samples():
-            return Runs(self)
-        return self.mask()
+        is_large = self.layout.query_position_BT.numel() * self.key_range[0] >= LARGE_MASK
+        plain = implementation == "sdpa" and is_large and self.window is None and self.equal_in_all_samples()
+        return Runs(self) if plain or "flash" in implementation else self.mask()
 
     def mask(self) -> Tensor:
         """bool (B or 1, 1, T, L), True is visible."""
         length, offset = self.key_range
-        key_L = torch.arange(length, device=self.slots.device) + offset
-        real_BL, same_BTL = self.real_keys(), None
-        if self.document_BS is not None:
-            same_BTL = self._query_documents()[:, :, None] == self.document_BS[:, None, :]
-        real_B1L = None if real_BL is None else real_BL[:, None]
-        return self._sees(self._query_slots()[:, :, None], key_L, real_B1L, same_BTL)[:, None]
+        key_L, real_BL = torch.arange(length, device=self.slots.device) + offset, self.real_keys()
+        query_BT, document_BT = self._queries()
+        same_BTL = None if document_BT is None else document_BT[:, :, None] == self.document_BS[:, None, :]
+        return self._sees(query_BT[:, :, None], key_L, None if real_BL is None else real_BL[:, None], same_BTL)[:, None]
 
     def block_mask(self) -> BlockMask:
         """The same as a function of indices, with the blocks that are empty."""
         length, offset = self.key_range
-        query_BT, real_BL, document_BS = self._query_slots(), self.real_keys(), self.document_BS
-        document_BT = None if document_BS is None else self._query_documents()
+        real_BL, document_BS, (query_BT, document_BT) = self.real_keys(), self.document_BS, self._queries()
 
         def visible(b, _head, t, k):
             real = None if real_BL is None else real_BL[b, k]
@@ -128,28 +117,24 @@ class Visibility:
         mask = self.attention_mask.to(self.slots.device, torch.bool)
         return nn.functional.pad(mask, (0, max(0, offset + length - mask.shape[1])))[:, offset : offset + length]
 
-    def _query_slots(self) -> Tensor:
-        """(B or 1, T) places of the queries."""
-        return self.slots[None] if self.layout.visual_BS is None else self.slots[self.layout.query_position_BT]
-
-    def _query_documents(self) -> Tensor:
-        """(B, T) packed samples that the queries belong to."""
-        return self.document_BS.gather(1, self.layout.query_position_BT)
+    def _queries(self) -> tuple[Tensor, Tensor | None]:
+        """(B or 1, T) places of the queries, and (B, T) packed samples that they belong to, or None."""
+        if self.layout.visual_BS is None:
+            return self.slots[None], self.document_BS
+        position_BT = self.layout.query_position_BT
+        documents_BT = None if self.document_BS is None else self.document_BS.gather(1, position_BT)
+        return self.slots[position_BT], documents_BT
 
 
 class Runs:
-    """NAAViT as plain causal attention: each run of text over all keys up to its own end.
-
-    Padding and other packed samples are left out of the queries and keys of a run; a sliding window is the kernel's affair.
-    """
+    """NAAViT as plain causal attention: each run of text over all keys up to its own end, but for padding and other packed
+    samples. A sliding window is the kernel's affair."""
 
     def __init__(self, visibility: Visibility):
         self.window = visibility.window
-        self.slices = self.rows = None
-        if visibility.equal_in_all_samples():
-            self.slices = list(_runs_as_slices(visibility))
-        else:
-            self.rows = list(_runs_as_rows(visibility))
+        equal = visibility.equal_in_all_samples()
+        self.slices = list(_runs_as_slices(visibility)) if equal else None
+        self.rows = None if equal else list(_runs_as_rows(visibility))
 
     def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> Tensor:
         """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
@@ -168,26 +153,23 @@ class Runs:
             lengths = {name: n.to(device) if isinstance(n, Tensor) else n for name, n in lengths.items()}
             run_RNH = kernel(*(x_RNH[None].transpose(1, 2) for x_RNH in selected), **lengths)[0]
             output_RNH = output_RNH.index_copy(0, queries, run_RNH)
-        batch_size, heads, queries, head_size = query_BNTH.shape
-        return output_RNH.view(batch_size, queries, heads, head_size)
+        return output_RNH.view(query_BNTH.transpose(1, 2).shape)
 
     def _kernel(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options):
         """(B, T, N, H): causal attention aligned to the bottom right."""
-        mask = None
+        mask, queries = None, query_BNTH.shape[2]
         if implementation == "sdpa":
             options["is_causal"] = False
-            if query_BNTH.shape[2] > 1:
-                mask = causal_lower_right(query_BNTH.shape[2], key_BKLH.shape[2])
+            mask = causal_lower_right(queries, key_BKLH.shape[2]) if queries > 1 else None
         else:
-            options.update(is_causal=True, sliding_window=self.window)
+            options |= {"is_causal": True, "sliding_window": self.window}
         attention = ALL_ATTENTION_FUNCTIONS[implementation]
         return attention(module, query_BNTH, key_BKLH, value_BKLH, mask, **options)[0]
 
 
 def _runs_as_slices(visibility: Visibility):
     """Yields for each run its slices of T and of L, which all samples share."""
-    first = int(visibility.slots[0]) - visibility.key_range[1]
-    text = 0
+    first, text = int(visibility.slots[0]) - visibility.key_range[1], 0
     for visual, start, end in visibility.layout.segments:
         if not visual:
             yield slice(text, text + end - start), slice(0, first + end)
@@ -228,13 +210,12 @@ def _runs_as_rows(visibility: Visibility):
 
 def _text_segments(visual_S: Tensor, document_S: Tensor | None) -> list[tuple[int, int]]:
     """The stretches [start, end) of text in one sample, cut where a packed sample follows another."""
-    segments = [(start, end) for visual, start, end in segments_of(visual_S) if not visual]
-    if document_S is None:
-        return segments
     cut = []
-    for start, end in segments:
-        changes = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1)
-        cut += pairwise([start, *(changes + start + 1).tolist(), end])
+    for start, end in [(start, end) for visual, start, end in segments_of(visual_S) if not visual]:
+        cuts = []
+        if document_S is not None:
+            cuts = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1) + start + 1
+        cut += pairwise([start, *map(int, cuts), end])
     return cut
 
 
@@ -260,13 +241,14 @@ def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
     # a chunk of visual tokens alone has no query, which fused kernels do not expect
     if implementation == "eager" or query_BNTH.shape[2] == 0:
         return attention.eager_attention(*inputs, mask, **options)
-    if is_flash(implementation):
+    if "flash" in implementation:
         options["sliding_window"] = attention.window
     return ALL_ATTENTION_FUNCTIONS[implementation](*inputs, mask, **options)
 
 
-def cache_of_pass(decoder, use_cache: bool | None, cache):
-    """Whether to return a cache, and the one that a forward pass of `decoder` writes into.
+def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
+    """Whether to return a cache, the one that a forward pass of `decoder` writes into, and the places (S,) in it of `length`
+    new tokens.
 
     Raises:
         ValueError: the cache does not give back the keys that it got, and some layers do not see the image.
@@ -276,7 +258,7 @@ def cache_of_pass(decoder, use_cache: bool | None, cache):
     if checkpointing and (use_cache or cache is not None):
         # the layers run again in backward, and would write into it a second time
         logger.warning_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
-        return False, None
+        use_cache, cache = False, None
     if use_cache and cache is None:
         cache = DynamicCache(config=decoder.config)
     if is_quantized(cache) and not all(layer.sees_image for layer in decoder.layers):
@@ -284,22 +266,8 @@ def cache_of_pass(decoder, use_cache: bool | None, cache):
             "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
             "there: a quantized cache changes them. Use a dynamic or static cache."
         )
-    return use_cache, cache
-
-
-def warn_of_no_probabilities(config) -> None:
-    """Logs a line where `output_attentions` finds none."""
-    if config._attn_implementation != "eager":
-        logger.warning_once(
-            f"`output_attentions=True` returns none with attn_implementation={config._attn_implementation!r}: load the model "
-            "with attn_implementation='eager'."
-        )
-
-
-def slots_of(cache, length: int, device) -> Tensor:
-    """(S,) places of `length` new tokens in the cache."""
     past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
-    return torch.arange(length, device=device) + past
+    return use_cache, cache, torch.arange(length, device=device) + past
 
 
 def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids) -> dict:
@@ -334,8 +302,8 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
         return visibility.for_implementation(implementation, text_BTD.dtype)
     if implementation != usual:
         return visibility.mask()
-    unfilled = has_empty_places(cache) and (is_flash(implementation) or implementation == "flex_attention")
-    packed = is_flash(implementation) and documents is not None and bool(documents.any())
+    unfilled = has_empty_places(cache) and ("flash" in implementation or implementation == "flex_attention")
+    packed = "flash" in implementation and documents is not None and bool(documents.any())
     if unfilled or packed or not makes_causal_masks(layer.attention_type):
         # transformers' masks do not say which places of the cache are filled, or where a packed sample ends
         visibility.layout = TokenLayout(

@@ -29,10 +29,7 @@ from .attention_saisa import (
     attention_masks,
     cache_of_pass,
     hide_marked_keys,
-    implementation_of,
     mark_hidden,
-    slots_of,
-    warn_of_no_probabilities,
 )
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import (
@@ -43,6 +40,7 @@ from .compat_saisa import (
     GradientCheckpointingLayer,
     can_return_tuple,
     differentiable,
+    get_logger,
     one_cache,
     readable_tp_plan,
     tied_weights,
@@ -62,6 +60,8 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 
+logger = get_logger(__name__)
+
 
 # --- outputs ----------------------------------------------------------------------------------------------------------
 
@@ -69,13 +69,12 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
 @dataclass
 class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
     """
-    Output of `SaisaModel`. All of it is aligned with `input_ids`; rows at visual positions and, beside
-    images, at padding are zero; in embedding space those at visual positions are not.
+    Output of `SaisaModel`, aligned with `input_ids`. Rows at visual positions and, beside images, at padding are zero; in
+    embedding space those at visual positions are not.
 
     Attributes:
         last_hidden_state: (B, S, D), after the final norm.
-        past_key_values, or cache: the cache, with keys and values of text and visual tokens in input order. It has both names
-            on every release; transformers 5.24 and later know it as `cache`.
+        past_key_values, cache: two names of the cache, with keys and values of text and visual tokens in input order.
         hidden_states: tuple of (B, S, D), the input of each layer and the last hidden state.
         attentions: tuple of (B, N, S, L), each layer's attention probabilities.
         image_hidden_states: (V, C), the encoder's features of all visual tokens in input order.
@@ -90,10 +89,8 @@ class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
     Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
 
     Attributes:
-        loss: scalar, float32. Next-token cross-entropy over the labels whose predecessor is a text token; in embedding space
-            over all labels.
-        logits: (B, S, vocabulary), or the rows that `logits_to_keep` asks for. Zero at visual positions, but in embedding
-            space.
+        loss: float32 scalar, next-token cross-entropy over labels behind a text token; in embedding space over all labels.
+        logits: (B, S, vocabulary), or the rows of `logits_to_keep`; zero at visual positions, but in embedding space.
     """
 
     image_hidden_states: Tensor | None = None
@@ -219,11 +216,6 @@ class NaavitAttention(nn.Module):
         else:
             key, value = self.k_proj(x), self.v_proj(x)
         return self._heads(key, "k_norm"), self._heads(value)
-
-    @property
-    def implementation(self) -> str:
-        """The name of the attention implementation."""
-        return implementation_of(self)
 
     def _heads(self, x: Tensor, norm: str | None = None) -> Tensor:
         """(..., X) -> (..., heads, H), past the norm over each head or over all of them that some families have."""
@@ -390,15 +382,18 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         (see `SaisaDecoderLayer.visual_keys_and_values`) or for each layer what that makes of them. `kwargs` go to the
         attention functions."""
         layout = TokenLayout(None) if layout is None else layout
-        use_cache, cache = cache_of_pass(self, use_cache, one_cache(past_key_values, cache))
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         text_BTX = layout.text(inputs)
         text_BTD = self.family.scaled_input(self.embed_tokens(text_BTX) if inputs_embeds is None else text_BTX)
-        slots = slots_of(cache, inputs.shape[1], text_BTD.device) if cache_position is None else cache_position
+        cache, where = one_cache(past_key_values, cache), (inputs.shape[1], text_BTD.device)
+        use_cache, cache, slots = cache_of_pass(self, use_cache, cache, *where)
+        slots = slots if cache_position is None else cache_position
         masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids)
         rotations = rotations_of(self, layout, text_BTD, slots[None] if position_ids is None else position_ids)
-        if output_attentions:
-            warn_of_no_probabilities(self.config)
+        if output_attentions and (name := self.config._attn_implementation) != "eager":
+            logger.warning_once(
+                f"`output_attentions=True` returns none with attn_implementation={name!r}: it takes 'eager'."
+            )
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         kwargs |= {"cache": cache, "slots": slots}
         last, *states = self.through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)
