@@ -143,16 +143,16 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """Width of the features that the projectors read: the selected layers' widths, added up; four times that where
-        `visual_token_reduction` puts 2 x 2 of them side by side."""
-        vision, layers = self.vision_config, self.vision_feature_layers
+        """Width of what the projectors read: the selected states' widths, added up; four times that for 2 x 2 side by side."""
+        vision = self.vision_config
         if vision.model_type == "convnext":  # one width per stage; state 0 is the stem's, as wide as the first stage
             widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
         elif vision.model_type in CLASS_TOKENS:
             widths = [vision.hidden_size] * (vision.num_hidden_layers + 1)
         else:
             widths = encoder_states(vision).widths
-        return sum(widths[layer] for layer in layers) * (4 if self.visual_token_reduction == "pixel_unshuffle" else 1)
+        side_by_side = 4 if self.visual_token_reduction == "pixel_unshuffle" else 1
+        return side_by_side * sum(widths[layer] for layer in self.vision_feature_layers)
 
     @property
     def vision_prefix_tokens(self) -> int:
@@ -254,9 +254,7 @@ class SaisaConfig(PretrainedConfig):
             return encoder_states(vision).tokens[self.vision_feature_layers[0]] - self.dropped_vision_tokens
         size = getattr(vision, "image_size", None)
         if not _is_integer(size):
-            raise ValueError(
-                f"vision_config.image_size={size!r} is not a number of pixels: give image_seq_length as well."
-            )
+            raise ValueError(f"vision_config.image_size={size!r} is not a number of pixels: give image_seq_length.")
         return (size // self._strides()[self.vision_feature_layers[0]]) ** 2 + self.kept_prefix_tokens
 
     def _strides(self) -> list[int]:
@@ -274,21 +272,19 @@ class SaisaConfig(PretrainedConfig):
         _check_choice("projector_bias", self.projector_bias, (True, False))
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
             raise ValueError(
-                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), of the vocabulary of "
-                "text_config. Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
+                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), the vocabulary. Give the "
+                "id of a token of its own, and enlarge text_config.vocab_size if it is new."
             )
         for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
-            if getattr(self, name) is not None and not _is_integer(getattr(self, name)):
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: expected a positive {what}, or None for the default."
-                )
+            value = getattr(self, name)
+            if value is not None and not _is_integer(value):
+                raise ValueError(f"{name}={value!r}: expected a positive {what}, or None.")
         self._check_vision_feature_layer()
         check_reduction(self)
         for name, value in language_model_family(text).only.items():
-            if getattr(text, name, value) not in (value, None):
-                raise ValueError(
-                    f"text_config.{name}={getattr(text, name)!r}: for {text.model_type} expected {value!r}."
-                )
+            found = getattr(text, name, value)
+            if found not in (value, None):
+                raise ValueError(f"text_config.{name}={found!r} does not suit {text.model_type}: expected {value!r}.")
         self._check_alignment(text.num_hidden_layers)
 
     def _check_vision_feature_layer(self):
@@ -310,8 +306,7 @@ class SaisaConfig(PretrainedConfig):
             value = getattr(self, name)
             if not self.in_embedding_space and value != default:
                 raise ValueError(
-                    f"{name}={value!r}: in input space visual tokens are keys and values, no more. Leave it out, or set "
-                    'alignment="embedding_space".'
+                    f'{name}={value!r}: in input space it has no meaning. Leave it out, or set alignment="embedding_space".'
                 )
             values = value if isinstance(value, list) else [value] * count
             if len(values) != count:
@@ -321,13 +316,13 @@ class SaisaConfig(PretrainedConfig):
         layers = self.visual_layers
         if layers is not None and self.in_embedding_space:
             raise ValueError(
-                f"visual_layers={layers!r}: in embedding space all layers see the image. Give visual_attention and "
-                "visual_feed_forward instead, which take a list of one value per layer: "
-                f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})].'
+                f"visual_layers={layers!r}: in embedding space all layers see the image. Give a list as visual_attention or "
+                f'visual_feed_forward instead: ["none" if layer in LAYERS else "full" for layer in range({count})].'
             )
         if layers is not None and not (_are_indices(layers, 0, count) and len(set(layers)) == len(layers)):
             raise ValueError(
-                f"visual_layers={layers!r}: expected None, or a list of distinct layers, at least one, between 0 and {count - 1}."
+                f"visual_layers={layers!r}: expected a list of distinct layers between 0 and {count - 1}, at least one; None "
+                "stands for all of them."
             )
 
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What becomes of the last hidden states: a loss in training, the next token in generation.
 
-Next-token cross-entropy comes without a tensor of all logits: they exist for some labelled rows at a time. A vocabulary is
-ten to a hundred times as wide as the hidden states, so that logits of all positions are the largest tensor in training, most
-of them for positions that no label asks for. Backward computes them again.
+The logits of all positions would be the largest tensor in training: a vocabulary is ten to a hundred times as wide as the
+hidden states, and no label asks for most positions. So the loss makes them for some labelled rows at a time, and once more in
+backward.
 """
 
 import inspect
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .compat_saisa import CACHE, decoding_masks, one_cache
@@ -20,20 +20,18 @@ from .visual_states_saisa import check_one_of
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; each chunk is one such tensor, its copy in float32 and its gradient
-# arguments of `forward` that are the loss's
-LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")
-# the arguments that images come in
-IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")
+LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # those of `forward` that are the loss's
+IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")  # those that images come in
 
 
 def chunked_cross_entropy(
-    hidden_PD: torch.Tensor,
-    targets_P: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden_PD: Tensor,
+    targets_P: Tensor,
+    head: Callable[[Tensor], Tensor],
     vocab_size: int,
-    num_items_in_batch: torch.Tensor | int | None = None,
+    num_items_in_batch: Tensor | int | None = None,
     logits_at_once: int = LOGITS_AT_ONCE,
-) -> torch.Tensor:
+) -> Tensor:
     """The loss of transformers' causal language models, as a float32 scalar.
 
     Args:
@@ -54,39 +52,27 @@ def chunked_cross_entropy(
     size = max(1, logits_at_once // vocab_size)
     # with nothing to learn from the loss is zero, and still reaches the weights: processes that train together expect it
     total = 0.0 if len(rows) else head(hidden_PD[:1]).float().sum() * 0.0
-    for part_ND, part_N in zip(hidden_RD.split(size), targets_R.split(size)):
-        if torch.is_grad_enabled():
-            total = total + checkpoint(chunk_loss, part_ND, part_N, use_reentrant=False)
-        else:
-            total = total + chunk_loss(part_ND, part_N)
+    keep_graph = torch.is_grad_enabled()
+    for chunk in zip(hidden_RD.split(size), targets_R.split(size)):
+        total = total + (checkpoint(chunk_loss, *chunk, use_reentrant=False) if keep_graph else chunk_loss(*chunk))
     count = len(rows) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, torch.Tensor):
+    if isinstance(count, Tensor):
         return total / count.to(total.device).clamp(min=1)
     return total.float() / max(count, 1)
 
 
 class SaisaHead(nn.Linear):
-    """The language model's head. A loss whose logits exist for some rows at a time is made in one call of this module:
+    """The language model's head. A loss that makes its logits some rows at a time is computed in one call of this module:
     processes that share its weights gather them for each call, but have unlike numbers of rows."""
 
-    def forward(self, hidden_BTD: torch.Tensor, loss: Callable | None = None) -> torch.Tensor:
+    def forward(self, hidden_BTD: Tensor, loss: Callable | None = None) -> Tensor:
         """Logits (B, T, vocabulary), or what `loss` makes of the hidden rows and the map from some of them to logits."""
         return super().forward(hidden_BTD) if loss is None else loss(hidden_BTD, super().forward)
 
 
-def loss_without_logits(lm_head, scaled: Callable, hidden_BTD, targets_BT, vocab_size: int, num_items_in_batch):
-    """`chunked_cross_entropy` of `scaled(lm_head(hidden rows))`, in one call of `lm_head` if that is a `SaisaHead`."""
-
-    def loss(hidden_BTD, head):
-        return chunked_cross_entropy(hidden_BTD, targets_BT, lambda x: scaled(head(x)), vocab_size, num_items_in_batch)
-
-    # whoever has put another head in its place, adapters for instance, does not know of losses
-    return lm_head(hidden_BTD, loss) if isinstance(lm_head, SaisaHead) else loss(hidden_BTD, lm_head)
-
-
-def targets_of(labels_BS, loss_arguments: dict, shape: tuple[int, int]) -> torch.Tensor | None:
-    """(B, S) what each position is to predict, or None without labels. Takes `shift_labels` out of `loss_arguments`, and sets
-    `ignore_index` in it.
+def targets_of(labels_BS, loss_arguments: dict, shape: tuple[int, int]) -> Tensor | None:
+    """(B, S) what each position is to predict, or None without labels. Takes `shift_labels` out of `loss_arguments`, and
+    sets `ignore_index` in it.
 
     Raises:
         ValueError: `labels` or `shift_labels` do not have the input's `shape`.
@@ -110,50 +96,43 @@ class SuppressImageToken:
     def __init__(self, image_token_id: int):
         self.image_token_id = image_token_id
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: Tensor) -> Tensor:
         scores = scores.clone()
         scores[..., self.image_token_id] = -float("inf")
         return scores
 
 
 class AnswersAboutImages:
-    """The part of `SaisaForConditionalGeneration` that makes logits, losses and answers; it stands in front of transformers'
-    `GenerationMixin`, and tells that what images are."""
+    """The part of `SaisaForConditionalGeneration` that makes logits, losses and answers. It stands in front of transformers'
+    `GenerationMixin`, which knows nothing of images."""
 
     def logits_and_loss(self, hidden_BTD, targets_BT, skip_logits: bool, labels, loss_arguments: dict, kwargs: dict):
         """(B, T, vocabulary) logits, or None where they are skipped, and the loss, or None without targets."""
-        family, vocab_size = self.language_model.family, self.config.text_config.vocab_size
+        scaled, vocab_size = self.language_model.family.scaled_logits, self.config.text_config.vocab_size
         if skip_logits and targets_BT is not None:
             targets_BT = targets_BT.masked_fill(targets_BT == loss_arguments.get("ignore_index", IGNORED), IGNORED)
             count = loss_arguments.get("num_items_in_batch")
-            return None, loss_without_logits(
-                self.lm_head, family.scaled_logits, hidden_BTD, targets_BT, vocab_size, count
-            )
-        logits_BTX = family.scaled_logits(self.lm_head(hidden_BTD))
+
+            def loss(hidden_BTD, head):
+                return chunked_cross_entropy(hidden_BTD, targets_BT, lambda x: scaled(head(x)), vocab_size, count)
+
+            # a head that was put in its place, adapters for instance, knows nothing of losses
+            is_own = isinstance(self.lm_head, SaisaHead)
+            return None, self.lm_head(hidden_BTD, loss) if is_own else loss(hidden_BTD, self.lm_head)
+        logits_BTX = scaled(self.lm_head(hidden_BTD))
         if targets_BT is None:
             return logits_BTX, None
         loss_arguments |= {**kwargs, "shift_labels": targets_BT}
         return logits_BTX, self.loss_function(logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments)
 
-    @property
-    def vision_tower(self):
-        return self.model.vision_tower
+    vision_tower = property(lambda self: self.model.vision_tower)
+    language_model = property(lambda self: self.model.language_model)
 
-    @property
-    def language_model(self):
-        return self.model.language_model
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings):
-        self.lm_head = new_embeddings
-
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs):
+    def get_image_features(self, pixel_values: Tensor, **kwargs):
         """See `SaisaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs):
+    def get_visual_states(self, pixel_values: Tensor, store: str | None = None, **kwargs):
         """See `SaisaModel.get_visual_states`."""
         return self.model.get_visual_states(pixel_values, store, **kwargs)
 
@@ -164,15 +143,15 @@ class AnswersAboutImages:
     create_masks_for_generate = staticmethod(decoding_masks)
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' own, with two differences for images. It never answers with the image token, which stands for visual
-        tokens alone, and it reads the prompt at once: `prefill_chunk_size` is for text.
-        """
+        """transformers' own, but it never answers with the image token, and with images it reads the prompt at once:
+        `prefill_chunk_size` is for text."""
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        check_one_of(kwargs.get("pixel_values"), kwargs.get("visual_states"))
+        pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
+        check_one_of(pixel_values, visual_states)
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
-        has_images = kwargs.get("pixel_values") is not None or kwargs.get("visual_states") is not None
+        has_images = pixel_values is not None or visual_states is not None
         if has_images and given is None:
             raise ValueError(
                 "Expected input_ids, or inputs_embeds, with placeholders for the images: got images alone."
@@ -185,34 +164,17 @@ class AnswersAboutImages:
         return super().generate(inputs, generation_config, logits_processor, *args, **kwargs)
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        pixel_values=None,
-        pixel_attention_mask=None,
-        spatial_shapes=None,
-        visual_states=None,
-        cache=None,
-        **kwargs,
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, **kwargs
     ):
         """transformers' own, and the images whose placeholders are among the tokens that are not in the cache yet.
 
         Raises:
-            ValueError: the last token of a prompt is visual, so that nothing can be predicted from it (but in embedding
-                space).
+            ValueError: a prompt ends in a visual token, from which nothing can be predicted outside embedding space.
         """
-        cache = one_cache(past_key_values, cache)
+        images, cache = _images_of(kwargs), one_cache(past_key_values, cache)
         kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        images = _given(
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            visual_states=visual_states,
-        )
-        if pixel_values is None and visual_states is None:
+        if "pixel_values" not in images and "visual_states" not in images:
             return model_inputs
         new_ids, new_embeds = model_inputs.get("input_ids"), model_inputs.get("inputs_embeds")
         length = (new_ids if new_embeds is None else new_embeds).shape[1]
@@ -225,35 +187,34 @@ class AnswersAboutImages:
             return model_inputs
         if not self.config.in_embedding_space:
             _check_last_token(visual_BS, attention_mask)
-        new_B = visual_BS.sum(1).tolist()
-        all_B = new_B if new_embeds is not None else self.model.get_placeholder_mask(input_ids).sum(1).tolist()
+        all_BS = visual_BS if new_embeds is not None else self.model.get_placeholder_mask(input_ids)
+        new_B, all_B = visual_BS.sum(1).tolist(), all_BS.sum(1).tolist()
         tokens = self._visual_tokens(images, sum(new_B), sum(all_B))
         if sum(tokens) == sum(all_B) != sum(new_B):  # the images of the whole conversation, of which some are cached
             wanted = _last_images(images_by_row(all_B, tokens), tokens, new_B)
             images = {name: value[wanted] for name, value in images.items()}
         return {**model_inputs, **images}
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
         """transformers' own, but each row's images stay together, as rows may have different numbers of them."""
-        images = _given(**{name: model_kwargs.pop(name, None) for name in IMAGES})
+        images = _images_of(kwargs)
         if images and expand_size > 1:
-            placeholders_BS = self.model.get_placeholder_mask(input_ids, model_kwargs.get("inputs_embeds"))
-            cache = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
+            all_BS = self.model.get_placeholder_mask(input_ids, kwargs.get("inputs_embeds"))
+            cache = one_cache(kwargs.get("past_key_values"), kwargs.get("cache"))
             cached = 0 if cache is None else int(cache.get_seq_length())
-            new_B, all_B = (mask_BS.sum(1).tolist() for mask_BS in (placeholders_BS[:, cached:], placeholders_BS))
+            new_B, all_B = all_BS[:, cached:].sum(1).tolist(), all_BS.sum(1).tolist()
             tokens = self._visual_tokens(images, sum(new_B), sum(all_B))
-            if sum(tokens) != sum(all_B):  # then they are those of the new turn
+            are_all = sum(tokens) == sum(all_B)  # else they are those of the new turn
+            if not are_all:
                 name = "visual_states" if "visual_states" in images else "pixel_values"
                 self.model.check_visual_tokens(name, tokens, sum(new_B))
-            rows = images_by_row(all_B if sum(tokens) == sum(all_B) else new_B, tokens)
+            rows = images_by_row(all_B if are_all else new_B, tokens)
             order = [image for row in rows for _ in range(expand_size) for image in row]
             if "pixel_values" in images and order:  # an image is encoded once for all sequences of its row
                 images = {"visual_states": self.model.get_visual_states(**images)}
             images = {name: value[order] for name, value in images.items()}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, **images}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        return input_ids, {**kwargs, **images}
 
     def generate_batch(self, inputs, *args, **kwargs):
         """transformers' own continuous batching, which is for text: it has no place for images.
@@ -261,11 +222,11 @@ class AnswersAboutImages:
         Raises:
             ValueError: a prompt holds the image token.
         """
+        token = self.config.image_token_id
         for index, ids in enumerate(inputs):
-            if self.config.image_token_id in torch.as_tensor(ids).flatten().tolist():
+            if token in torch.as_tensor(ids).flatten().tolist():
                 raise ValueError(
-                    f"inputs[{index}] holds the image token ({self.config.image_token_id}), but generate_batch carries no "
-                    "images. Use generate for prompts with images."
+                    f"inputs[{index}] holds the image token ({token}): Use generate for prompts with images."
                 )
         return super().generate_batch(inputs, *args, **kwargs)
 
@@ -278,8 +239,7 @@ class AnswersAboutImages:
         return super()._get_candidate_generator(*args, **kwargs)
 
     def _visual_tokens(self, images: dict, *placeholders: int) -> list[int]:
-        """How many visual tokens each image has. Where the encoder does not tell, the numbers of placeholders do that they
-        may be meant for."""
+        """How many visual tokens each image has; if the encoder does not tell, the `placeholders` that they may fill do."""
         if "visual_states" in images:
             return images["visual_states"].lengths
         if "spatial_shapes" in images:
@@ -294,11 +254,13 @@ class AnswersAboutImages:
         return [each] * count
 
 
-def _given(**arguments) -> dict:
-    return {name: value for name, value in arguments.items() if value is not None}
+def _images_of(kwargs: dict) -> dict:
+    """Those of `IMAGES` that are given; they are taken out of `kwargs`."""
+    images = {name: kwargs.pop(name, None) for name in IMAGES}
+    return {name: value for name, value in images.items() if value is not None}
 
 
-def _check_last_token(visual_BS: torch.Tensor, attention_mask) -> None:
+def _check_last_token(visual_BS: Tensor, attention_mask) -> None:
     """Raises ValueError if the last real token of a sample is visual."""
     length, device = visual_BS.shape[1], visual_BS.device
     real_BS = torch.ones_like(visual_BS)
@@ -307,8 +269,7 @@ def _check_last_token(visual_BS: torch.Tensor, attention_mask) -> None:
     last_B1 = (real_BS * torch.arange(1, length + 1, device=device)).argmax(1, keepdim=True)
     if visual_BS.gather(1, last_B1).any():
         raise ValueError(
-            "The last token of a prompt is a visual token, and visual tokens predict nothing. Put a text token, a newline "
-            "for instance, behind the image."
+            "A prompt ends in a visual token, and visual tokens predict nothing: put text behind the image."
         )
 
 
@@ -316,12 +277,11 @@ def images_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int
     """The indices of the images that belong to each row, whose placeholders take them up in order."""
     rows, image = [], 0
     for placeholders in placeholders_B:
-        row = []
+        first = image
         while placeholders > 0 and image < len(tokens):
-            row.append(image)
             placeholders -= tokens[image]
             image += 1
-        rows.append(row)
+        rows.append(list(range(first, image)))
     return rows
 
 
@@ -329,9 +289,6 @@ def _last_images(rows: list[list[int]], tokens: list[int], new_B: list[int]) -> 
     """Of each row's images the last ones, which fill its `new` placeholders."""
     wanted = []
     for row, new in zip(rows, new_B):
-        first = len(row)
-        while new > 0 and first > 0:
-            first -= 1
-            new -= tokens[row[first]]
-        wanted.extend(row[first:])
+        fitting = images_by_row([new], [tokens[image] for image in reversed(row)])[0]
+        wanted += row[len(row) - len(fitting) :]
     return wanted

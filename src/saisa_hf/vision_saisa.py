@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -55,19 +56,15 @@ class EncoderStates(NamedTuple):
 def encoder_states(config) -> EncoderStates:
     """What the encoder of `config`, which is none of `CLASS_TOKENS`, yields.
 
-    Raises:
-        ValueError: it cannot be built, or yields no states for an image.
-        ImportError: it needs a package that is not installed, timm for instance.
-    """
+    Raises ValueError if it cannot be built or yields no states of an image, ImportError if a package is not installed (timm)."""
     settings = {key: value for key, value in config.to_dict().items() if "attn_implementation" not in key}
     return _asked(type(config), json.dumps(settings, sort_keys=True, default=str))
 
 
 def image_size(config) -> tuple[int, int]:
     """(height, width) of the images that an encoder is made for."""
-    return _pair(
-        getattr(config, "image_size", None) or (getattr(config, "pretrained_cfg", None) or {}).get("input_size") or 224
-    )
+    size = getattr(config, "image_size", None) or (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    return _pair(size or 224)
 
 
 def _pair(size) -> tuple[int, int]:
@@ -152,21 +149,16 @@ def as_vision_tower(encoder: PreTrainedModel) -> nn.Module:
 
 @dataclass
 class SaisaImageFeatures(BaseModelOutputWithPooling):
-    """
-    Output of `get_image_features`: the encoder's, with the features as `pooler_output`, and
+    """Output of `get_image_features`: the encoder's, with the features as `pooler_output`."""
 
-    Attributes:
-        kept_tokens: (images, visual tokens), which patches `visual_token_reduction="class_attention"` has kept.
-    """
-
-    kept_tokens: Tensor | None = None
+    kept_tokens: Tensor | None = None  # (images, visual tokens): the patches that "class_attention" keeps
 
 
 class EncodesImages:
     """The part of `SaisaModel` that runs its `vision_tower`."""
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> SaisaImageFeatures:
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> SaisaImageFeatures:
         """
         The encoder's features of a batch of images, before any projector.
 
@@ -176,49 +168,44 @@ class EncodesImages:
 
         Returns:
             the encoder's output, whose `pooler_output` is (images, visual tokens per image, C): the states of
-            `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`,
-            feature maps flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where
-            images differ in size (SigLIP 2).
+            `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`, feature maps
+            flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where images differ
+            in size (SigLIP 2).
         """
         self.check_features_asked_for(kwargs)
-        is_siglip2 = self.config.vision_config.model_type == "siglip2_vision_model"
-        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim not in ((3, 4) if is_siglip2 else (4,)):
-            seen = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        config, kept = self.config, None
+        is_siglip2 = config.vision_config.model_type == "siglip2_vision_model"
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim not in ((3, 4) if is_siglip2 else (4,)):
+            seen = tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             raise ValueError(f"pixel_values is {seen}: expected a tensor (images, channels, height, width).")
         if is_siglip2 and pixel_values.ndim == 4:
-            pixel_values, kwargs = _patchify(pixel_values, self.config.vision_config.patch_size, kwargs)
+            pixel_values, kwargs = _patchify(pixel_values, config.vision_config.patch_size, kwargs)
         dtype = next(p.dtype for p in self.vision_tower.parameters() if p.is_floating_point())
         # gradient checkpointing of 5.x asks for gradients of all embeddings, a frozen encoder's too
         learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         kwargs |= {"output_hidden_states": True, "return_dict": True}
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             outputs = self.vision_tower(pixel_values=pixel_values.to(dtype), **kwargs)
-        states = [outputs.hidden_states[layer] for layer in self.config.vision_feature_layers]
+        states = [outputs.hidden_states[layer] for layer in config.vision_feature_layers]
         grid = states[0].shape[2:] if states[0].ndim == 4 else None
         states = [state.flatten(2).transpose(1, 2) if state.ndim == 4 else state for state in states]
-        features, kept = torch.cat([state[:, self.config.dropped_vision_tokens :] for state in states], dim=-1), None
-        if is_siglip2:
-            features = self._of_each_grid(features, [(int(h), int(w)) for h, w in kwargs["spatial_shapes"]])
-        elif self.config.visual_token_reduction == "class_attention":
-            attention = class_attention(self.vision_tower, self.config, outputs.hidden_states)
-            kept = most_attended(attention, self.config.reduced_visual_tokens, features)
+        features = torch.cat([state[:, config.dropped_vision_tokens :] for state in states], dim=-1)
+        if is_siglip2:  # images of unlike shapes, padded
+            grids = [(int(h), int(w)) for h, w in kwargs["spatial_shapes"]]
+            features = [self._reduced(x[None, : h * w], (h, w))[0] for x, (h, w) in zip(features, grids)]
+            features = torch.stack(features) if len(set(map(len, features))) == 1 else features
+        elif config.visual_token_reduction == "class_attention":
+            attention = class_attention(self.vision_tower, config, outputs.hidden_states)
+            kept = most_attended(attention, config.reduced_visual_tokens, features.shape[1])
             features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
-        elif self.config.visual_token_reduction is not None:
+        elif config.visual_token_reduction is not None:
             features = self._reduced(features, grid or grid_of(features.shape[1], *pixel_values.shape[-2:]))
-        return SaisaImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=features,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.get("attentions"),  # a convolutional encoder has none
-            kept_tokens=kept,
-        )
+        attentions = outputs.get("attentions")  # a convolutional encoder has none
+        return SaisaImageFeatures(outputs.last_hidden_state, features, outputs.hidden_states, attentions, kept)
 
     def check_features_asked_for(self, kwargs: dict) -> None:
-        """Takes transformers' arguments for other features out of `kwargs`: the projectors are made for those of the config.
-
-        Raises:
-            ValueError: they ask for others.
-        """
+        """Takes transformers' arguments for the choice of features out of `kwargs`. Raises ValueError if they ask for others
+        than the projectors are made for."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             asked, own = kwargs.pop(name, None), getattr(self.config, name)
             if asked is not None and asked != own:
@@ -227,31 +214,32 @@ class EncodesImages:
                     f"from_pretrained(..., {name}={asked!r}) to get others."
                 )
 
-    def no_features(self, **no_images) -> torch.Tensor:
+    def no_features(self, **no_images) -> Tensor:
         """Features (0, C) of no images, through which gradients of zero reach the projectors: processes that share weights
         or gradients wait for one another, also where one has no image. An encoder that takes part in that, since it is
         trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank image."""
-        if not any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
-            none = no_images["pixel_values"].new_zeros(0, self.config.vision_feature_size)
-            if hasattr(self, "visual_resampler"):  # attention kernels want an image
-                none = self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]
+        if any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
+            blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_images.items()}
+            return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
+        none = no_images["pixel_values"].new_zeros(0, self.config.vision_feature_size)
+        if not hasattr(self, "visual_resampler"):
             return none
-        blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_images.items()}
-        return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
+        return self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]  # attention kernels want an image
 
-    def _of_each_grid(self, features: torch.Tensor, grids: list[tuple[int, int]]):
-        """Features of images of unlike shapes (SigLIP 2), without padding: a tensor where all have as many, else a list."""
-        each = [image[: h * w] for image, (h, w) in zip(features, grids)]
-        if self.config.visual_token_reduction is not None:
-            each = [self._reduced(x[None], grid)[0] for x, grid in zip(each, grids)]
-        return torch.stack(each) if len({len(image) for image in each}) == 1 else each
-
-    def _reduced(self, features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(I, V, C) of patches in `grid` -> (I, R, C)."""
-        kind = self.config.visual_token_reduction
+    def _reduced(self, features_IVC: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) of 2 x 2 side by side, row by row. Beyond an odd edge
+        there are no patches to take a mean of, or zeros."""
+        kind, (rows, columns) = self.config.visual_token_reduction, grid
         if kind == "resampler":
             return self.visual_resampler(features_IVC)
-        return (pooled if kind == "avg_pool" else unshuffled)(features_IVC, tuple(grid))
+        if kind == "avg_pool":
+            maps = features_IVC.transpose(1, 2).unflatten(-1, (rows, columns))
+            return F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+        if kind == "pixel_unshuffle":
+            maps = F.pad(features_IVC.unflatten(1, (rows, columns)), (0, 0, 0, columns % 2, 0, rows % 2))
+            maps = maps.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (I, rows / 2, 2, columns / 2, 2, C)
+            return maps.transpose(2, 3).flatten(3).flatten(1, 2)
+        return features_IVC
 
 
 def named_by_encoder(encoder: nn.Module, arguments: dict) -> dict:
@@ -279,52 +267,51 @@ def check_reduction(config) -> None:
     """Raises ValueError if `visual_token_reduction` and `reduced_visual_tokens` do not fit the rest of a `SaisaConfig`."""
     kind, count, vision = config.visual_token_reduction, config.reduced_visual_tokens, config.vision_config.model_type
     check_choice(kind, count, config.image_seq_length)
-    kept = config.kept_prefix_tokens
-    if kind not in (None, "resampler") and kept:
+    if kind not in (None, "resampler") and config.kept_prefix_tokens:
         raise ValueError(
             f"visual_token_reduction={kind!r} needs a grid of patches, but vision_feature_select_strategy='full' keeps "
-            f"{kept} tokens of {vision} in front of it: choose 'default'."
+            f"{config.kept_prefix_tokens} tokens of {vision} in front of it: choose 'default'."
         )
     if kind != "class_attention":
         return
     if vision not in CLASS_ATTENTION_ENCODERS:
         raise ValueError(
-            f"visual_token_reduction='class_attention' needs the attention of a class token, which {vision} has not, or has "
-            f"in another form: expected an encoder among {', '.join(CLASS_ATTENTION_ENCODERS)}, or another reduction."
+            f"visual_token_reduction={kind!r} needs the attention of a class token, which {vision} has not, or not "
+            f"in this form: expected an encoder among {', '.join(CLASS_ATTENTION_ENCODERS)}, or another reduction."
         )
     layers = config.vision_feature_layers
     if len(layers) != 1 or layers[0] % (config.vision_config.num_hidden_layers + 1) == 0:
         raise ValueError(
-            f"visual_token_reduction='class_attention' ranks patches by the attention of one layer of the encoder, but "
+            f"visual_token_reduction={kind!r} ranks patches by the attention of one layer of the encoder, but "
             f"vision_feature_layer={config.vision_feature_layer!r}: choose one layer, and not the embeddings (0)."
         )
-    patches = config.encoder_tokens_per_image
-    if count > patches:
-        raise ValueError(
-            f"reduced_visual_tokens={count}, but {vision} makes {patches} of an image: keep as many or fewer."
-        )
+    _check_count(count, config.encoder_tokens_per_image, vision)
 
 
 def check_choice(kind, count, image_seq_length=None) -> None:
     """Raises ValueError if there is no such reduction, or not with that number, or `image_seq_length` contradicts it."""
-    if kind is not None and kind not in REDUCTIONS:
+    given, given_count, has_number = (
+        f"visual_token_reduction={kind!r}",
+        f"reduced_visual_tokens={count!r}",
+        kind in OF_A_NUMBER,
+    )
+    if kind not in (None, *REDUCTIONS):
+        problem = f"{given} is not supported: expected None or one of {', '.join(map(repr, REDUCTIONS))}."
+    elif has_number and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        problem = f"{given_count}: {given} needs the number of visual tokens per image."
+    elif not has_number and count is not None:
+        problem = f"{given_count} goes with 'resampler' or 'class_attention', not with {kind!r}: leave it out."
+    elif has_number and image_seq_length not in (None, count):
+        problem = f"image_seq_length={image_seq_length!r}, but {given_count} settles that: leave image_seq_length out."
+    else:
+        return
+    raise ValueError(problem)
+
+
+def _check_count(count: int, patches: int, encoder: str) -> None:
+    if count > patches:
         raise ValueError(
-            f"visual_token_reduction={kind!r} is not supported: expected None or one of {', '.join(map(repr, REDUCTIONS))}."
-        )
-    if kind not in OF_A_NUMBER:
-        if count is not None:
-            raise ValueError(
-                f"reduced_visual_tokens={count!r} goes with visual_token_reduction='resampler' or 'class_attention', not "
-                f"with {kind!r}: leave it out."
-            )
-    elif not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(
-            f"reduced_visual_tokens={count!r}: visual_token_reduction={kind!r} needs the number of visual tokens per image."
-        )
-    elif image_seq_length not in (None, count):
-        raise ValueError(
-            f"image_seq_length={image_seq_length!r}, but reduced_visual_tokens={count} is the number of visual tokens per "
-            "image: leave image_seq_length out."
+            f"reduced_visual_tokens={count}, but {encoder} makes {patches} of an image: keep as many or fewer."
         )
 
 
@@ -342,57 +329,28 @@ def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
     return rows, tokens // rows
 
 
-def pooled(features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(I, V, C) -> (I, R, C): means of 2 x 2 features; at an odd edge, of those that there are."""
-    maps = features_IVC.transpose(1, 2).unflatten(-1, grid)
-    maps = nn.functional.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False)
-    return maps.flatten(2).transpose(1, 2)
-
-
-def unshuffled(features_IVC: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(I, V, C) -> (I, R, 4 C): 2 x 2 features side by side, row by row; beyond an odd edge they are zero."""
-    rows, columns = grid
-    maps = nn.functional.pad(features_IVC.unflatten(1, grid), (0, 0, 0, columns % 2, 0, rows % 2))
-    maps = maps.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (I, rows / 2, 2, columns / 2, 2, C)
-    return maps.transpose(2, 3).flatten(3).flatten(1, 2)
-
-
-def class_attention(encoder: nn.Module, config, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """How much the encoder's class token attends to each token in the layer that the features are taken from.
-
-    Only this row is computed, from what enters the layer: the encoder keeps its attention implementation.
-
-    Args:
-        encoder: a vision tower of `CLASS_ATTENTION_ENCODERS`.
-        config: the `SaisaConfig`.
-        hidden_states: all states of the encoder, (I, tokens, C) each.
-
-    Returns:
-        float32 (I, tokens), probabilities averaged over heads, class token first.
-    """
+def class_attention(encoder: nn.Module, config, hidden_states: tuple[Tensor, ...]) -> Tensor:
+    """How much an encoder's class token attends to each token in the layer that the features are taken from: float32
+    (I, tokens), averaged over heads, class token first. Only this row is computed, from the states (I, tokens, C) that enter
+    the layer: the encoder keeps its attention implementation."""
     depth, heads = config.vision_config.num_hidden_layers, config.vision_config.num_attention_heads
     blocks = next(part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
     index = config.vision_feature_layers[0] % len(hidden_states) - 1
     norm = next(part for part in blocks[index].children() if isinstance(part, nn.LayerNorm))
-    projections = {name.rpartition(".")[-1]: part for name, part in blocks[index].named_modules()}
-    query, key = (
-        next(projections[name] for name in names if name in projections)
-        for names in (("q_proj", "query"), ("k_proj", "key"))
-    )
+    parts = {name.rpartition(".")[-1]: part for name, part in blocks[index].named_modules()}
+    names = (("q_proj", "query"), ("k_proj", "key"))
+    project_query, project_key = (parts.get(name) or parts[other] for name, other in names)
     with torch.no_grad():
         x_ITC = norm(hidden_states[index])
-        query_IN1H, key_INTH = (
-            x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in (query(x_ITC[:, :1]), key(x_ITC))
-        )
+        projected = (project_query(x_ITC[:, :1]), project_key(x_ITC))
+        query_IN1H, key_INTH = (x.unflatten(-1, (heads, -1)).transpose(1, 2).float() for x in projected)
         scores_IN1T = query_IN1H @ key_INTH.transpose(-1, -2) * query_IN1H.shape[-1] ** -0.5
         return scores_IN1T.softmax(-1).mean(1).squeeze(1)
 
 
-def most_attended(attention_IT: torch.Tensor, count: int, features_IVC: torch.Tensor) -> torch.Tensor:
-    """(I, count): the patches with most of the attention (I, tokens), whose last V are patches, in their order."""
-    patches = features_IVC.shape[1]
-    if count > patches:
-        raise ValueError(f"reduced_visual_tokens={count}, but the image has {patches} patches: keep as many or fewer.")
+def most_attended(attention_IT: Tensor, count: int, patches: int) -> Tensor:
+    """(I, count): those of the last `patches` tokens with most of the attention (I, tokens), in their order."""
+    _check_count(count, patches, "the encoder")
     return attention_IT[:, -patches:].topk(count, dim=1).indices.sort(dim=1).values
 
 
@@ -405,25 +363,20 @@ class SaisaVisualResampler(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.vision_feature_size
-        heads = getattr(config.vision_config, "num_attention_heads", 1)
+        width, heads = config.vision_feature_size, getattr(config.vision_config, "num_attention_heads", 1)
         self.heads = heads if isinstance(heads, int) and width % heads == 0 else 1
         self.queries = nn.Embedding(config.reduced_visual_tokens, width)
         nn.init.normal_(self.queries.weight, std=0.02)
-        self.query_norm = nn.LayerNorm(width)
-        self.feature_norm = nn.LayerNorm(width)
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
+        self.query_norm, self.feature_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, features_IVC: torch.Tensor) -> torch.Tensor:
+    def forward(self, features_IVC: Tensor) -> Tensor:
         """(I, V, C) -> (I, R, C), in its own dtype."""
         # by a call, since the weight may be elsewhere until then
         queries_RC = self.queries(torch.arange(self.queries.num_embeddings, device=features_IVC.device))
         normed_IVC = self.feature_norm(features_IVC.to(queries_RC.dtype))
         query_RC = self.q_proj(self.query_norm(queries_RC)).expand(len(features_IVC), -1, -1)
-        heads = (query_RC, self.k_proj(normed_IVC), self.v_proj(normed_IVC))
-        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in heads)
-        read_INRH = nn.functional.scaled_dot_product_attention(query, key, value)
+        projected = (query_RC, self.k_proj(normed_IVC), self.v_proj(normed_IVC))
+        query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
+        read_INRH = F.scaled_dot_product_attention(query, key, value)
         return queries_RC + self.o_proj(read_INRH.transpose(1, 2).flatten(2))

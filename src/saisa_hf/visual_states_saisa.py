@@ -13,13 +13,13 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .compat_saisa import get_logger
 from .hardware_saisa import weights_fingerprint, with_all_heads
@@ -40,40 +40,36 @@ class VisualStore:
         lengths: visual tokens of each image.
         features: (V, C) of the encoder, or None.
         keys_values: for each decoder layer the keys before rotation and the values, (V, K, H) each, or None for a layer that
-            does not see the image; None where `features` are stored instead.
+            does not see the image; None where `features` are stored instead. In memory they lie head by head, as in a cache,
+            so that they go there in long stretches.
         fingerprint: digest of the weights that they were computed with.
-
-    In memory keys and values lie head by head, as in a cache, so that they go there in long stretches.
     """
 
     lengths: list[int]
-    features: torch.Tensor | None
-    keys_values: tuple[tuple[torch.Tensor, torch.Tensor] | None, ...] | None
+    features: Tensor | None
+    keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None
     fingerprint: str
 
     def __post_init__(self):
-        if self.keys_values is not None:
-            by_head = tuple(None if pair is None else tuple(map(_head_by_head, pair)) for pair in self.keys_values)
-            object.__setattr__(self, "keys_values", by_head)
+        object.__setattr__(
+            self, "keys_values", self._of_each_layer(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+        )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors by name: `features`, or `keys.{layer}` and `values.{layer}`."""
         if self.features is not None:
             return {"features": self.features}
-        pairs = [(index, pair) for index, pair in enumerate(self.keys_values) if pair is not None]
-        return {f"{name}.{index}": x for index, pair in pairs for name, x in zip(("keys", "values"), pair)}
-
-    def bounds(self) -> list[tuple[int, int]]:
-        """First row and end of each image."""
-        return list(pairwise(accumulate(self.lengths, initial=0)))
+        names = ("keys", "values")
+        return {f"{name}.{i}": x for i, pair in enumerate(self.keys_values) for name, x in zip(names, pair or ())}
 
     def map(self, function, lengths: list[int] | None = None) -> "VisualStore":
         """The same with `function` applied to each tensor."""
-        keys_values = self.keys_values
-        if keys_values is not None:
-            keys_values = tuple(None if pair is None else tuple(map(function, pair)) for pair in keys_values)
         features = None if self.features is None else function(self.features)
-        return VisualStore(self.lengths if lengths is None else lengths, features, keys_values, self.fingerprint)
+        lengths = self.lengths if lengths is None else lengths
+        return VisualStore(lengths, features, self._of_each_layer(function), self.fingerprint)
+
+    def _of_each_layer(self, function):
+        return self.keys_values and tuple(pair and tuple(map(function, pair)) for pair in self.keys_values)
 
 
 class SaisaVisualStates:
@@ -112,27 +108,31 @@ class SaisaVisualStates:
     @property
     def token_shape(self) -> tuple[int, ...]:
         """Shape of what is kept of a visual token: (K, H) of keys or of values in each layer, or (C,) of features."""
-        return tuple(self._any_tensor().shape[1:])
+        return tuple(self._any_tensor.shape[1:])
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the tensors: the language model's, unless `to` has changed it."""
-        return self._any_tensor().dtype
+        return self._any_tensor.dtype
 
     @property
     def device(self) -> torch.device:
         """Where they are; on several devices, where the first layer's are."""
-        return self._any_tensor().device
+        return self._any_tensor.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that these images keep in memory, each counted once."""
-        return sum(x.numel() * x.element_size() for x in self.stored.tensors().values())
+        return sum(x.nbytes for x in self.stored.tensors().values())
 
     @property
     def fingerprint(self) -> str:
         """Digest of the weights that they were computed with."""
         return self.stored.fingerprint
+
+    @property
+    def _any_tensor(self) -> Tensor:
+        return next(iter(self.stored.tensors().values()))
 
     def __len__(self) -> int:
         return len(self.order)
@@ -145,7 +145,7 @@ class SaisaVisualStates:
 
     # --- selecting and joining ---
 
-    def __getitem__(self, index: "int | slice | Sequence[int] | torch.Tensor") -> "SaisaVisualStates":
+    def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SaisaVisualStates":
         """
         Args:
             index: an integer (one image), a slice, or a sequence or 1-D tensor of integers, in which images may repeat.
@@ -156,7 +156,7 @@ class SaisaVisualStates:
         """
         if isinstance(index, slice):
             return SaisaVisualStates(self.stored, self.order[index])
-        if isinstance(index, torch.Tensor):
+        if isinstance(index, Tensor):
             index = index.tolist()
         indices = index if isinstance(index, Iterable) and not isinstance(index, str) else [index]
         if any(isinstance(i, bool) for i in indices):
@@ -167,11 +167,7 @@ class SaisaVisualStates:
             raise IndexError(f"{index!r} is out of range: there are {len(self)} images.") from None
 
     def expand(self, n: int) -> "SaisaVisualStates":
-        """These images for each of `n` prompts, without a copy.
-
-        Raises:
-            ValueError: `n` is no positive integer.
-        """
+        """These images for each of `n` prompts, without a copy. Raises ValueError unless `n` is a positive integer."""
         if not isinstance(n, int) or isinstance(n, bool) or n < 1:
             raise ValueError(f"n={n!r}: expected the number of prompts, a positive integer.")
         return SaisaVisualStates(self.stored, self.order * n)
@@ -192,18 +188,13 @@ class SaisaVisualStates:
                 raise ValueError(f"states differ in {name} ({', '.join(sorted(values))}): they cannot be joined.")
         if all(one.stored is states[0].stored for one in states):
             return SaisaVisualStates(states[0].stored, [image for one in states for image in one.order])
-        parts = [one.compact() for one in states]
-        order, first = [], 0
+        parts, lengths, order = [one.compact() for one in states], [], []
         for part in parts:
-            order += [first + image for image in part.order]
-            first += len(part.stored.lengths)
-        lengths = [length for part in parts for length in part.stored.lengths]
+            order += [len(lengths) + image for image in part.order]
+            lengths += part.stored.lengths
         tensors = [iter(part.stored.tensors().values()) for part in parts]
-
-        def join(x):
-            return torch.cat([next(own).to(x.device) for own in tensors])
-
-        return SaisaVisualStates(parts[0].stored.map(join, lengths), order)
+        joined = parts[0].stored.map(lambda x: torch.cat([next(own).to(x.device) for own in tensors]), lengths)
+        return SaisaVisualStates(joined, order)
 
     def to(self, *args, **kwargs) -> "SaisaVisualStates":
         """Moves and casts, with the arguments of `torch.Tensor.to`; each image once."""
@@ -251,43 +242,34 @@ class SaisaVisualStates:
             ) from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} holds no visual states: expected a file that SaisaVisualStates.save has written.")
-        layers, keys_values = json.loads(metadata["layers"]), None
-        if layers is not None:
-            pairs = [(tensors.get(f"keys.{index}"), tensors.get(f"values.{index}")) for index in range(layers)]
-            keys_values = tuple(None if key is None else (key, value) for key, value in pairs)
-        lengths = json.loads(metadata["lengths"])
-        stored = VisualStore(lengths, tensors.get("features"), keys_values, metadata["fingerprint"])
-        return SaisaVisualStates(stored, json.loads(metadata["order"]))
+        lengths, order, layers = (json.loads(metadata[name]) for name in ("lengths", "order", "layers"))
+        pairs = [(tensors.get(f"keys.{index}"), tensors.get(f"values.{index}")) for index in range(layers or 0)]
+        keys_values = None if layers is None else tuple(None if pair[0] is None else pair for pair in pairs)
+        return SaisaVisualStates(
+            VisualStore(lengths, tensors.get("features"), keys_values, metadata["fingerprint"]), order
+        )
 
     # --- for the model ---
 
-    def rows(self) -> torch.Tensor | None:
+    def rows(self) -> Tensor | None:
         """(visual tokens,) rows of the stored tensors in the order of the placeholders; None: all of them as they are."""
         if self.order == tuple(range(len(self.stored.lengths))):
             return None
-        bounds = self.stored.bounds()
-        return torch.cat([torch.arange(*bounds[image]) for image in self.order])
-
-    def _any_tensor(self) -> torch.Tensor:
-        return next(iter(self.stored.tensors().values()))
+        rows = torch.arange(sum(self.stored.lengths)).split(self.stored.lengths)
+        return torch.cat([rows[image] for image in self.order])
 
     def compact(self) -> "SaisaVisualStates":
         """The same images without stored ones that are not among them."""
-        used = list(dict.fromkeys(self.order))
-        if used == list(range(len(self.stored.lengths))):
+        used, lengths = list(dict.fromkeys(self.order)), self.stored.lengths
+        if used == list(range(len(lengths))):
             return self
-        all_bounds = self.stored.bounds()
-        bounds = [all_bounds[image] for image in used]
-        stored = self.stored.map(
-            lambda x: torch.cat([x[first:end] for first, end in bounds]) if bounds else x[:0],
-            [self.stored.lengths[image] for image in used],
-        )
+
+        def select(x: Tensor) -> Tensor:
+            images = x.split(lengths)
+            return torch.cat([images[image] for image in used]) if used else x[:0]
+
+        stored = self.stored.map(select, [lengths[image] for image in used])
         return SaisaVisualStates(stored, [used.index(image) for image in self.order])
-
-
-def _head_by_head(x_VKH: torch.Tensor) -> torch.Tensor:
-    """The same tensor with the memory order (K, V, H); no copy if it has that."""
-    return x_VKH.transpose(0, 1).contiguous().transpose(0, 1)
 
 
 def check_one_of(pixel_values, visual_states) -> None:
@@ -300,15 +282,15 @@ class VisualInput(NamedTuple):
     """What a forward pass knows of its images: where they are, what the decoder reads, the encoder's features (V, C)."""
 
     layout: TokenLayout
-    visual: torch.Tensor | tuple | None = None
-    features: torch.Tensor | None = None
+    visual: Tensor | tuple | None = None
+    features: Tensor | None = None
 
 
 class UsesVisualStates:
     """The part of `SaisaModel` that makes `SaisaVisualStates` and takes them."""
 
     @torch.no_grad()
-    def get_visual_states(self, pixel_values: torch.Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
+    def get_visual_states(self, pixel_values: Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
         """
         What the decoder layers make of a batch of images, to be used with any number of prompts and anywhere in them
         as `visual_states`. It is computed without gradients.
@@ -408,7 +390,7 @@ class UsesVisualStates:
                 f"here {fingerprint[:12]}). {again}"
             )
 
-    def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> Tensor:
         """bool (B, S), True where the row of `inputs_embeds` is the image token's, or where `input_ids` is, without them."""
         if inputs_embeds is None:
             return input_ids == self.config.image_token_id
@@ -480,7 +462,7 @@ class UsesVisualStates:
             return VisualInput(layout, states.stored.keys_values)
         return VisualInput(layout, self.for_layers(features[rows] if spread and rows is not None else features, layout))
 
-    def for_layers(self, features: torch.Tensor, layout: TokenLayout | None = None) -> torch.Tensor:
+    def for_layers(self, features: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """What the decoder reads of the encoder's features (V, C): these, or (V, D) past the projector if all layers share
         one."""
         features = features.to(self.get_input_embeddings().weight.dtype)
@@ -496,7 +478,7 @@ class UsesVisualStates:
         return tells_samples_apart([*modules, *([self.visual_projector] if hasattr(self, "visual_projector") else [])])
 
     @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
-    def layout_of(self, visual_BS: torch.Tensor, *places, **lengths_by_name: list[int]) -> TokenLayout:
+    def layout_of(self, visual_BS: Tensor, *places, **lengths_by_name: list[int]) -> TokenLayout:
         """The layout of an input with these visual positions, which the images in the arguments named have to fill."""
         for name, lengths in lengths_by_name.items():
             self.check_visual_tokens(name, lengths, int(visual_BS.sum()))

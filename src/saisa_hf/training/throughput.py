@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from ..attention_saisa import implementation_of
 from ..costs.flops import encoder_flops
 
 
@@ -133,7 +134,7 @@ class StepFlops:
                 self._each["visual"] += 2 * size * (1 + again + (visual_learns or "lora_B" in name) + trained)
         # in backward: two products for each product; a fused kernel computes the first one again
         queries_learn = into_queries or any(_learns(part) for part in inner if part not in _of_keys(attention))
-        backward = (1.5 + 0.5 * queries_learn if attention.implementation == "eager" else 2.5) * attended_learns
+        backward = (1.5 + 0.5 * queries_learn if implementation_of(attention) == "eager" else 2.5) * attended_learns
         heads = attention.config.num_attention_heads * attention.head_dim
         self._each["all_pairs" if attend else "pairs"] += 2 * 2 * heads * (1 + again + backward)
 
