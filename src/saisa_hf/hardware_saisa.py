@@ -157,11 +157,9 @@ def check_backend(quantization_config) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """What a model with 4-bit weights of bitsandbytes (0.50) needs to run and to be saved on a CPU.
-
-    Its first step without gradients rearranges the weights there, which fails for rows and columns that are not multiples of
-    its blocks: such layers go without. And `state_dict` puts them back with scales in the wrong order.
-    """
+    """What a model with 4-bit weights of bitsandbytes (0.50) needs to run and to be saved on a CPU. Its first step without
+    gradients rearranges the weights there, which fails for rows and columns that are not multiples of its blocks: such layers
+    go without. And `state_dict` puts them back with scales in the wrong order."""
     found = _4_bit_modules(model)
     for module in found:
         if module.out_features % 32 or module.in_features % module.weight.quant_state.blocksize:
@@ -209,48 +207,43 @@ def weights_fingerprint(owner: nn.Module, name: str, parts: dict[str, nn.Module]
     """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
 
     Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest. Weights that accelerate keeps
-    elsewhere are read once.
-
-    Raises:
-        ValueError: a weight is on the meta device, and nothing tells where its values are.
+    elsewhere are read once. Raises ValueError if nothing tells where the values of one on the meta device are.
     """
-    state = ([_identity(p) for module in parts.values() for p in _parameters(module)], settings)
+    state = ([one for module in parts.values() for one in _identities(module)], settings)
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
     if name not in remembered or remembered[name][0] != state:
         digest = hashlib.sha256(json.dumps(settings).encode())
         for part, module in parts.items():
-            modules = module.named_modules(prefix=part)
-            names = [(child, key, f"{prefix}.{key}") for prefix, child in modules for key in child._parameters]
-            if part == "vision_tower":  # names, and with them the order, differ between transformers releases
-                digest.update(b"".join(sorted(_piece(*weight, shown=part) for weight in names)))
-            else:
-                digest.update(b"".join(_piece(*weight, shown=weight[-1]) for weight in names))
+            digest.update(b"".join(_pieces(part, module)))
         remembered[name] = (state, digest.hexdigest())
     return remembered[name][1]
 
 
-def _parameters(module: nn.Module) -> list[Tensor | None]:
-    """All of `module`, in a fifth of the time that its own iterators take: this is asked at every use of visual states."""
-    found = list(module._parameters.values())
+def _identities(module: nn.Module) -> list[tuple]:
+    """What changes when parameters get other values; one that is kept elsewhere has a new stand-in at each use. By hand:
+    every use of visual states asks, and a module's own iterators take five times as long."""
+    found = []
+    for p in module._parameters.values():
+        if p is not None and not p.is_meta:
+            address = 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr()
+            found.append((id(p), address, 0 if p.is_inference() else p._version))
     for child in module._modules.values():
-        found += () if child is None else _parameters(child)
+        found += () if child is None else _identities(child)
     return found
 
 
-def _identity(p: Tensor | None) -> tuple:
-    """What changes when a parameter gets other values. One that is kept elsewhere has a new stand-in at each use."""
-    if p is None or p.is_meta:
-        return ()
-    return id(p), 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr(), 0 if p.is_inference() else p._version
-
-
-def _piece(module: nn.Module, key: str, name: str, shown: str) -> bytes:
-    """The part of the digest for parameter `key` of `module`, whose full name is `name`, under the name `shown`."""
-    p = module._parameters[key]
-    if p is None:
-        return b""
-    shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-    return f"{shown} {tuple(shape)} ".encode() + b"".join(map(_sums, _stored_tensors(p, module, key, name)))
+def _pieces(part: str, module: nn.Module) -> list[bytes]:
+    """What goes into the digest of each parameter. An encoder's names, and with them the order, differ between transformers
+    releases: there neither counts."""
+    found, is_encoder = [], part == "vision_tower"
+    for prefix, child in module.named_modules(prefix=part):
+        for key, p in child._parameters.items():
+            if p is not None:
+                name = f"{prefix}.{key}"
+                shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+                sums = b"".join(map(_sums, _stored_tensors(p, child, key, name)))
+                found.append(f"{part if is_encoder else name} {tuple(shape)} ".encode() + sums)
+    return sorted(found) if is_encoder else found
 
 
 def _stored_tensors(p: Tensor, module: nn.Module | None = None, key: str = "", name: str = "") -> list[Tensor]:

@@ -14,7 +14,6 @@ Visual tokens cost a SAISA keys and values in each layer. `visual_token_reductio
 Shape suffixes: I images, V visual tokens of an image before and R after the reduction, C width of the features.
 """
 
-import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -56,7 +55,8 @@ class EncoderStates(NamedTuple):
 def encoder_states(config) -> EncoderStates:
     """What the encoder of `config`, which is none of `CLASS_TOKENS`, yields.
 
-    Raises ValueError if it cannot be built or yields no states of an image, ImportError if a package is not installed (timm)."""
+    Raises ValueError if it cannot be built or yields no states of an image, ImportError if it needs another package (timm).
+    """
     settings = {key: value for key, value in config.to_dict().items() if "attn_implementation" not in key}
     return _asked(type(config), json.dumps(settings, sort_keys=True, default=str))
 
@@ -169,8 +169,7 @@ class EncodesImages:
         Returns:
             the encoder's output, whose `pooler_output` is (images, visual tokens per image, C): the states of
             `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`, feature maps
-            flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where images differ
-            in size (SigLIP 2).
+            flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where sizes differ.
         """
         self.check_features_asked_for(kwargs)
         config, kept = self.config, None
@@ -242,12 +241,6 @@ class EncodesImages:
         return features_IVC
 
 
-def named_by_encoder(encoder: nn.Module, arguments: dict) -> dict:
-    """Those of `arguments` that the encoder's `forward` has a parameter for."""
-    forward = getattr(encoder, "vision_model", encoder).forward
-    return {name: arguments[name] for name in inspect.signature(forward).parameters if name in arguments}
-
-
 def _patchify(pixel_values, patch_size: int, kwargs: dict):
     """Images (n, channels, height, width) as SigLIP 2 takes them: (n, patches, patch * patch * channels)."""
     n, channels, height, width = pixel_values.shape
@@ -267,34 +260,30 @@ def check_reduction(config) -> None:
     """Raises ValueError if `visual_token_reduction` and `reduced_visual_tokens` do not fit the rest of a `SaisaConfig`."""
     kind, count, vision = config.visual_token_reduction, config.reduced_visual_tokens, config.vision_config.model_type
     check_choice(kind, count, config.image_seq_length)
-    if kind not in (None, "resampler") and config.kept_prefix_tokens:
-        raise ValueError(
-            f"visual_token_reduction={kind!r} needs a grid of patches, but vision_feature_select_strategy='full' keeps "
-            f"{config.kept_prefix_tokens} tokens of {vision} in front of it: choose 'default'."
+    given, by_class, kept = f"visual_token_reduction={kind!r}", kind == "class_attention", config.kept_prefix_tokens
+    layer, layers = config.vision_feature_layer, config.vision_feature_layers
+    if kept and kind not in (None, "resampler"):
+        problem = (
+            f"vision_feature_select_strategy='full' keeps {kept} tokens of {vision} in front, {given} needs 'default'."
         )
-    if kind != "class_attention":
+    elif by_class and vision not in CLASS_ATTENTION_ENCODERS:
+        encoders = ", ".join(CLASS_ATTENTION_ENCODERS)
+        problem = f"{given}: {vision} has not the class token that this asks. Choose {encoders}, or another reduction."
+    elif by_class and (len(layers) != 1 or layers[0] % (config.vision_config.num_hidden_layers + 1) == 0):
+        problem = (
+            f"vision_feature_layer={layer!r}: {given} ranks by one layer: choose one layer, and not the embeddings (0)."
+        )
+    elif by_class and count > (patches := config.encoder_tokens_per_image):
+        problem = f"reduced_visual_tokens={count}, but {vision} makes {patches} of an image: keep as many or fewer."
+    else:
         return
-    if vision not in CLASS_ATTENTION_ENCODERS:
-        raise ValueError(
-            f"visual_token_reduction={kind!r} needs the attention of a class token, which {vision} has not, or not "
-            f"in this form: expected an encoder among {', '.join(CLASS_ATTENTION_ENCODERS)}, or another reduction."
-        )
-    layers = config.vision_feature_layers
-    if len(layers) != 1 or layers[0] % (config.vision_config.num_hidden_layers + 1) == 0:
-        raise ValueError(
-            f"visual_token_reduction={kind!r} ranks patches by the attention of one layer of the encoder, but "
-            f"vision_feature_layer={config.vision_feature_layer!r}: choose one layer, and not the embeddings (0)."
-        )
-    _check_count(count, config.encoder_tokens_per_image, vision)
+    raise ValueError(problem)
 
 
 def check_choice(kind, count, image_seq_length=None) -> None:
     """Raises ValueError if there is no such reduction, or not with that number, or `image_seq_length` contradicts it."""
-    given, given_count, has_number = (
-        f"visual_token_reduction={kind!r}",
-        f"reduced_visual_tokens={count!r}",
-        kind in OF_A_NUMBER,
-    )
+    given, given_count = f"visual_token_reduction={kind!r}", f"reduced_visual_tokens={count!r}"
+    has_number = kind in OF_A_NUMBER
     if kind not in (None, *REDUCTIONS):
         problem = f"{given} is not supported: expected None or one of {', '.join(map(repr, REDUCTIONS))}."
     elif has_number and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
@@ -306,13 +295,6 @@ def check_choice(kind, count, image_seq_length=None) -> None:
     else:
         return
     raise ValueError(problem)
-
-
-def _check_count(count: int, patches: int, encoder: str) -> None:
-    if count > patches:
-        raise ValueError(
-            f"reduced_visual_tokens={count}, but {encoder} makes {patches} of an image: keep as many or fewer."
-        )
 
 
 def reduced_length(kind: str | None, count: int | None, tokens: int, grid: tuple[int, int]) -> int:
@@ -350,7 +332,8 @@ def class_attention(encoder: nn.Module, config, hidden_states: tuple[Tensor, ...
 
 def most_attended(attention_IT: Tensor, count: int, patches: int) -> Tensor:
     """(I, count): those of the last `patches` tokens with most of the attention (I, tokens), in their order."""
-    _check_count(count, patches, "the encoder")
+    if count > patches:
+        raise ValueError(f"reduced_visual_tokens={count}, but the image has {patches} patches: keep as many or fewer.")
     return attention_IT[:, -patches:].topk(count, dim=1).indices.sort(dim=1).values
 
 

@@ -7,6 +7,7 @@ on where in it the image stands.
 Shape suffixes: V visual tokens of all stored images, K key/value heads, H head size, C width of the encoder's features.
 """
 
+import inspect
 import json
 import operator
 import os
@@ -24,7 +25,6 @@ from torch import Tensor
 from .compat_saisa import get_logger
 from .hardware_saisa import weights_fingerprint, with_all_heads
 from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
-from .vision_saisa import named_by_encoder
 
 
 logger = get_logger(__name__)
@@ -36,24 +36,18 @@ FORMAT = "saisa visual states 1"
 class VisualStore:
     """The tensors behind one or several `SaisaVisualStates`.
 
-    Attributes:
-        lengths: visual tokens of each image.
-        features: (V, C) of the encoder, or None.
-        keys_values: for each decoder layer the keys before rotation and the values, (V, K, H) each, or None for a layer that
-            does not see the image; None where `features` are stored instead. In memory they lie head by head, as in a cache,
-            so that they go there in long stretches.
-        fingerprint: digest of the weights that they were computed with.
+    In memory keys and values lie head by head, as in a cache, so that they go there in long stretches.
     """
 
-    lengths: list[int]
-    features: Tensor | None
+    lengths: list[int]  # visual tokens of each image
+    features: Tensor | None  # (V, C) of the encoder
+    # in place of features, for each decoder layer the keys before rotation and the values, (V, K, H) each, if it sees images
     keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None
-    fingerprint: str
+    fingerprint: str  # digest of the weights that they were computed with
 
     def __post_init__(self):
-        object.__setattr__(
-            self, "keys_values", self._of_each_layer(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
-        )
+        by_head = self._of_each_layer(lambda x: x.transpose(0, 1).contiguous().transpose(0, 1))
+        object.__setattr__(self, "keys_values", by_head)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name: `features`, or `keys.{layer}` and `values.{layer}`."""
@@ -82,77 +76,41 @@ class SaisaVisualStates:
     Args:
         stored: the tensors.
         order: which of the stored images it consists of, in which order. None: all of them.
+
+    Attributes:
+        store: `"keys_values"` or `"features"`.
+        lengths: visual tokens of each image, which is how many placeholders it takes.
+        num_layers: decoder layers of the model that they belong to; None for `"features"`, which know nothing of them.
+        token_shape: of what is kept of a visual token: (K, H) of keys or of values in each layer, or (C,) of features.
+        dtype: the language model's, unless `to` has changed it.
+        device: where the tensors are; on several devices, where the first layer's are.
+        nbytes: bytes of all tensors that these images keep in memory, each counted once.
+        fingerprint: digest of the weights that they were computed with.
     """
 
     def __init__(self, stored: VisualStore, order: Iterable[int] | None = None):
+        tensors = list(stored.tensors().values())
+        first = tensors[0] if tensors else torch.empty(0)  # without a layer that sees images there are none
         self.stored = stored
-        self.order = tuple(range(len(stored.lengths))) if order is None else tuple(order)
-
-    # --- what they are ---
-
-    @property
-    def store(self) -> str:
-        """`"keys_values"` or `"features"`."""
-        return "features" if self.stored.features is not None else "keys_values"
-
-    @property
-    def lengths(self) -> list[int]:
-        """Visual tokens of each image, which is how many placeholders it takes."""
-        return [self.stored.lengths[image] for image in self.order]
-
-    @property
-    def num_layers(self) -> int | None:
-        """Decoder layers of the model that they belong to; None for `"features"`, which know nothing of them."""
-        return None if self.stored.keys_values is None else len(self.stored.keys_values)
-
-    @property
-    def token_shape(self) -> tuple[int, ...]:
-        """Shape of what is kept of a visual token: (K, H) of keys or of values in each layer, or (C,) of features."""
-        return tuple(self._any_tensor.shape[1:])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the tensors: the language model's, unless `to` has changed it."""
-        return self._any_tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where they are; on several devices, where the first layer's are."""
-        return self._any_tensor.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that these images keep in memory, each counted once."""
-        return sum(x.nbytes for x in self.stored.tensors().values())
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the weights that they were computed with."""
-        return self.stored.fingerprint
-
-    @property
-    def _any_tensor(self) -> Tensor:
-        return next(iter(self.stored.tensors().values()))
+        self.order = tuple(range(len(stored.lengths)) if order is None else order)
+        self.store = "features" if stored.features is not None else "keys_values"
+        self.lengths = [stored.lengths[image] for image in self.order]
+        self.num_layers = None if stored.keys_values is None else len(stored.keys_values)
+        self.token_shape, self.dtype, self.device = tuple(first.shape[1:]), first.dtype, first.device
+        self.nbytes = sum(x.nbytes for x in tensors)
+        self.fingerprint = stored.fingerprint
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __repr__(self) -> str:
-        return (
-            f"SaisaVisualStates({len(self)} images, {sum(self.lengths)} visual tokens, store={self.store!r}, "
-            f"{self.dtype}, {self.device}, {self.nbytes / 2**20:.1f} MiB)"
-        )
-
-    # --- selecting and joining ---
+        images, size = f"{len(self)} images, {sum(self.lengths)} visual tokens", f"{self.nbytes / 2**20:.1f} MiB"
+        return f"SaisaVisualStates({images}, store={self.store!r}, {self.dtype}, {self.device}, {size})"
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SaisaVisualStates":
-        """
-        Args:
-            index: an integer (one image), a slice, or a sequence or 1-D tensor of integers, in which images may repeat.
+        """An integer selects one image; a slice, or a sequence or 1-D tensor of integers, several, which may repeat.
 
-        Raises:
-            IndexError: there is no such image.
-            TypeError: the index is none of these.
+        Raises IndexError where there is no such image, TypeError for another kind of index.
         """
         if isinstance(index, slice):
             return SaisaVisualStates(self.stored, self.order[index])
@@ -176,8 +134,7 @@ class SaisaVisualStates:
     def cat(states: "Sequence[SaisaVisualStates]") -> "SaisaVisualStates":
         """The images of several, one after the other. Their tensors are copied, each image once.
 
-        Raises:
-            ValueError: `states` is empty, or they do not belong to the same model, differ in what they store, or in dtype.
+        Raises ValueError if there are none, or they differ in model, store or dtype.
         """
         states = list(states)
         if not states:
@@ -204,18 +161,11 @@ class SaisaVisualStates:
     def __deepcopy__(self, memo):
         return self  # nothing in it changes; assisted decoding copies a model's arguments
 
-    # --- on disk ---
-
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, each image once. An interrupted write leaves what was there before."""
         path, compact = Path(path), self.compact()
-        metadata = {
-            "format": FORMAT,
-            "fingerprint": self.fingerprint,
-            "lengths": json.dumps(compact.stored.lengths),
-            "order": json.dumps(compact.order),
-            "layers": json.dumps(self.num_layers),
-        }
+        metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": json.dumps(self.num_layers)}
+        metadata |= {"lengths": json.dumps(compact.stored.lengths), "order": json.dumps(compact.order)}
         # a view would write all of what it is a view of
         tensors = {name: x.contiguous().cpu() for name, x in compact.stored.tensors().items()}
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -226,30 +176,24 @@ class SaisaVisualStates:
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "SaisaVisualStates":
         """Reads what `save` has written. Whether it belongs to a model shows when that is given it.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is something else, or damaged.
+        Raises FileNotFoundError, or ValueError if the file is something else or damaged.
         """
+        expected = "Expected a file that SaisaVisualStates.save has written."
         if not Path(path).is_file():
-            raise FileNotFoundError(f"{path}: no such file. Expected one that SaisaVisualStates.save has written.")
+            raise FileNotFoundError(f"{path}: no such file. {expected}")
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 tensors = dict(zip(file.keys(), map(file.get_tensor, file.keys())))
         except SafetensorError as error:
-            raise ValueError(
-                f"{path} is no safetensors file ({error}). Expected one of SaisaVisualStates.save."
-            ) from None
+            raise ValueError(f"{path} is no safetensors file ({error}). {expected}") from None
         if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no visual states: expected a file that SaisaVisualStates.save has written.")
+            raise ValueError(f"{path} holds no visual states. {expected}")
         lengths, order, layers = (json.loads(metadata[name]) for name in ("lengths", "order", "layers"))
         pairs = [(tensors.get(f"keys.{index}"), tensors.get(f"values.{index}")) for index in range(layers or 0)]
         keys_values = None if layers is None else tuple(None if pair[0] is None else pair for pair in pairs)
-        return SaisaVisualStates(
-            VisualStore(lengths, tensors.get("features"), keys_values, metadata["fingerprint"]), order
-        )
-
-    # --- for the model ---
+        stored = VisualStore(lengths, tensors.get("features"), keys_values, metadata["fingerprint"])
+        return SaisaVisualStates(stored, order)
 
     def rows(self) -> Tensor | None:
         """(visual tokens,) rows of the stored tensors in the order of the placeholders; None: all of them as they are."""
@@ -292,23 +236,21 @@ class UsesVisualStates:
     @torch.no_grad()
     def get_visual_states(self, pixel_values: Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
         """
-        What the decoder layers make of a batch of images, to be used with any number of prompts and anywhere in them
-        as `visual_states`. It is computed without gradients.
+        What the decoder layers make of a batch of images, for any number of prompts and anywhere in them, without gradients.
 
         Args:
             pixel_values: (images, channels, height, width), any floating dtype.
-            store: `"keys_values"` for the keys before rotation and the values of each layer that sees the image,
-                2 * V * h_kv numbers a layer, or `"features"` for the encoder's features alone, V * C numbers, which are
-                projected at each use. None: `"keys_values"`; in embedding space `"features"`, as visual tokens have hidden
-                states there, which depend on what stands around them.
+            store: `"keys_values"`, the keys before rotation and the values of each layer that sees the image, 2 * V * h_kv
+                numbers a layer, or `"features"`, the encoder's, V * C numbers, which are projected at each use. None:
+                `"keys_values"`; in embedding space, where visual tokens have hidden states that depend on what stands around
+                them, `"features"`.
             kwargs: handed on to the encoder.
 
         Returns:
             `SaisaVisualStates` of as many images, in the language model's dtype.
 
         Raises:
-            ValueError: `store` is neither of the two, or `"keys_values"` in embedding space; `pixel_values` is not a batch of
-                images.
+            ValueError: `store` is neither, or `"keys_values"` in embedding space; `pixel_values` is not a batch of images.
         """
         store = self.checked_store(store)
         images = list(self.get_image_features(pixel_values, return_dict=True, **kwargs).pooler_output)
@@ -324,13 +266,8 @@ class UsesVisualStates:
         return SaisaVisualStates(stored.map(lambda x: x.to(dtype)))  # under autocast, products have another one
 
     def checked_store(self, store: str | None) -> str:
-        """`store`, or what None stands for.
-
-        Raises:
-            ValueError: there is no such store, or not in embedding space.
-        """
-        if store is None:
-            store = "features" if self.config.in_embedding_space else "keys_values"
+        """`store`, or what None stands for. Raises ValueError if there is no such store, or not in embedding space."""
+        store = store if store is not None else ("features" if self.config.in_embedding_space else "keys_values")
         if store not in ("keys_values", "features"):
             raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
         if store == "keys_values" and self.config.in_embedding_space:
@@ -341,10 +278,8 @@ class UsesVisualStates:
         return store
 
     def visual_fingerprint(self, store: str) -> str:
-        """A digest of the weights and settings on which visual states that `store` `"keys_values"` or `"features"` depend.
-
-        Weights are compared as bfloat16, so that a model has one fingerprint in float32 and in bfloat16.
-        """
+        """A digest of the weights and settings that visual states of `store` depend on. Weights are compared as bfloat16, so
+        that a model has one fingerprint in float32 and in bfloat16."""
         config, parts = self.config, {"vision_tower": self.vision_tower}
         settings = [config.vision_feature_layers, config.vision_feature_select_strategy]
         if config.visual_token_reduction is not None:
@@ -364,31 +299,28 @@ class UsesVisualStates:
         """Raises ValueError, or TypeError, if `states` are not what this model's `get_visual_states` makes."""
         if not isinstance(states, SaisaVisualStates):
             raise TypeError(
-                f"visual_states is a {type(states).__name__}: expected the SaisaVisualStates that model.get_visual_states "
-                f"returns."
+                f"visual_states is a {type(states).__name__}: expected what model.get_visual_states returns."
             )
-        again = "Compute them with this model: model.get_visual_states(pixel_values)."
         self.checked_store(states.store)
-        layers, token_shape = self.language_model.layers, (self.config.vision_feature_size,)
+        layers, dtype = self.language_model.layers, self.get_input_embeddings().weight.dtype
+        token_shape, again = (
+            (self.config.vision_feature_size,),
+            "Compute them with this model: model.get_visual_states(images).",
+        )
         if states.store == "keys_values":
-            if states.num_layers != len(layers):
-                raise ValueError(f"visual_states has {states.num_layers} layers, the model {len(layers)}. {again}")
             token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
-        if states.token_shape != token_shape:
-            raise ValueError(
-                f"visual_states has {states.token_shape} numbers a token, the model {token_shape}. {again}"
-            )
-        dtype = self.get_input_embeddings().weight.dtype
-        if states.dtype != dtype:
-            raise ValueError(
-                f"visual_states is {states.dtype}, the model {dtype}: cast them with visual_states.to({dtype})."
-            )
-        fingerprint = self.visual_fingerprint(states.store)
-        if states.fingerprint != fingerprint:
-            raise ValueError(
-                f"visual_states was computed with other weights than this model's (fingerprint {states.fingerprint[:12]}, "
-                f"here {fingerprint[:12]}). {again}"
-            )
+        if states.num_layers not in (None, len(layers)):
+            problem = f"has {states.num_layers} layers, the model {len(layers)}. {again}"
+        elif states.token_shape != token_shape:
+            problem = f"has {states.token_shape} numbers a token, the model {token_shape}. {again}"
+        elif states.dtype != dtype:
+            problem = f"is {states.dtype}, the model {dtype}: cast them with visual_states.to({dtype})."
+        elif states.fingerprint != (own := self.visual_fingerprint(states.store)):
+            weights = f"fingerprint {states.fingerprint[:12]}, here {own[:12]}"
+            problem = f"was computed with other weights than this model's ({weights}). {again}"
+        else:
+            return
+        raise ValueError(f"visual_states {problem}")
 
     def get_placeholder_mask(self, input_ids=None, inputs_embeds=None) -> Tensor:
         """bool (B, S), True where the row of `inputs_embeds` is the image token's, or where `input_ids` is, without them."""
@@ -397,14 +329,9 @@ class UsesVisualStates:
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
 
-    def visual_input(
-        self, input_ids, inputs_embeds, attention_mask, position_ids, images: dict, further: dict
-    ) -> VisualInput:
-        """What `forward`'s arguments say about images: `pixel_values` and what goes with them, or `visual_states`.
-
-        Raises:
-            ValueError: both are given, visual tokens and placeholders differ in number, or the states are another model's.
-        """
+    def visual_input(self, input_ids, inputs_embeds, attention_mask, position_ids, images, further) -> VisualInput:
+        """What `forward`'s arguments say about images: `pixel_values` and what goes with them, or `visual_states`. Raises
+        ValueError if both are given, visual tokens and placeholders differ in number, or the states are another model's."""
         images = {name: x for name, x in images.items() if x is not None}
         check_one_of(images.get("pixel_values"), states := images.pop("visual_states", None))
         if states is None and "pixel_values" not in images:
@@ -418,10 +345,8 @@ class UsesVisualStates:
             return self._from_states(states, visual_BS, real_BS, position_ids)
         return self._from_pixels(images, visual_BS, real_BS, further)
 
-    def layout_of_outputs(
-        self, kept, input_ids, inputs_embeds, attention_mask, pixel_values=None, visual_states=None
-    ) -> TokenLayout:
-        """The layout of those outputs (B, S, ...) that the index `kept` leaves of the S of an input."""
+    def layout_of_outputs(self, kept, input_ids, inputs_embeds, attention_mask, pixel_values=None, visual_states=None):
+        """The `TokenLayout` of those outputs (B, S, ...) that the index `kept` leaves of the S of an input."""
         images = pixel_values if visual_states is None else visual_states
         if images is None or not len(images) or self.config.in_embedding_space:
             return TokenLayout(None)
@@ -430,8 +355,9 @@ class UsesVisualStates:
         return self.layout_of(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])
 
     def _from_pixels(self, images: dict, visual_BS, real_BS, further: dict) -> VisualInput:
-        """What `pixel_values`, and the arguments that go with them, are to the decoder."""
-        images |= named_by_encoder(self.vision_tower, further) if further else {}
+        if further:  # those that the encoder's `forward` has a parameter for go there
+            names = inspect.signature(getattr(self.vision_tower, "vision_model", self.vision_tower).forward).parameters
+            images |= {name: further[name] for name in names if name in further}
         features = []
         if len(images["pixel_values"]):
             # the encoder's other states are let go of
@@ -440,12 +366,10 @@ class UsesVisualStates:
         if features:
             features = torch.cat(features)
             return VisualInput(layout, self.for_layers(features, layout), features)
-        layout = TokenLayout(None)
         learns = self.training and torch.is_grad_enabled()
-        return VisualInput(layout, self.for_layers(self.no_features(**images)) if learns else None)
+        return VisualInput(TokenLayout(None), self.for_layers(self.no_features(**images)) if learns else None)
 
     def _from_states(self, states: SaisaVisualStates, visual_BS, real_BS, position_ids) -> VisualInput:
-        """What `visual_states` are to the decoder."""
         self.check_visual_states(states)
         keeps_features = states.store == "features"
         if keeps_features:
@@ -463,8 +387,7 @@ class UsesVisualStates:
         return VisualInput(layout, self.for_layers(features[rows] if spread and rows is not None else features, layout))
 
     def for_layers(self, features: Tensor, layout: TokenLayout | None = None) -> Tensor:
-        """What the decoder reads of the encoder's features (V, C): these, or (V, D) past the projector if all layers share
-        one."""
+        """What the decoder reads of features (V, C): these, or (V, D) past the projector if all layers share one."""
         features = features.to(self.get_input_embeddings().weight.dtype)
         if self.config.projector_sharing != "shared":
             return features
