@@ -143,7 +143,7 @@ class SaisaConfig(PretrainedConfig):
 
     @property
     def vision_feature_size(self) -> int:
-        """Width of what the projectors read: the selected states' widths, added up; four times that for 2 x 2 side by side."""
+        """Width of what the projectors read: the selected states' widths, added up; fourfold for 2 x 2 side by side."""
         vision = self.vision_config
         if vision.model_type == "convnext":  # one width per stage; state 0 is the stem's, as wide as the first stage
             widths = [vision.hidden_sizes[0], *vision.hidden_sizes]
@@ -214,8 +214,7 @@ class SaisaConfig(PretrainedConfig):
         return config_dict | {name: comparable_config_dict(config_dict[name]) for name in self.sub_configs}
 
     def to_diff_dict(self):
-        """What `config.json` holds. The sub-configs are complete and in a form that every supported transformers release
-        reads alike: their defaults and the names of their rotary settings differ between releases."""
+        """What `config.json` holds: the sub-configs complete, in a form that every supported release reads alike."""
         whole = self.to_dict()
         diff = super().to_diff_dict() | {name: portable_config_dict(whole[name]) for name in self.sub_configs}
         return diff | {name: whole[name] for name in ("auto_map", "tie_word_embeddings")}
@@ -272,8 +271,8 @@ class SaisaConfig(PretrainedConfig):
         _check_choice("projector_bias", self.projector_bias, (True, False))
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
             raise ValueError(
-                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), the vocabulary. Give the "
-                "id of a token of its own, and enlarge text_config.vocab_size if it is new."
+                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), a vocabulary index. "
+                "Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
             )
         for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
             value = getattr(self, name)
@@ -300,7 +299,6 @@ class SaisaConfig(PretrainedConfig):
             raise ValueError(f"vision_feature_layer={given!r}: these states differ in size. Choose those of one stage.")
 
     def _check_alignment(self, count: int):
-        """What depends on the space that visual tokens are in, given the number of decoder layers."""
         _check_choice("alignment", self.alignment, ("input_space", "embedding_space"))
         for name, default, other in (("visual_attention", "none", "full"), ("visual_feed_forward", True, False)):
             value = getattr(self, name)
@@ -310,7 +308,9 @@ class SaisaConfig(PretrainedConfig):
                 )
             values = value if isinstance(value, list) else [value] * count
             if len(values) != count:
-                raise ValueError(f"{name} has {len(values)} entries: expected {count}, or one value for all layers.")
+                raise ValueError(
+                    f"{name} has {len(values)} entries: expected one for each of the {count} decoder layers, or one value."
+                )
             for one in values:
                 _check_choice(name, one, (other, default))
         layers = self.visual_layers

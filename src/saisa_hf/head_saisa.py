@@ -2,8 +2,7 @@
 """What becomes of the last hidden states: a loss in training, the next token in generation.
 
 The logits of all positions would be the largest tensor in training: a vocabulary is ten to a hundred times as wide as the
-hidden states, and no label asks for most positions. So the loss makes them for some labelled rows at a time, and once more in
-backward.
+hidden states, and no label asks for most positions. The loss makes them for some labelled rows at a time, backward again.
 """
 
 import inspect
@@ -103,8 +102,7 @@ class SuppressImageToken:
 
 
 class AnswersAboutImages:
-    """The part of `SaisaForConditionalGeneration` that makes logits, losses and answers. It stands in front of transformers'
-    `GenerationMixin`, which knows nothing of images."""
+    """Makes logits, losses and answers of `SaisaForConditionalGeneration`, in front of transformers' `GenerationMixin`."""
 
     def logits_and_loss(self, hidden_BTD, targets_BT, skip_logits: bool, labels, loss_arguments: dict, kwargs: dict):
         """(B, T, vocabulary) logits, or None where they are skipped, and the loss, or None without targets."""
@@ -143,8 +141,7 @@ class AnswersAboutImages:
     create_masks_for_generate = staticmethod(decoding_masks)
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
-        """transformers' own, but it never answers with the image token, and with images it reads the prompt at once:
-        `prefill_chunk_size` is for text."""
+        """transformers' own, but it never writes the image token, and reads a prompt with images at once, not in chunks."""
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
@@ -153,9 +150,7 @@ class AnswersAboutImages:
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)
         has_images = pixel_values is not None or visual_states is not None
         if has_images and given is None:
-            raise ValueError(
-                "Expected input_ids, or inputs_embeds, with placeholders for the images: got images alone."
-            )
+            raise ValueError("Expected input_ids or inputs_embeds with placeholders for the images: got images alone.")
         if not has_images and given is not None and not given.is_floating_point():  # they may be in the cache
             has_images = bool((given == self.config.image_token_id).any())
         if has_images:
@@ -225,9 +220,7 @@ class AnswersAboutImages:
         token = self.config.image_token_id
         for index, ids in enumerate(inputs):
             if token in torch.as_tensor(ids).flatten().tolist():
-                raise ValueError(
-                    f"inputs[{index}] holds the image token ({token}): Use generate for prompts with images."
-                )
+                raise ValueError(f"inputs[{index}] holds the image token ({token}). Use generate for images.")
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _get_candidate_generator(self, *args, **kwargs):
@@ -268,9 +261,7 @@ def _check_last_token(visual_BS: Tensor, attention_mask) -> None:
         real_BS = attention_mask[:, -length:].bool().to(device)  # transformers may have moved the ids
     last_B1 = (real_BS * torch.arange(1, length + 1, device=device)).argmax(1, keepdim=True)
     if visual_BS.gather(1, last_B1).any():
-        raise ValueError(
-            "A prompt ends in a visual token, and visual tokens predict nothing: put text behind the image."
-        )
+        raise ValueError("A prompt ends in a visual token, but visual tokens predict nothing: put text behind it.")
 
 
 def images_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int]]:

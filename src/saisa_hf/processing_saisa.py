@@ -6,13 +6,14 @@ import math
 import os
 import re
 import tempfile
-from itertools import accumulate
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import PIL.Image
-import torch
+from torch import Tensor
 from transformers import BatchFeature
 
 from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
@@ -75,6 +76,17 @@ class BatchWithVisualStates(BatchFeature):
         return self
 
 
+class Token(NamedTuple):
+    """What each list of a batch says of a token; `image` numbers the image of its text that a placeholder stands for."""
+
+    input_ids: int
+    offset_mapping: tuple[int, int] = (0, 0)
+    image: int | None = None
+    attention_mask: int = 1
+    special_tokens_mask: int = 0
+    token_type_ids: int = 0
+
+
 class SaisaProcessor(ImageTextProcessorMixin):
     """An image processor and a tokenizer in one, with the arguments of `LlavaProcessor`.
 
@@ -122,10 +134,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         if self.image_token not in tokenizer.get_vocab():
-            added = f"AddedToken({self.image_token!r}, special=True, normalized=False)"
             raise ValueError(
-                f"The tokenizer does not know image_token {self.image_token!r}. Name the one it has, or add it: "
-                f"tokenizer.add_tokens([{added}], special_tokens=True), which is what add_image_token does."
+                f"The tokenizer does not know image_token {self.image_token!r}. Name the one it has, or add it as "
+                f"add_image_token does: tokenizer.add_tokens([AddedToken({self.image_token!r}, special=True, "
+                "normalized=False)], special_tokens=True)."
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
@@ -150,7 +162,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 image's placeholders; an argument is not supported.
         """
         texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
-        text_kwargs, images_kwargs, return_tensors, marks_visual = self._sorted_arguments(kwargs)
+        text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
         if visual_states is not None:
             outputs, counts = {"visual_states": visual_states}, self._lengths(visual_states, texts)
         else:
@@ -158,15 +170,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
             outputs = self._pixels(images, images_kwargs) if images else {}
             counts = self._counts(outputs) if images and texts is not None else []
         if texts is not None:
-            rows = self._tokenize(texts, counts, text_kwargs)
-            if marks_visual:
-                rows["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in rows["input_ids"]]
-            outputs = {**rows, **outputs}
+            outputs = {**self._tokenize(texts, counts, text_kwargs), **outputs}
         batch_class = BatchFeature if visual_states is None else BatchWithVisualStates
         return batch_class(outputs, tensor_type=return_tensors)
 
-    def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None, bool]:
-        """(arguments of the tokenizer, of the image processor, `return_tensors`, `return_mm_token_type_ids`)."""
+    def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None]:
+        """(arguments for the texts, for the images, `return_tensors`)."""
         kwargs |= {part: dict(kwargs[part]) for part in ("text_kwargs", "images_kwargs") if part in kwargs}
         marks_visual = kwargs.pop("return_mm_token_type_ids", False)
         marks_visual = kwargs.get("text_kwargs", {}).pop("return_mm_token_type_ids", marks_visual)
@@ -175,19 +184,20 @@ class SaisaProcessor(ImageTextProcessorMixin):
         text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
         if not asked & {"max_length", "truncation", "padding"} and text_kwargs.get("padding") != "max_length":
             text_kwargs.pop("max_length", None)  # this call did not ask for it: it was saved in tokenizer.json
+        text_kwargs["return_mm_token_type_ids"] = marks_visual
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
-        return text_kwargs, images_kwargs, return_tensors, marks_visual
+        return text_kwargs, images_kwargs, return_tensors
 
     def _flat_images(self, images, texts: list[str] | None) -> list:
         """`images` as one list in the order of the texts' image tokens."""
-        groups = [] if images is None else _image_list(images)
-        nested = any(isinstance(group, (list, tuple)) for group in groups)
-        if nested:
-            groups = [[] if group is None else _image_list(group) for group in groups]
+        flat = [] if images is None else _image_list(images)
+        found = len(flat)
+        if any(isinstance(group, (list, tuple)) for group in flat):
+            groups = [[] if group is None else _image_list(group) for group in flat]
+            flat, found = [image for group in groups for image in group], [len(group) for group in groups]
         if texts is not None:
-            found = [len(group) for group in groups] if nested else len(groups)
             self._check_numbers("images", found, texts, "Pass one image for each: one flat list, or one list per text.")
-        return [image for group in groups for image in group] if nested else groups
+        return flat
 
     def _lengths(self, visual_states, texts: list[str]) -> list[int]:
         """The visual tokens of each image in `visual_states`."""
@@ -290,23 +300,24 @@ class SaisaProcessor(ImageTextProcessorMixin):
         for key in UNSUPPORTED:
             if kwargs.get(key):
                 raise ValueError(f"{key}={kwargs[key]!r} is not supported: texts are tokenized around their images.")
-        prefix, suffix = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
-        n_special, wants_offsets = len(prefix) + len(suffix), bool(kwargs.get("return_offsets_mapping"))
-        found = self._ids_and_offsets(texts, iter(counts), wants_offsets)
-        found = [self._truncate(index, *row, n_special, kwargs) for index, row in enumerate(found)]
-        rows = {"input_ids": [[*prefix, *ids, *suffix] for ids, _ in found]}
-        if kwargs.get("return_attention_mask") is not False:
-            rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
-        if kwargs.get("return_special_tokens_mask"):
-            rows["special_tokens_mask"] = [[1] * len(prefix) + [0] * len(ids) + [1] * len(suffix) for ids, _ in found]
-        if wants_offsets:
-            rows["offset_mapping"] = [[(0, 0)] * len(prefix) + pairs + [(0, 0)] * len(suffix) for _, pairs in found]
-        if kwargs.get("return_token_type_ids"):
-            rows["token_type_ids"] = [[0] * len(ids) for ids in rows["input_ids"]]
-        self._pad(rows, kwargs)
+        specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
+        prefix, suffix = ([Token(i, special_tokens_mask=1) for i in ids] for ids in specials)
+        rows = self._rows(texts, iter(counts), bool(kwargs.get("return_offsets_mapping")))
+        rows = [self._truncated(row, index, len(prefix + suffix), kwargs) for index, row in enumerate(rows)]
+        rows = self._padded([prefix + row + suffix for row in rows], kwargs)
+        wanted = {
+            "input_ids": True,
+            "attention_mask": kwargs.get("return_attention_mask") is not False,
+            "special_tokens_mask": kwargs.get("return_special_tokens_mask"),
+            "offset_mapping": kwargs.get("return_offsets_mapping"),
+            "token_type_ids": kwargs.get("return_token_type_ids"),
+        }
+        outputs = {name: [[getattr(token, name) for token in row] for row in rows] for name in wanted if wanted[name]}
         if kwargs.get("return_length"):
-            rows["length"] = [len(ids) for ids in rows["input_ids"]]
-        return rows
+            outputs["length"] = [len(row) for row in rows]
+        if kwargs["return_mm_token_type_ids"]:
+            outputs["mm_token_type_ids"] = [[int(t.input_ids == self.image_token_id) for t in row] for row in rows]
+        return outputs
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of a text and behind it."""
@@ -333,74 +344,70 @@ class SaisaProcessor(ImageTextProcessorMixin):
         longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
         return re.compile(f"({'|'.join(longest_first)})").split, swallows
 
-    def _ids_and_offsets(self, texts: list[str], counts, wants_offsets: bool):
-        """Yields (ids, offsets, blocks) per text; blocks are the [start, end) of each image's placeholders in ids."""
+    def _rows(self, texts: list[str], counts: Iterator[int], wants_offsets: bool) -> Iterator[list[Token]]:
+        """Yields the tokens of each text, with the next number of `counts` placeholders for each of its images."""
         split, swallows = self._splitter()
         parts = [split(text) for text in texts]
         pieces = [piece for row in parts for piece in row[::2] if piece]
-        extra = [int(swallows and piece[0] in " \u2581") for piece in pieces]  # spaces to put in front
+        spaces = [int(swallows and piece[0] in " \u2581") for piece in pieces]  # to put in front
         options = {"return_offsets_mapping": True} if wants_offsets else {}  # slow tokenizers do not take it
         options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        strings = [" " * n + piece for n, piece in zip(extra, pieces)]
+        strings = [" " * n + piece for n, piece in zip(spaces, pieces)]
         encoded = self.tokenizer(strings, **options) if strings else {"input_ids": []}
         pairs = encoded.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in encoded["input_ids"]]
-        encoded = zip(encoded["input_ids"], pairs, extra)
-        for row in parts:
-            ids, offsets, start = [], [], 0
-            for number, part in enumerate(row):
-                if number % 2:
-                    ids.append(self.tokenizer.convert_tokens_to_ids(part))
-                    offsets.append((start, start + len(part)))
-                elif part:
-                    piece_ids, pairs, n = next(encoded)
-                    ids += piece_ids
-                    offsets += [(start + max(a - n, 0), start + max(b - n, 0)) for a, b in pairs]
+        encoded = zip(encoded["input_ids"], pairs, spaces)
+        for text_parts in parts:
+            row, images, start = [], count(), 0
+            for number, part in enumerate(text_parts):
+                if not part:
+                    continue
+                special = [self.tokenizer.convert_tokens_to_ids(part)], [(0, len(part))], 0
+                ids, pairs, n = special if number % 2 else next(encoded)
+                for i, (first, last) in zip(ids, pairs):
+                    token = Token(i, (start + max(first - n, 0), start + max(last - n, 0)))
+                    is_image = i == self.image_token_id
+                    row += [token._replace(image=next(images))] * next(counts) if is_image else [token]
                 start += len(part)
-            is_image = [i == self.image_token_id for i in ids]
-            repeats = [next(counts) if image else 1 for image in is_image]
-            blocks = [(end - n, end) for image, n, end in zip(is_image, repeats, accumulate(repeats)) if image]
-            offsets = [pair for pair, n in zip(offsets, repeats) for _ in range(n)]
-            yield [i for i, n in zip(ids, repeats) for _ in range(n)], offsets, blocks
+            yield row
 
-    def _truncate(self, index: int, ids: list, offsets: list, blocks: list, n_special: int, kwargs: dict):
-        """`ids` and `offsets` cut to what `truncation` and `max_length` allow; never inside an image."""
+    def _truncated(self, row: list[Token], index: int, n_special: int, kwargs: dict) -> list[Token]:
+        """The `row` of text `index`, cut to what `truncation` and `max_length` allow; never inside an image."""
         truncation, limit = kwargs.get("truncation"), kwargs.get("max_length")
         if truncation is None:
             truncation = limit is not None and not kwargs.get("padding")  # as tokenizers do
         limit = self.tokenizer.model_max_length if limit is None else limit
-        keep = max(int(min(limit, 1e9)) - n_special, 0)
-        if not truncation or truncation == "do_not_truncate" or len(ids) <= keep:
-            return ids, offsets
+        excess = len(row) - max(int(min(limit, 1e9)) - n_special, 0)
+        if not truncation or truncation == "do_not_truncate" or excess <= 0:
+            return row
         left = self.tokenizer.truncation_side == "left"
-        start, end = (len(ids) - keep, len(ids)) if left else (0, keep)
-        for number, (first, last) in enumerate(blocks):
-            if first < start or last > end:
-                enough = (len(ids) - first if left else last) + n_special
-                raise ValueError(
-                    f"Truncation to max_length={limit} cuts into the {last - first} placeholders of image {number} of text "
-                    f"{index} ({len(ids) + n_special} tokens). Set max_length to {enough} or more, or truncation=False."
-                )
-        return ids[start:end], offsets[start:end]
+        dropped, kept = (row[:excess], row[excess:]) if left else (row[-excess:], row[:-excess])
+        cut = next((token.image for token in dropped if token.image is not None), None)
+        if cut is None:
+            return kept
+        places = [place for place, token in enumerate(row) if token.image == cut]
+        enough = (len(row) - places[0] if left else places[-1] + 1) + n_special
+        raise ValueError(
+            f"Truncation to max_length={limit} cuts into the {len(places)} placeholders of image {cut} of text {index} "
+            f"({len(row) + n_special} tokens). Set max_length to {enough} or more, or truncation=False."
+        )
 
-    def _pad(self, rows: dict, kwargs: dict) -> None:
-        """Pads `rows` in place, as `padding`, `max_length`, `padding_side` and `pad_to_multiple_of` say."""
+    def _padded(self, rows: list[list[Token]], kwargs: dict) -> list[list[Token]]:
+        """`rows` as long as `padding`, `max_length` and `pad_to_multiple_of` say, filled on `padding_side`."""
         padding, multiple = kwargs.get("padding") or "do_not_pad", kwargs.get("pad_to_multiple_of") or 1
         if padding not in (True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding is {padding!r}. Expected True, False, 'longest', 'max_length' or 'do_not_pad'.")
         limit = kwargs.get("max_length") or self.tokenizer.model_max_length if padding == "max_length" else 0
-        if padding == "do_not_pad" or limit > 1e9 or not rows["input_ids"]:  # no limit, no padding: as tokenizers do
-            return
-        length = math.ceil(max(limit, *map(len, rows["input_ids"])) / multiple) * multiple
+        if padding == "do_not_pad" or limit > 1e9 or not rows:  # no limit, no padding: as tokenizers do
+            return rows
         side = kwargs.get("padding_side") or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side is {side!r}. Expected 'left' or 'right'.")
-        missing = [length - len(ids) for ids in rows["input_ids"]]
-        if any(missing) and self.tokenizer.pad_token_id is None:
+        length = math.ceil(max(limit, *map(len, rows)) / multiple) * multiple
+        pad = Token(self.tokenizer.pad_token_id, special_tokens_mask=1, attention_mask=0)
+        if pad.input_ids is None and any(len(row) < length for row in rows):
             raise ValueError("The tokenizer has no pad token. Set one: tokenizer.pad_token = tokenizer.eos_token.")
-        fills = {"input_ids": self.tokenizer.pad_token_id, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
-        for key, values in rows.items():
-            added = [[fills.get(key, 0)] * n for n in missing]
-            rows[key] = [fill + row if side == "left" else row + fill for row, fill in zip(values, added)]
+        fills = [[pad] * (length - len(row)) for row in rows]
+        return [fill + row if side == "left" else row + fill for row, fill in zip(rows, fills)]
 
     # --- chat ---
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
@@ -568,7 +575,7 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
 
 def _image_list(images) -> list:
     """One image, a list of them or a 4-D array as a list."""
-    many = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4)
+    many = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
     return list(images) if many else [images]
 
 

@@ -226,8 +226,8 @@ class EncodesImages:
         return self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]  # attention kernels want an image
 
     def _reduced(self, features_IVC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) of 2 x 2 side by side, row by row. Beyond an odd edge
-        there are no patches to take a mean of, or zeros."""
+        """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) for 2 x 2 side by side, row by row. At an odd edge a mean is
+        over the patches that there are; side by side, the others are zero."""
         kind, (rows, columns) = self.config.visual_token_reduction, grid
         if kind == "resampler":
             return self.visual_resampler(features_IVC)
@@ -243,13 +243,12 @@ class EncodesImages:
 
 def _patchify(pixel_values, patch_size: int, kwargs: dict):
     """Images (n, channels, height, width) as SigLIP 2 takes them: (n, patches, patch * patch * channels)."""
-    n, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
-    patches = patches.reshape(n, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 3, 5, 1)
-    patches = patches.reshape(n, rows * columns, patch_size * patch_size * channels)
-    shapes = torch.tensor([[rows, columns]] * n, device=pixel_values.device)
-    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=pixel_values.device)
+    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
+    pixel_values = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
+    cells = pixel_values.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
+    patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    shapes = torch.tensor([[rows, columns]] * len(patches), device=patches.device)
+    mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
     return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
@@ -263,16 +262,12 @@ def check_reduction(config) -> None:
     given, by_class, kept = f"visual_token_reduction={kind!r}", kind == "class_attention", config.kept_prefix_tokens
     layer, layers = config.vision_feature_layer, config.vision_feature_layers
     if kept and kind not in (None, "resampler"):
-        problem = (
-            f"vision_feature_select_strategy='full' keeps {kept} tokens of {vision} in front, {given} needs 'default'."
-        )
+        problem = f"vision_feature_select_strategy='full' keeps {kept} tokens of {vision}, {given} needs patches alone: choose 'default'."
     elif by_class and vision not in CLASS_ATTENTION_ENCODERS:
         encoders = ", ".join(CLASS_ATTENTION_ENCODERS)
-        problem = f"{given}: {vision} has not the class token that this asks. Choose {encoders}, or another reduction."
+        problem = f"{given} needs a class token's attention, which {vision} has not: choose one of {encoders}."
     elif by_class and (len(layers) != 1 or layers[0] % (config.vision_config.num_hidden_layers + 1) == 0):
-        problem = (
-            f"vision_feature_layer={layer!r}: {given} ranks by one layer: choose one layer, and not the embeddings (0)."
-        )
+        problem = f"vision_feature_layer={layer!r}: {given} uses one; choose one layer, and not the embeddings (0)."
     elif by_class and count > (patches := config.encoder_tokens_per_image):
         problem = f"reduced_visual_tokens={count}, but {vision} makes {patches} of an image: keep as many or fewer."
     else:

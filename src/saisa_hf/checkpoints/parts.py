@@ -21,11 +21,28 @@ EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def assemble(model_class, text_model, vision_model, **arguments):
-    """The body of `SaisaForConditionalGeneration.from_parts`, which says what goes in and what comes out.
+    """The body of `SaisaForConditionalGeneration.from_parts`.
+
+    The model is untrained. On text alone it is the language model; its projectors are new: each linear map's weights and
+    biases are uniform in +-1 / sqrt(inputs), as LLaVA's code makes them.
 
     Args:
         model_class: the class that `from_parts` was called on.
-        arguments: `image_token_id`, `dtype`, and arguments of `SaisaConfig`.
+        text_model: folder or hub id of a language model of a supported family, or a model of transformers with its head.
+            The tensors of a model are shared, not copied.
+        vision_model: folder or hub id of a vision encoder, also of a CLIP or SigLIP with a text tower, or an encoder of
+            transformers, which becomes the vision tower itself.
+        arguments: of `SaisaConfig` (`vision_feature_layer`, `visual_layers`, `projector_hidden_size` ...), and
+            image_token_id: the image token's index. If embedding and head have no such row, they get rows up to it, the
+                mean of the old ones, which `generation_config.suppress_tokens` keeps out of answers. None: the first new row.
+            dtype: of all weights. None: the language model's.
+
+    Returns:
+        the model in eval mode, with the language model's generation config.
+
+    Raises:
+        ValueError: a part is of no supported kind, is quantized, lacks tensors, or does not fit the arguments.
+        OSError: a folder or repository cannot be read.
     """
     image_token_id, dtype = arguments.pop("image_token_id", None), _dtype(arguments.pop("dtype", None))
     for name in ("text_config", "vision_config", "tie_word_embeddings"):
