@@ -60,6 +60,7 @@ FEATURES = {
     r"_model_mapping": "encoders without a choice of attention",
     r"_get_key_renaming_mapping": "LLaVA checkpoints on 4.57",
     r"set_attn_implementation": "`set_attn_implementation`",
+    r"push_to_hub": "`push_to_hub`",
     r"get_attributes": "the parts of a processor",
     r"convert_to_tensors|super\(\)\.to$": "visual states in a processor's output",
     r"^transformers\.\{name\}$": "image processors that work with Pillow",

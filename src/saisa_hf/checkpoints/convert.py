@@ -89,12 +89,7 @@ def convert(
         OSError: a file or repository is missing or cannot be read or written.
     """
     max_bytes = size_in_bytes(max_shard_size)
-    for name, value, allowed in (
-        ("dtype", dtype, (None, *DTYPES)),
-        ("shared_projector", shared_projector, SHARED_PROJECTOR),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: expected one of {', '.join(filter(None, allowed))}.")
+    _check_choices(dtype, shared_projector)
     place = Destination(destination, overwrite, push_to_hub, private, log)
     folder = _folder(source, "SRC")
     place.check_outside(folder, "SRC ")
@@ -137,6 +132,13 @@ def convert(
         )
     place.publish()
     return place.path
+
+
+def _check_choices(dtype: str | None, shared_projector: str) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
+    if shared_projector not in SHARED_PROJECTOR:
+        raise ValueError(f"shared_projector={shared_projector!r}: expected one of {', '.join(SHARED_PROJECTOR)}.")
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
