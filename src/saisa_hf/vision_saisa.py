@@ -226,8 +226,8 @@ class EncodesImages:
         return self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]  # attention kernels want an image
 
     def _reduced(self, features_IVC: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) for 2 x 2 side by side, row by row. At an odd edge a mean is
-        over the patches that there are; side by side, the others are zero."""
+        """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) for 2 x 2 side by side, row by row. A mean at an odd
+        edge is over the patches that there are; side by side, the others are zero."""
         kind, (rows, columns) = self.config.visual_token_reduction, grid
         if kind == "resampler":
             return self.visual_resampler(features_IVC)
@@ -262,7 +262,8 @@ def check_reduction(config) -> None:
     given, by_class, kept = f"visual_token_reduction={kind!r}", kind == "class_attention", config.kept_prefix_tokens
     layer, layers = config.vision_feature_layer, config.vision_feature_layers
     if kept and kind not in (None, "resampler"):
-        problem = f"vision_feature_select_strategy='full' keeps {kept} tokens of {vision}, {given} needs patches alone: choose 'default'."
+        kept = f"vision_feature_select_strategy='full' keeps {kept} tokens of {vision} in front of it"
+        problem = f"{given} needs a grid of patches, but {kept}: choose 'default'."
     elif by_class and vision not in CLASS_ATTENTION_ENCODERS:
         encoders = ", ".join(CLASS_ATTENTION_ENCODERS)
         problem = f"{given} needs a class token's attention, which {vision} has not: choose one of {encoders}."

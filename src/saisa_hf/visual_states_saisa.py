@@ -412,8 +412,8 @@ class UsesVisualStates:
         if sum(lengths) != placeholders:
             raise ValueError(
                 f"{name} holds {len(lengths)} images with {sum(lengths)} visual tokens in all, but the input has "
-                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many: let the processor "
-                f"expand the prompt, and pass each image once."
+                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
+                f"as visual tokens: let the processor expand the prompt, and pass each image once."
             )
 
     def _warn_if_images_are_missing(self, input_ids):
