@@ -69,21 +69,20 @@ class SaisaHead(nn.Linear):
         return super().forward(hidden_BTD) if loss is None else loss(hidden_BTD, super().forward)
 
 
-def targets_of(labels_BS, loss_arguments: dict, shape: tuple[int, int]) -> Tensor | None:
-    """(B, S) what each position is to predict, or None without labels. Takes `shift_labels` out of `loss_arguments`, and
-    sets `ignore_index` in it.
+def targets_of(labels_BS, shift_labels_BS, shape: tuple[int, int], ignored: int) -> Tensor | None:
+    """(B, S) what each position is to predict, or None without labels.
 
     Raises:
         ValueError: `labels` or `shift_labels` do not have the input's `shape`.
     """
     if labels_BS is None:
         return None
-    ignored = loss_arguments.setdefault("ignore_index", IGNORED)
-    targets_BS = loss_arguments.pop("shift_labels", None)
-    for name, given in (("labels", labels_BS), ("shift_labels", targets_BS)):
+    for name, given in (("labels", labels_BS), ("shift_labels", shift_labels_BS)):
         if given is not None and tuple(given.shape) != tuple(shape):
             raise ValueError(f"{name} is {tuple(given.shape)}: expected {tuple(shape)}, one for each input token.")
-    return nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:] if targets_BS is None else targets_BS
+    return (
+        shift_labels_BS if shift_labels_BS is not None else nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:]
+    )
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,17 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The SAISA model (Yuan et al., arXiv 2502.02458), top to bottom as section 3 of the paper has it.
+"""The SAISA model (Yuan et al., arXiv 2502.02458, section 3), bottom up: projector, attention, layer, decoder, model, head.
 
 Each decoder layer of a language model has a projector of its own that maps the vision encoder's features into the input
-space of that layer's self-attention. There they are keys and values only (NAAViT, No Attention Among Visual Tokens):
-visual tokens are never queries, never pass a feed-forward network and never attend to each other.
+space of that layer's self-attention. There they are keys and values only (NAAViT, No Attention Among Visual Tokens): visual
+tokens are never queries, never pass a feed-forward network and never attend to each other. A text token sees the text and the
+images in front of it.
+
+    pixel_values --vision tower--> features (V, C) --each layer's projector, norm, k_proj, v_proj--> keys, values (V, K, H)
+    input_ids (B, S) --TokenLayout.text--> (B, T) --embedding--> hidden states (B, T, D) --layers, norm, head--> logits
+
+`TokenLayout` moves rows between an input (B, S), its text (B, T) and its visual tokens (V): `text` and `visual` take rows
+out, `keys` joins both in input order, `align` puts text rows back with zeros between. `TokenLayout(None)` is that of an input
+without images: nothing moves, T is S. In embedding space (`config.alignment`) the model is a LLaVA, or between the two.
 
 Shape suffixes:
     B batch                                  D hidden size of the language model
@@ -12,7 +20,6 @@ Shape suffixes:
     T text tokens of the sample that has     H head size
       most of them, padding left out         C width of the vision encoder's features
     V visual tokens of the whole batch       L keys in view: those in the cache and the new ones
-An input without images is not moved: there, T is S. `TokenLayout` moves rows between S on one side and T and V on the other.
 """
 
 from collections.abc import Callable
@@ -49,7 +56,7 @@ from .compat_saisa import (
 from .configuration_saisa import SaisaConfig
 from .embedding_space_saisa import ThroughEveryLayer, VisualTokensAmongWords
 from .hardware_saisa import Luggage, execution_device, with_own_heads
-from .head_saisa import LOSS_ARGUMENTS, AnswersAboutImages, SaisaHead, targets_of
+from .head_saisa import IGNORED, LOSS_ARGUMENTS, AnswersAboutImages, SaisaHead, targets_of
 from .language_models_saisa import choose_attention, language_model_family
 from .token_layout_saisa import Rotation, TokenLayout, rotations_of, tells_samples_apart
 from .vision_saisa import EncodesImages, SaisaVisualResampler, build_vision_tower
@@ -69,15 +76,15 @@ logger = get_logger(__name__)
 @dataclass
 class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
     """
-    Output of `SaisaModel`, aligned with `input_ids`. Rows at visual positions and, beside images, at padding are zero; in
-    embedding space those at visual positions are not.
+    Output of `SaisaModel`, aligned with `input_ids`. In a batch with images, rows at visual positions and padding are zero
+    (except in embedding space).
 
     Attributes:
         last_hidden_state: (B, S, D), after the final norm.
         past_key_values, cache: two names of the cache, with keys and values of text and visual tokens in input order.
         hidden_states: tuple of (B, S, D), the input of each layer and the last hidden state.
         attentions: tuple of (B, N, S, L), each layer's attention probabilities.
-        image_hidden_states: (V, C), the encoder's features of all visual tokens in input order.
+        image_hidden_states: (V, C), the encoder's features, unprojected; None without `pixel_values`.
     """
 
     image_hidden_states: Tensor | None = None
@@ -89,18 +96,19 @@ class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
     Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
 
     Attributes:
-        loss: float32 scalar, next-token cross-entropy over labels behind a text token; in embedding space over all labels.
-        logits: (B, S, vocabulary), or the rows of `logits_to_keep`; zero at visual positions, but in embedding space.
+        loss: float32 scalar, next-token cross-entropy over labels that follow a text token; in embedding space, over all.
+        logits: (B, S, vocabulary), or the rows of `logits_to_keep`; zero at visual positions, except in embedding space.
     """
 
     image_hidden_states: Tensor | None = None
 
 
-# --- section 3.2: projectors into the input space of self-attention ---------------------------------------------------
+# --- projector (section 3.2) ------------------------------------------------------------------------------------------
 
 
 class SaisaVisualProjector(nn.Module):
-    """Two-layer MLP from the encoder's features into the input space of self-attention (paper, section 3.2)."""
+    """Two-layer MLP from the encoder's features into the input space of self-attention; the layer's input norm follows, as it
+    does for text."""
 
     def __init__(self, config: SaisaConfig):
         super().__init__()
@@ -111,13 +119,13 @@ class SaisaVisualProjector(nn.Module):
         self.linear_2 = nn.Linear(inner_size, hidden_size, bias=config.projector_bias)
 
     def forward(self, features_VC: Tensor) -> Tensor:
-        """(V, C) -> (V, D), in the projector's own dtype where that is a floating one (quantized weights take any)."""
+        """(V, C) -> (V, D), in the projector's own dtype; weights that are quantized to integers accept any."""
         dtype = self.linear_1.weight.dtype
         features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
         return self.linear_2(self.act(self.linear_1(features_VC)))
 
 
-# --- section 3.1: no attention among visual tokens --------------------------------------------------------------------
+# --- attention (section 3.1) ------------------------------------------------------------------------------------------
 
 
 class NaavitAttention(nn.Module):
@@ -137,7 +145,7 @@ class NaavitAttention(nn.Module):
         self.rotates = family.rotates(layer_idx)
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
-        self.watcher: Callable | None = None  # is shown this module, the queries and the keys of a pass
+        self.watcher: Callable | None = None  # called with this module, the queries and the new keys
         self.rotate_half = family.rotate_half
         self.eager_attention = family.eager_attention
 
@@ -172,8 +180,7 @@ class NaavitAttention(nn.Module):
         Args:
             text_BTD: normalised hidden states of the text tokens.
             visual: `keys_and_values` of the visual tokens; None if this layer gets none.
-            attention_mask: what the attention implementation takes (see `attention_saisa.py`); None is plain causal
-                attention.
+            attention_mask: what the attention implementation takes (`attention_masks`); None only where T is S or one.
             slots: (S,) places of the new tokens in the cache.
             kwargs: handed on to the attention function.
 
@@ -183,22 +190,24 @@ class NaavitAttention(nn.Module):
         query_BTNH, key_BTKH, value_BTKH = self.queries_keys_values(text_BTD)
         key_VKH = value_VKH = None
         if visual is not None:
-            key_VKH, value_VKH = map(layout.placed, with_own_heads(visual, self, heads=key_BTKH.shape[2]))
+            visual = with_own_heads(visual, self, heads=key_BTKH.shape[2])  # tensor parallelism
+            key_VKH, value_VKH = map(layout.placed, visual)
         query_BNTH = rotation.of_text(query_BTNH, self).transpose(1, 2)
-        key_BKSH = layout.keys(rotation.of_text(key_BTKH, self), *rotation.of_visual(key_VKH, self))
-        value_BKSH = layout.keys(value_BTKH, value_VKH)
+        key_BTKH = rotation.of_text(key_BTKH, self)
+        key_VKH, remaining = rotation.of_visual(key_VKH, self)
+        key_BKSH, value_BKSH = layout.keys(key_BTKH, key_VKH, remaining), layout.keys(value_BTKH, value_VKH)
         if self.watcher is not None:
             self.watcher(self, query_BNTH, key_BKSH)
 
-        if not self.sees_image:
-            key_BKSH = mark_hidden(key_BKSH, layout)
+        # later passes do not know which cached tokens are visual: a layer that must not see them marks their keys
+        key_BKLH, value_BKLH = key_BKSH if self.sees_image else mark_hidden(key_BKSH, layout), value_BKSH
         if cache is not None:
-            key_BKSH, value_BKSH = update_cache(cache, key_BKSH, value_BKSH, self.layer_idx, slots, kwargs)
+            key_BKLH, value_BKLH = update_cache(cache, key_BKLH, value_BKLH, self.layer_idx, slots, kwargs)
         if not self.sees_image:
-            attention_mask = hide_marked_keys(attention_mask, key_BKSH, query_BNTH, layout, cache)
+            attention_mask = hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout, cache)
 
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
-        output_BTNH, probabilities_BNTL = attend(self, query_BNTH, key_BKSH, value_BKSH, attention_mask, options)
+        output_BTNH, probabilities_BNTL = attend(self, query_BNTH, key_BKLH, value_BKLH, attention_mask, options)
         return self.o_proj(output_BTNH.flatten(2).contiguous()), probabilities_BNTL
 
     def queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,15 +227,19 @@ class NaavitAttention(nn.Module):
         return self._heads(key, "k_norm"), self._heads(value)
 
     def _heads(self, x: Tensor, norm: str | None = None) -> Tensor:
-        """(..., X) -> (..., heads, H), past the norm over each head or over all of them that some families have."""
+        """(..., heads * H) -> (..., heads, H). Some families normalise all heads together ("width"), some each head."""
         if norm is not None and self.head_norm == "width":
             x = getattr(self, norm)(x)
         x = x.unflatten(-1, (-1, self.head_dim))
         return getattr(self, norm)(x) if norm is not None and self.head_norm == "head" else x
 
 
+# --- decoder layer and decoder ----------------------------------------------------------------------------------------
+
+
 class SaisaDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer of the language model, with a visual projector in front of its self-attention."""
+    """A decoder layer of the language model, with a visual projector in front of its self-attention
+    (`visual_keys_and_values`)."""
 
     def __init__(self, config: SaisaConfig, layer_idx: int):
         super().__init__()
@@ -266,19 +279,19 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         return self.fed(text_BTD), probabilities_BNTL
 
     def visual_keys_and_values(self, features: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
-        """Features, (V, C) of the encoder or (V, D) where all layers share the projector, to keys before rotation and values,
-        (V, K, H) each. They depend on nothing else. Where a hook of one of the modules wants to know which sample a row
-        belongs to, as adapters that differ between samples do, `layout` says so."""
+        """Keys before rotation and values, (V, K, H) each, of features: (V, C) of the encoder, or (V, D) where layers share a
+        projector. They depend on image and weights alone. `layout` serves adapters that differ between samples (PEFT's
+        `adapter_names`): their modules then get (B, S, ...)."""
 
-        def keys_and_values(features):
+        def of(features):
             visual = self.visual_projector(features) if hasattr(self, "visual_projector") else features
             normed = self._normed(self.norms.before_attention, visual.to(self._first_norm.weight.dtype))
             return self.self_attn.keys_and_values(normed)
 
         features = features.to(self.device)
         if layout is None or layout.visual_BS is None or not tells_samples_apart(self.visual_modules().values()):
-            return keys_and_values(features)
-        return tuple(map(layout.visual, keys_and_values(layout.in_input_order(features))))
+            return of(features)
+        return tuple(map(layout.visual, of(layout.in_input_order(features))))
 
     def attended(self, text_BTD: Tensor, visual, **attention_arguments):
         """Hidden states past self-attention, and its probabilities."""
@@ -322,9 +335,6 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         return x + (y if self.residual_multiplier == 1 else y * self.residual_multiplier)
 
 
-# --- the model --------------------------------------------------------------------------------------------------------
-
-
 class SaisaPreTrainedModel(SaisaCheckpoint, ForeignNames, PreTrainedModel):
     """What every SAISA class shares: what transformers may do with it, and (`SaisaCheckpoint`) how it is loaded and saved."""
 
@@ -348,14 +358,13 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
     layer_class = SaisaDecoderLayer
 
     def __init__(self, config: SaisaConfig):
-        # over the text config, so that `attn_implementation={"text_config": ...}` reaches it
+        # over the text config alone, so that `attn_implementation={"text_config": ...}` reaches it
         super().__init__(config.text_config)
-        text = config.text_config
-        self.family = language_model_family(text)
+        self.family = language_model_family(self.config)
         choose_attention(self.config)
         self.embed_tokens = self.family.embedding()
-        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(text.num_hidden_layers))
-        self.norm = self.family.norm(text.hidden_size)
+        self.layers = nn.ModuleList(self.layer_class(config, index) for index in range(self.config.num_hidden_layers))
+        self.norm = self.family.norm(self.config.hidden_size)
         self.rotary_emb = self.family.rotary_embedding()
         self.gradient_checkpointing = False
         self.post_init()
@@ -385,22 +394,20 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         text_BTX = layout.text(inputs)
         text_BTD = self.family.scaled_input(self.embed_tokens(text_BTX) if inputs_embeds is None else text_BTX)
-        cache, where = one_cache(past_key_values, cache), (inputs.shape[1], text_BTD.device)
-        use_cache, cache, slots = cache_of_pass(self, use_cache, cache, *where)
+        cache, length = one_cache(past_key_values, cache), inputs.shape[1]
+        use_cache, cache, slots = cache_of_pass(self, use_cache, cache, length, text_BTD.device)
         slots = slots if cache_position is None else cache_position
         masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids)
         rotations = rotations_of(self, layout, text_BTD, slots[None] if position_ids is None else position_ids)
         if output_attentions and (name := self.config._attn_implementation) != "eager":
-            logger.warning_once(
-                f"`output_attentions=True` returns none with attn_implementation={name!r}: it takes 'eager'."
-            )
+            logger.warning_once(f"`output_attentions=True` needs attn_implementation='eager': {name!r} returns none.")
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         kwargs |= {"cache": cache, "slots": slots}
-        last, *states = self.through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)
+        last, before, attentions = self.through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=last,
-            hidden_states=(*states[0], last) if output_hidden_states else None,
-            attentions=tuple(states[1]) or None,
+            hidden_states=(*before, last) if output_hidden_states else None,
+            attentions=tuple(attentions) or None,
             **{CACHE: cache if use_cache else None},
         )
 
@@ -431,18 +438,17 @@ class EmbeddingSpaceLayer(VisualTokensAmongWords, SaisaDecoderLayer):
 
 
 class EmbeddingSpaceLanguageModel(ThroughEveryLayer, SaisaLanguageModel):
-    """The decoder of a LLaVA, whose visual tokens stand among the embeddings of the words."""
+    """The decoder of a LLaVA."""
 
     layer_class = EmbeddingSpaceLayer
     _no_split_modules = ["EmbeddingSpaceLayer"]
 
 
-class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTrainedModel):
-    """Vision encoder and language model, without a head.
+# --- model and head ---------------------------------------------------------------------------------------------------
 
-    Args:
-        config: a `SaisaConfig`.
-    """
+
+class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTrainedModel):
+    """Vision encoder and language model of a `SaisaConfig`, without a head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -481,11 +487,11 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         Args:
             input_ids: (B, S). `config.image_token_id` stands once for each visual token.
             pixel_values: (images, channels, height, width), the images in the order of their placeholders, row by
-                row. None: all tokens are text. No images, (0, channels, height, width), is the same, but that in training
-                the projectors get gradients, of zero, which processes that train together wait for.
+                row. None: all tokens are text. An empty batch, (0, channels, height, width), is text as well; in training
+                the projectors then get gradients of zero, so that processes that train together do not hang.
             attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared (B, 1, S, L) mask, or a dict
                 of such masks by attention type, as `generate` makes them.
-            position_ids: (B, S), counted over text and visual tokens. None counts from the first cached token.
+            position_ids: (B, S), counted over text and visual tokens. None: they continue after the cached tokens.
             past_key_values, cache: any transformers `Cache`, under one of its two names.
             inputs_embeds: (B, S, D) in place of `input_ids`; visual positions are where the image token's embedding is.
             use_cache: whether to return the cache. None: as the language model's config says.
@@ -506,20 +512,18 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         text |= {"attention_mask": attention_mask, "position_ids": position_ids}
         images = {"pixel_values": pixel_values, "visual_states": visual_states}
         images |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        where = self.visual_input(**text, images=images, further=kwargs)
+        seen = self.visual_input(**text, images=images, further=kwargs)
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
         asked |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache}
-        outputs = self.language_model(**text, layout=where.layout, visual=where.visual, **asked, **kwargs)
-        return SaisaModelOutputWithPast(**outputs, image_hidden_states=where.features)
+        outputs = self.language_model(
+            **text, layout=seen.layout, visual=seen.visual, return_dict=True, **asked, **kwargs
+        )
+        return SaisaModelOutputWithPast(**outputs, image_hidden_states=seen.features)
 
 
 class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPreTrainedModel, GenerationMixin):
-    """`SaisaModel` with the language model's head: answers questions about images, and trains to.
-
-    Args:
-        config: a `SaisaConfig`.
-    """
+    """The model of a `SaisaConfig` with the language model's head: it answers questions about images, and is trained to."""
 
     _tied_weights_keys = tied_weights("lm_head.weight", "model.language_model.embed_tokens.weight")
 
@@ -529,7 +533,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         self.lm_head = SaisaHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._can_compile_fullgraph = self.language_model.family.compiles
         self.post_init()
-        if not config.tie_word_embeddings:  # else it is the embedding, of which every process looks up whole rows
+        if not config.tie_word_embeddings:  # a tied head stays whole: the embedding looks up whole rows
             self._tp_plan |= readable_tp_plan({"lm_head": "colwise_gather_output"})
 
     @can_return_tuple
@@ -557,16 +561,15 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         Arguments as in `SaisaModel.forward`, and
 
         Args:
-            labels: (B, S), -100 is ignored. A label counts only if the position before it is a text position: a visual
-                token has no output to predict from, and beside images neither has padding. In embedding space all count.
-                Placeholders should be -100: `Trainer` divides by the number of labels that are not, and the text token in
-                front of an image would learn to predict them.
+            labels: (B, S), -100 is ignored. A label counts only if it follows a text token: a visual token has no output to
+                predict from, nor has padding in a batch with images. (In embedding space all count.) Placeholders should be
+                -100: the text token in front of an image would learn to predict them, and `Trainer` would count them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
                 time, and again in backward: training needs no memory for (B, S, vocabulary).
-            kwargs: of the loss: `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels`, (B, S), which are
-                at the position that predicts them. (A `model.loss_function` of one's own gets rows of text alone, (B, T), and
-                as `shift_labels` what they are to predict.) All others are handed on, to it and as in `SaisaModel.forward`.
+            kwargs: for the loss `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels` (B, S), each at the
+                position that predicts it. Others go to `SaisaModel.forward` and to `loss_function`, which gets text rows
+                alone: logits (B, T, vocabulary) and `shift_labels` (B, T).
 
         Raises:
             ValueError: see `SaisaModel.forward`; or `labels` are not as many as the input tokens.
@@ -586,9 +589,10 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         layout = self.model.layout_of_outputs(kept, **text, **images)
         hidden_BTD = layout.text(outputs.last_hidden_state[:, kept])
-        targets_BS = targets_of(labels, loss_arguments, outputs.last_hidden_state.shape[:2])
-        targets_BT = None if targets_BS is None else layout.targets(targets_BS[:, kept], loss_arguments["ignore_index"])
-        logits, loss = self.logits_and_loss(hidden_BTD, targets_BT, skip_logits, labels, loss_arguments, kwargs)
+        ignored, shift_labels = loss_arguments.get("ignore_index", IGNORED), loss_arguments.pop("shift_labels", None)
+        targets_BS = targets_of(labels, shift_labels, outputs.last_hidden_state.shape[:2], ignored)
+        targets_BT = None if targets_BS is None else layout.targets(targets_BS[:, kept], ignored)
+        logits_BTX, loss = self.logits_and_loss(hidden_BTD, targets_BT, skip_logits, labels, loss_arguments, kwargs)
+        logits = None if logits_BTX is None else layout.align(logits_BTX)
         others = {name: outputs.get(name) for name in ("hidden_states", "attentions", "image_hidden_states", CACHE)}
-        logits = None if logits is None else layout.align(logits)
         return SaisaCausalLMOutputWithPast(loss=loss, logits=logits, **others)
