@@ -260,7 +260,7 @@ def _check_last_token(visual_BS: Tensor, attention_mask) -> None:
         real_BS = attention_mask[:, -length:].bool().to(device)  # transformers may have moved the ids
     last_B1 = (real_BS * torch.arange(1, length + 1, device=device)).argmax(1, keepdim=True)
     if visual_BS.gather(1, last_B1).any():
-        raise ValueError("A prompt ends in a visual token, but visual tokens predict nothing: put text behind it.")
+        raise ValueError("A prompt ends in an image, but visual tokens predict nothing: put a text token behind it.")
 
 
 def images_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int]]:
