@@ -166,7 +166,7 @@ class UnsharesProjectors:
         space, sharing = self.config.alignment, self.config.projector_sharing
         if (space, sharing) != ("input_space", "shared"):
             raise ValueError(
-                f"unshare_projectors: alignment is {space!r} and projector_sharing {sharing!r}, expected 'shared' in input space."
+                f"unshare_projectors: alignment is {space!r}, projector_sharing {sharing!r}, expected 'shared' in input space."
             )
         for layer in self.language_model.layers:
             if layer.sees_image:

@@ -2,7 +2,8 @@
 """What becomes of the last hidden states: a loss in training, the next token in generation.
 
 The logits of all positions would be the largest tensor in training: a vocabulary is ten to a hundred times as wide as the
-hidden states, and no label asks for most positions. The loss makes them for some labelled rows at a time, backward again.
+hidden states, and no label asks for most positions. So the loss makes them for some labelled rows at a time, and backward
+computes them again.
 """
 
 import inspect
