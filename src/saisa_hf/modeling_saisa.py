@@ -508,18 +508,17 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         self.check_features_asked_for(kwargs)
+        sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        images = self.given_images(pixel_values, visual_states, sizes, kwargs)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         text |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        images = {"pixel_values": pixel_values, "visual_states": visual_states}
-        images |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        seen = self.visual_input(**text, images=images, further=kwargs)
+        layout = self.layout_without_images(input_ids) if images is None else self.layout_of(images, **text)
+        visual = None if images is None else self.read_by_layers(images, layout)
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
-        asked |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache}
-        outputs = self.language_model(
-            **text, layout=seen.layout, visual=seen.visual, return_dict=True, **asked, **kwargs
-        )
-        return SaisaModelOutputWithPast(**outputs, image_hidden_states=seen.features)
+        asked |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache, "return_dict": True}
+        outputs = self.language_model(**text, layout=layout, visual=visual, **asked, **kwargs)
+        return SaisaModelOutputWithPast(**outputs, image_hidden_states=images and images.features)
 
 
 class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPreTrainedModel, GenerationMixin):
@@ -587,7 +586,8 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         outputs = self.model(**text, **images, **sizes, **asked, **kwargs)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        layout = self.model.layout_of_outputs(kept, **text, **images)
+        has_images = any(x is not None and len(x) for x in images.values()) and not self.config.in_embedding_space
+        layout = self.model.layout_of_outputs(kept, **text) if has_images else TokenLayout(None)
         hidden_BTD = layout.text(outputs.last_hidden_state[:, kept])
         ignored, shift_labels = loss_arguments.get("ignore_index", IGNORED), loss_arguments.pop("shift_labels", None)
         targets_BS = targets_of(labels, shift_labels, outputs.last_hidden_state.shape[:2], ignored)

@@ -222,12 +222,22 @@ def check_one_of(pixel_values, visual_states) -> None:
         raise ValueError("Expected pixel_values or visual_states, got both: the states stand in place of the images.")
 
 
-class VisualInput(NamedTuple):
-    """What a forward pass knows of its images: where they are, what the decoder reads, the encoder's features (V, C)."""
+class GivenImages(NamedTuple):
+    """The images of a forward pass, in the order of their placeholders.
 
-    layout: TokenLayout
-    visual: Tensor | tuple | None = None
+    Attributes:
+        name: the argument that they came in.
+        lengths: visual tokens of each.
+        features: (V, C) of the encoder, where it has just run.
+        stored: features or keys and values in place of these, or None.
+        rows: (V,) where visual tokens find their rows in `stored`; None: one row for each, in order.
+    """
+
+    name: str
+    lengths: list[int]
     features: Tensor | None = None
+    stored: Tensor | tuple | None = None
+    rows: Tensor | None = None
 
 
 class UsesVisualStates:
@@ -303,10 +313,8 @@ class UsesVisualStates:
             )
         self.checked_store(states.store)
         layers, dtype = self.language_model.layers, self.get_input_embeddings().weight.dtype
-        token_shape, again = (
-            (self.config.vision_feature_size,),
-            "Compute them with this model: model.get_visual_states(images).",
-        )
+        token_shape: tuple[int, ...] = (self.config.vision_feature_size,)
+        again = "Compute them with this model: model.get_visual_states(pixel_values)."
         if states.store == "keys_values":
             token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
         if states.num_layers not in (None, len(layers)):
@@ -329,69 +337,81 @@ class UsesVisualStates:
         image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
 
-    def visual_input(self, input_ids, inputs_embeds, attention_mask, position_ids, images, further) -> VisualInput:
-        """What `forward`'s arguments say about images: `pixel_values` and what goes with them, or `visual_states`. Raises
-        ValueError if both are given, visual tokens and placeholders differ in number, or the states are another model's."""
-        images = {name: x for name, x in images.items() if x is not None}
-        check_one_of(images.get("pixel_values"), states := images.pop("visual_states", None))
-        if states is None and "pixel_values" not in images:
-            if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
-                self._warn_if_images_are_missing(input_ids)
-            return VisualInput(TokenLayout(None))
-        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-        # in embedding space visual tokens are tokens like others, and so is padding, as in a LLaVA
-        real_BS = None if self.config.in_embedding_space else real_tokens(attention_mask, visual_BS.shape[1])
-        if states is not None:
-            return self._from_states(states, visual_BS, real_BS, position_ids)
-        return self._from_pixels(images, visual_BS, real_BS, further)
+    def given_images(self, pixel_values, visual_states, encoder_arguments: dict, further: dict) -> GivenImages | None:
+        """The images in `forward`'s arguments, encoded; `further` holds those that both encoder and decoder may know.
 
-    def layout_of_outputs(self, kept, input_ids, inputs_embeds, attention_mask, pixel_values=None, visual_states=None):
-        """The `TokenLayout` of those outputs (B, S, ...) that the index `kept` leaves of the S of an input."""
-        images = pixel_values if visual_states is None else visual_states
-        if images is None or not len(images) or self.config.in_embedding_space:
-            return TokenLayout(None)
-        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
-        real_BS = real_tokens(attention_mask, visual_BS.shape[1])
-        return self.layout_of(visual_BS[:, kept], None, None, None if real_BS is None else real_BS[:, kept])
-
-    def _from_pixels(self, images: dict, visual_BS, real_BS, further: dict) -> VisualInput:
-        if further:  # those that the encoder's `forward` has a parameter for go there
+        Raises:
+            ValueError: `pixel_values` and `visual_states` are both given, or the states are another model's.
+        """
+        check_one_of(pixel_values, visual_states)
+        if visual_states is not None:
+            return self._given_states(visual_states)
+        if pixel_values is None:
+            return None
+        arguments = {name: x for name, x in encoder_arguments.items() if x is not None} | {"pixel_values": pixel_values}
+        if further:
             names = inspect.signature(getattr(self.vision_tower, "vision_model", self.vision_tower).forward).parameters
-            images |= {name: further[name] for name in names if name in further}
-        features = []
-        if len(images["pixel_values"]):
+            arguments |= {name: further[name] for name in names if name in further}
+        if len(pixel_values):
             # the encoder's other states are let go of
-            features = list(self.get_image_features(return_dict=True, **images).pooler_output)
-        layout = self.layout_of(visual_BS, None, None, real_BS, pixel_values=[len(image) for image in features])
-        if features:
-            features = torch.cat(features)
-            return VisualInput(layout, self.for_layers(features, layout), features)
+            features = list(self.get_image_features(return_dict=True, **arguments).pooler_output)
+            return GivenImages("pixel_values", [len(image) for image in features], torch.cat(features))
         learns = self.training and torch.is_grad_enabled()
-        return VisualInput(TokenLayout(None), self.for_layers(self.no_features(**images)) if learns else None)
+        return GivenImages("pixel_values", [], stored=self.no_features(**arguments) if learns else None)
 
-    def _from_states(self, states: SaisaVisualStates, visual_BS, real_BS, position_ids) -> VisualInput:
+    def _given_states(self, states: SaisaVisualStates) -> GivenImages:
         self.check_visual_states(states)
+        if not len(states):
+            return GivenImages("visual_states", [])
         keeps_features = states.store == "features"
         if keeps_features:
             states = states.compact()  # what is not asked for need not be projected
-        if not len(states):
-            self.layout_of(visual_BS, None, None, real_BS, visual_states=[])
-            return VisualInput(TokenLayout(None))
+        rows, stored = states.rows(), states.stored.features if keeps_features else states.stored.keys_values
         # what becomes of a visual token may depend on the sample that it stands in
-        spread = self.config.in_embedding_space or (keeps_features and self.tells_samples_apart())
-        rows, features = states.rows(), states.stored.features
-        places = (None, None) if spread else (rows, position_ids)
-        layout = self.layout_of(visual_BS, *places, real_BS, visual_states=states.lengths)
-        if not keeps_features:
-            return VisualInput(layout, states.stored.keys_values)
-        return VisualInput(layout, self.for_layers(features[rows] if spread and rows is not None else features, layout))
+        if rows is not None and (self.config.in_embedding_space or (keeps_features and self.tells_samples_apart())):
+            stored, rows = stored[rows], None
+        return GivenImages("visual_states", states.lengths, stored=stored, rows=rows)
+
+    @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
+    def layout_of(self, images: GivenImages, input_ids, inputs_embeds, attention_mask, position_ids) -> TokenLayout:
+        """Where `images` are in an input. Raises ValueError if they do not fill its placeholders."""
+        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+        self.check_visual_tokens(images.name, images.lengths, int(visual_BS.sum()))
+        if not images.lengths:
+            return TokenLayout(None)
+        # in embedding space visual tokens are tokens like others, and so is padding, as in a LLaVA
+        real_BS = None if self.config.in_embedding_space else real_tokens(attention_mask, visual_BS.shape[1])
+        return TokenLayout(visual_BS, images.rows, position_ids, real_BS)
+
+    @torch.compiler.disable
+    def layout_of_outputs(self, kept, input_ids, inputs_embeds, attention_mask) -> TokenLayout:
+        """Where images are in those outputs (B, S, ...) that the index `kept` leaves of the S of an input."""
+        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+        real_BS = real_tokens(attention_mask, visual_BS.shape[1])
+        return TokenLayout(visual_BS[:, kept], real_BS=None if real_BS is None else real_BS[:, kept])
+
+    def layout_without_images(self, input_ids) -> TokenLayout:
+        """That of text. Logs a line if `input_ids`, where given, have placeholders for an image."""
+        if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
+            placeholders = int((input_ids == self.config.image_token_id).sum())
+            if placeholders >= max(self.config.image_seq_length, 2):
+                logger.warning_once(
+                    f"input_ids has {placeholders} placeholders (image_token_id={self.config.image_token_id}), but "
+                    "pixel_values is None: they are read as text. Pass the images, or a prompt without them."
+                )
+        return TokenLayout(None)
+
+    def read_by_layers(self, images: GivenImages, layout: TokenLayout) -> Tensor | tuple | None:
+        """What the decoder reads of `images`: features, or for each layer keys and values."""
+        given = images.features if images.stored is None else images.stored
+        return given if given is None or isinstance(given, tuple) else self.for_layers(given, layout)
 
     def for_layers(self, features: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """What the decoder reads of features (V, C): these, or (V, D) past the projector if all layers share one."""
         features = features.to(self.get_input_embeddings().weight.dtype)
         if self.config.projector_sharing != "shared":
             return features
-        if layout is None or not tells_samples_apart([self.visual_projector]):
+        if layout is None or layout.visual_BS is None or not tells_samples_apart([self.visual_projector]):
             return self.visual_projector(features)
         return layout.visual(self.visual_projector(layout.in_input_order(features)))
 
@@ -400,13 +420,6 @@ class UsesVisualStates:
         modules = [module for layer in self.language_model.layers for module in layer.visual_modules().values()]
         return tells_samples_apart([*modules, *([self.visual_projector] if hasattr(self, "visual_projector") else [])])
 
-    @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
-    def layout_of(self, visual_BS: Tensor, *places, **lengths_by_name: list[int]) -> TokenLayout:
-        """The layout of an input with these visual positions, which the images in the arguments named have to fill."""
-        for name, lengths in lengths_by_name.items():
-            self.check_visual_tokens(name, lengths, int(visual_BS.sum()))
-        return TokenLayout(visual_BS, *places)
-
     def check_visual_tokens(self, name: str, lengths: list[int], placeholders: int):
         """Raises ValueError if images of `lengths` visual tokens, the argument `name`, do not fill `placeholders`."""
         if sum(lengths) != placeholders:
@@ -414,12 +427,4 @@ class UsesVisualStates:
                 f"{name} holds {len(lengths)} images with {sum(lengths)} visual tokens in all, but the input has "
                 f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
                 f"as visual tokens: let the processor expand the prompt, and pass each image once."
-            )
-
-    def _warn_if_images_are_missing(self, input_ids):
-        placeholders = int((input_ids == self.config.image_token_id).sum())
-        if placeholders >= max(self.config.image_seq_length, 2):
-            logger.warning_once(
-                f"input_ids has {placeholders} placeholders (image_token_id={self.config.image_token_id}), but pixel_values "
-                f"is None: they are read as text. Pass the images, or a prompt without them."
             )
