@@ -13,7 +13,8 @@ Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a g
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .compat_saisa import (
     is_quantized,
     makes_causal_masks,
 )
+from .hardware_saisa import Luggage
 from .token_layout_saisa import TokenLayout, segments_of
 
 
@@ -119,38 +121,28 @@ class Visibility:
 
     def _queries(self) -> tuple[Tensor, Tensor | None]:
         """(B or 1, T) places of the queries, and (B, T) packed samples that they belong to, or None."""
-        if self.layout.visual_BS is None:
-            return self.slots[None], self.document_BS
-        position_BT = self.layout.query_position_BT
-        documents_BT = None if self.document_BS is None else self.document_BS.gather(1, position_BT)
-        return self.slots[position_BT], documents_BT
+        query_BT = self.slots[None] if self.layout.visual_BS is None else self.slots[self.layout.query_position_BT]
+        return query_BT, None if self.document_BS is None else self.layout.text(self.document_BS)
 
 
 class Runs:
-    """NAAViT as plain causal attention: each run of text over all keys up to its own end, but for padding and other packed
-    samples. A sliding window is the kernel's affair."""
+    """Plain causal attention of each run, without padding or other packed samples. A window is left to the kernel."""
 
     def __init__(self, visibility: Visibility):
         self.window = visibility.window
-        equal = visibility.equal_in_all_samples()
-        self.slices = list(_runs_as_slices(visibility)) if equal else None
-        self.rows = None if equal else list(_runs_as_rows(visibility))
+        self.slices = _runs_as_slices(visibility) if visibility.equal_in_all_samples() else None
+        self.rows = Luggage(*(_runs_as_rows(visibility) if self.slices is None else ()))
 
     def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> Tensor:
         """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
-
-        def kernel(query, key, value, **lengths):
-            return self._kernel(implementation, module, query, key, value, **options, **lengths)
-
+        kernel = partial(self._kernel, implementation, module, **options)
         if self.slices is not None:
             runs = ((query_BNTH[:, :, t], key_BKLH[:, :, k], value_BKLH[:, :, k]) for t, k in self.slices)
             return torch.cat([kernel(*run) for run in runs], dim=1)
         query_RNH, key_RKH, value_RKH = (x.transpose(1, 2).flatten(0, 1) for x in (query_BNTH, key_BKLH, value_BKLH))
-        output_RNH, device = torch.zeros_like(query_RNH), query_RNH.device
-        for queries, keys, lengths in self.rows:
-            queries, keys = queries.to(device), keys.to(device)
+        output_RNH = torch.zeros_like(query_RNH)
+        for queries, keys, lengths in self.rows.at(query_RNH.device):
             selected = (query_RNH[queries], key_RKH[keys], value_RKH[keys])
-            lengths = {name: n.to(device) if isinstance(n, Tensor) else n for name, n in lengths.items()}
             run_RNH = kernel(*(x_RNH[None].transpose(1, 2) for x_RNH in selected), **lengths)[0]
             output_RNH = output_RNH.index_copy(0, queries, run_RNH)
         return output_RNH.view(query_BNTH.transpose(1, 2).shape)
@@ -163,17 +155,15 @@ class Runs:
             mask = causal_lower_right(queries, key_BKLH.shape[2]) if queries > 1 else None
         else:
             options |= {"is_causal": True, "sliding_window": self.window}
-        attention = ALL_ATTENTION_FUNCTIONS[implementation]
-        return attention(module, query_BNTH, key_BKLH, value_BKLH, mask, **options)[0]
+        return ALL_ATTENTION_FUNCTIONS[implementation](module, query_BNTH, key_BKLH, value_BKLH, mask, **options)[0]
 
 
-def _runs_as_slices(visibility: Visibility):
-    """Yields for each run its slices of T and of L, which all samples share."""
-    first, text = int(visibility.slots[0]) - visibility.key_range[1], 0
-    for visual, start, end in visibility.layout.segments:
-        if not visual:
-            yield slice(text, text + end - start), slice(0, first + end)
-            text += end - start
+def _runs_as_slices(visibility: Visibility) -> list[tuple[slice, slice]]:
+    """For each run its slices of T and of L, which all samples share."""
+    first, segments = int(visibility.slots[0]) - visibility.key_range[1], visibility.layout.segments
+    return [
+        (slice(row, row + end - start), slice(0, first + end)) for visual, start, end, row in segments if not visual
+    ]
 
 
 def _runs_as_rows(visibility: Visibility):
@@ -184,39 +174,27 @@ def _runs_as_rows(visibility: Visibility):
     visual_BS, slot_S = layout.visual_BS.cpu(), visibility.slots.cpu() - offset
     key_L, real_BL = torch.arange(length), visibility.real_keys()
     real_BL = torch.ones(len(visual_BS), length, dtype=torch.bool) if real_BL is None else real_BL.cpu()
-    documents_BS = None if visibility.document_BS is None else visibility.document_BS.cpu()
-    by_sample = []
+    by_sample = [[] for _ in visual_BS]
     for b, visual_S in enumerate(visual_BS):
-        column_S, runs = layout.column_BS[b], []
         # packed samples follow each other without a cache, so that places of keys are positions
-        for start, end in _text_segments(visual_S, None if documents_BS is None else documents_BS[b]):
-            position_R = torch.arange(start, end)
-            position_R = position_R[real_BL[b, slot_S[start:end]]]
+        document_S = None if visibility.document_BS is None else visibility.document_BS[b].cpu()
+        for visual, start, end, _ in segments_of(visual_S, document_S):
+            position_R = torch.arange(start, end)[real_BL[b, slot_S[start:end]]]
+            if visual or not len(position_R):
+                continue
             seen_L = real_BL[b] & (key_L <= slot_S[end - 1])
-            if documents_BS is not None:
-                seen_L = seen_L & (documents_BS[b] == documents_BS[b, start])
-            if len(position_R):
-                runs.append((b * layout.longest + column_S[position_R], b * length + seen_L.nonzero().squeeze(1)))
-        by_sample.append(runs)
-    for number in range(max(map(len, by_sample))):
-        queries, keys = zip(*(runs[number] for runs in by_sample if len(runs) > number))
+            if document_S is not None:
+                seen_L = seen_L & (document_S == document_S[start])
+            query_R = b * layout.longest + layout.column_BS[b, position_R]
+            by_sample[b].append((query_R, b * length + seen_L.nonzero().squeeze(1)))
+    for runs in zip_longest(*by_sample):
+        queries, keys = zip(*filter(None, runs))
         arguments = {}
         for name, rows in (("q", queries), ("k", keys)):
             lengths = torch.tensor([0, *map(len, rows)], dtype=torch.int32)
             arguments[f"cu_seq_lens_{name}"] = lengths.cumsum(0, dtype=torch.int32)
             arguments[f"max_length_{name}"] = int(lengths.max())
         yield torch.cat(queries), torch.cat(keys), arguments
-
-
-def _text_segments(visual_S: Tensor, document_S: Tensor | None) -> list[tuple[int, int]]:
-    """The stretches [start, end) of text in one sample, cut where a packed sample follows another."""
-    cut = []
-    for start, end in [(start, end) for visual, start, end in segments_of(visual_S) if not visual]:
-        cuts = []
-        if document_S is not None:
-            cuts = (document_S[start : end - 1] != document_S[start + 1 : end]).nonzero().squeeze(1) + start + 1
-        cut += pairwise([start, *map(int, cuts), end])
-    return cut
 
 
 # --- what the decoder asks for ----------------------------------------------------------------------------------------
@@ -248,11 +226,7 @@ def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
 
 def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
     """Whether to return a cache, the one that a forward pass of `decoder` writes into, and the places (S,) in it of `length`
-    new tokens.
-
-    Raises:
-        ValueError: the cache does not give back the keys that it got, and some layers do not see the image.
-    """
+    new tokens. A ValueError if some layers do not see the image, and the cache does not give back the keys that it got."""
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     checkpointing = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
     if checkpointing and (use_cache or cache is not None):
@@ -273,7 +247,7 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
 def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids) -> dict:
     """What the layers' attention implementations take as masks, by kind of layer. Without a mask and a cache, a packed sample
     begins wherever `position_ids` do not go up by one."""
-    masks, documents = {}, None
+    masks, documents, prepared = {}, None, isinstance(attention_mask, dict)
     if position_ids is None:
         position_ids = slots[None]
     elif attention_mask is None and cache is None:
@@ -281,11 +255,10 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
         documents = starts.cumsum(-1).expand(len(text_BTD), -1)
     for index, layer in enumerate(decoder.layers):
         if layer.mask_kind not in masks:
-            given = attention_mask.get(layer.attention_type) if isinstance(attention_mask, dict) else attention_mask
+            given = attention_mask.get(layer.attention_type) if prepared else attention_mask
             own_layout, queries = layer.queries_of(layout, text_BTD)
             key_range = (0, 0) if is_paged(cache) else cached_key_range(cache, index, slots)
             visibility = Visibility(own_layout, slots, key_range, layer.self_attn.window, given, documents)
-            prepared = isinstance(attention_mask, dict)
             masks[layer.mask_kind] = _mask(decoder.config, layer, visibility, queries, cache, position_ids, prepared)
     return masks
 
@@ -306,9 +279,8 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
     packed = "flash" in implementation and documents is not None and bool(documents.any())
     if unfilled or packed or not makes_causal_masks(layer.attention_type):
         # transformers' masks do not say which places of the cache are filled, or where a packed sample ends
-        visibility.layout = TokenLayout(
-            torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device)
-        )
+        no_image_BS = torch.zeros(text_BTD.shape[:2], dtype=torch.bool, device=visibility.slots.device)
+        visibility.layout = TokenLayout(no_image_BS)
         return visibility.for_implementation(implementation, text_BTD.dtype)
     if prepared:
         return given
@@ -335,6 +307,5 @@ def hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout: TokenLayout, 
     if attention_mask is None:
         return ~marked_B11L
     attention_mask = attention_mask[..., : marked_B11L.shape[-1]]
-    if attention_mask.dtype == torch.bool:
-        return attention_mask & ~marked_B11L
-    return attention_mask.masked_fill(marked_B11L, torch.finfo(attention_mask.dtype).min)
+    hidden = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
+    return attention_mask.masked_fill(marked_B11L, hidden)

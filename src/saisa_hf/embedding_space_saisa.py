@@ -72,17 +72,16 @@ class ThroughEveryLayer:
     """The part of a decoder whose layers hand visual tokens on; it stands in front of `SaisaLanguageModel`."""
 
     def through_layers(self, text_BTD, visual, layout, rotations, masks, wanted, **kwargs):
-        visual_VD = visual
-        if visual_VD is not None:
-            visual_VD = self.family.scaled_input(visual_VD.to(text_BTD.device, text_BTD.dtype))
-        if visual_VD is not None and layout.visual_BS is None:
-            # a sum of no numbers is zero, as is its gradient (see `EncodesImages.no_features`)
-            text_BTD, visual_VD = text_BTD + visual_VD.sum(), None
+        visual_VD = None
+        if visual is not None:
+            visual_VD = self.family.scaled_input(visual.to(text_BTD.device, text_BTD.dtype))
+            if layout.visual_BS is None:  # of no images: only their gradient counts (see `EncodesImages.no_features`)
+                text_BTD, visual_VD = layout.joined(text_BTD, visual_VD), None
         hidden_states, attentions = [], []
         luggage = Luggage(rotations, masks)
         for layer in self.layers:
             if wanted["hidden_states"]:
-                hidden_states.append(_joined(layout, text_BTD, visual_VD))
+                hidden_states.append(layout.joined(text_BTD, visual_VD))
             rotations, masks = luggage.at(layer.device)
             text_BTD, visual_VD, probabilities_BNSL = layer(
                 text_BTD,
@@ -94,8 +93,4 @@ class ThroughEveryLayer:
             )
             if wanted["attentions"] and probabilities_BNSL is not None:
                 attentions.append(probabilities_BNSL)
-        return self.norm(_joined(layout, text_BTD, visual_VD)), hidden_states, attentions
-
-
-def _joined(layout: TokenLayout, text_BTD: Tensor, visual_VD: Tensor | None) -> Tensor:
-    return text_BTD if visual_VD is None else layout.joined(text_BTD, visual_VD)
+        return self.norm(layout.joined(text_BTD, visual_VD)), hidden_states, attentions

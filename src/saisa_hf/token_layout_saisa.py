@@ -1,7 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which positions of an input are text and which are visual, and every move between the two.
+"""Where text and images are in an input: the moves of rows between them, and the rotary embedding of their positions.
 
-Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a given order.
+Shape suffixes as in `modeling_saisa.py`; R rows in a given order.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,15 @@ from torch import Tensor, nn
 CACHED_BYTES = 2**19
 
 
-def segments_of(visual_S: Tensor) -> list[tuple[bool, int, int]]:
-    """(visual, start, end) of the stretches [start, end) of text and of visual tokens in `visual_S`, bool (S,) on the CPU."""
-    cuts = (torch.nonzero(visual_S[1:] != visual_S[:-1]).squeeze(1) + 1).tolist()
-    return [(bool(visual_S[start]), start, end) for start, end in pairwise([0, *cuts, len(visual_S)]) if end > start]
+def segments_of(visual_S: Tensor, document_S: Tensor | None = None) -> list[tuple[bool, int, int, int]]:
+    """(visual, start, end, row) of the stretches [start, end) of text and of visual tokens in `visual_S`, bool (S,) on the
+    CPU, cut where a packed sample ends as well. `row` counts the tokens of the same kind in front of a stretch."""
+    changes_S = visual_S[1:] != visual_S[:-1]
+    if document_S is not None:
+        changes_S = changes_S | (document_S[1:] != document_S[:-1])
+    cuts = [0, *(changes_S.nonzero().squeeze(1) + 1).tolist(), len(visual_S)]
+    row_S = torch.where(visual_S, visual_S.cumsum(0), (~visual_S).cumsum(0)) - 1
+    return [(bool(visual_S[start]), start, end, int(row_S[start])) for start, end in pairwise(cuts)]
 
 
 def all_equal(x_BS: Tensor) -> bool:
@@ -40,9 +45,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> T
 def real_tokens(attention_mask, length: int) -> Tensor | None:
     """bool (B, length), False where `attention_mask` says that one of the last `length` tokens is padding; None where it does
     not say: it is missing, or prepared for the attention function."""
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -length:].bool()
+    says = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    return attention_mask[:, -length:].bool() if says else None
 
 
 class TokenLayout:
@@ -60,25 +64,26 @@ class TokenLayout:
         real_BS: bool, False at padding. None: there is none.
     """
 
-    def __init__(
-        self,
-        visual_BS: Tensor | None,
-        visual_rows: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        real_BS: Tensor | None = None,
-    ):
+    def __init__(self, visual_BS: Tensor | None, visual_rows=None, position_ids=None, real_BS: Tensor | None = None):
         self.visual_BS = visual_BS
+        self._visual_rows: Tensor | slice = slice(None)
         if visual_BS is None:
             return
         device, visual_BS = visual_BS.device, visual_BS.cpu()
         text_BS = ~visual_BS if real_BS is None else ~visual_BS & real_BS.cpu()
-        self.batch_size, self.length = visual_BS.shape
-        has_padding = bool((text_BS == visual_BS).any())
-        self.segments = segments_of(visual_BS[0]) if all_equal(visual_BS) and not has_padding else None
+        self.batch_size, self.length = self.shape = visual_BS.shape
+        all_alike = all_equal(visual_BS) and bool((text_BS | visual_BS).all())
+        self.segments = segments_of(visual_BS[0]) if all_alike else None
         self._place_text(text_BS, device)
         self._place_visual(visual_BS, visual_rows, position_ids, device)
         if self.segments is None:
-            self._index_joined_rows(text_BS, visual_BS, device)
+            # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]; padding has a
+            # neighbour's keys, since static caches of 4.57 count the keys that are not zero
+            rows = self.batch_size * self.longest
+            text_row_BS = torch.arange(self.batch_size)[:, None] * self.longest + self.column_BS
+            visual_row_BS = rows + visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
+            self._key_source = torch.where(visual_BS, visual_row_BS, text_row_BS).flatten().to(device)
+            self._aligned_source = torch.where(text_BS, text_row_BS, rows).flatten().to(device)
 
     def _place_text(self, text_BS: Tensor, device: torch.device) -> None:
         """The columns of the text tokens, and the positions of the columns."""
@@ -88,18 +93,15 @@ class TokenLayout:
         # before the first text token of a sample, the column that this will have
         column_BS = (text_BS.cumsum(1) - 1).clamp(min=0) + shift_B1
         self.column_BS = column_BS.clamp(max=max(self.longest - 1, 0))
+        is_text_BT = torch.arange(self.longest) >= shift_B1
         position_BT = text_BS.int().argmax(1, keepdim=True).repeat(1, self.longest)
-        sample_R, position_R = text_BS.nonzero(as_tuple=True)
-        position_BT[sample_R, self.column_BS[sample_R, position_R]] = position_R
-        self.query_position_BT = position_BT.to(device)
-        self.is_text_BT = (torch.arange(self.longest) >= shift_B1).to(device)
-        first_row_B1 = torch.arange(self.batch_size)[:, None] * self.length
-        self._text_positions = (first_row_B1 + position_BT).flatten().to(device)
+        position_BT[is_text_BT] = text_BS.nonzero()[:, 1]
+        self.query_position_BT, self.is_text_BT = position_BT.to(device), is_text_BT.to(device)
+        self._text_positions = (torch.arange(self.batch_size)[:, None] * self.length + position_BT).flatten().to(device)
 
     def _place_visual(self, visual_BS: Tensor, visual_rows, position_ids, device: torch.device) -> None:
         """The positions of the visual tokens and where their rows are stored: once, where all samples have the same."""
-        self._visual_positions = visual_BS.flatten().nonzero().squeeze(1).to(device)
-        self._visual_rows, self._stored_slice, self.shared = None, None, False
+        self._visual_positions, self.shared = visual_BS.flatten().nonzero().squeeze(1).to(device), False
         if visual_rows is None:
             return
         if self.segments is not None and (position_ids is None or all_equal(position_ids)):
@@ -108,19 +110,8 @@ class TokenLayout:
             visual_rows = visual_rows[: len(visual_rows) // self.batch_size]
             self._visual_positions = self._visual_positions[: len(visual_rows)]
         self._visual_rows = visual_rows.to(device)
-        if len(visual_rows):
-            start, end = int(visual_rows[0]), int(visual_rows[0]) + len(visual_rows)
-            if torch.equal(visual_rows.cpu(), torch.arange(start, end)):
-                self._stored_slice = slice(start, end)
-
-    def _index_joined_rows(self, text_BS: Tensor, visual_BS: Tensor, device: torch.device) -> None:
-        """Where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]. Padding has a
-        neighbour's keys, since static caches of 4.57 count the keys that are not zero."""
-        rows = self.batch_size * self.longest
-        text_row_BS = torch.arange(self.batch_size)[:, None] * self.longest + self.column_BS
-        visual_row_BS = rows + visual_BS.flatten().cumsum(0).view_as(visual_BS) - 1
-        self._key_source = torch.where(visual_BS, visual_row_BS, text_row_BS).flatten().to(device)
-        self._aligned_source = torch.where(text_BS, text_row_BS, rows).flatten().to(device)
+        if len(visual_rows) and bool((visual_rows.diff() == 1).all()):  # then they need not be copied
+            self._visual_rows = slice(int(visual_rows[0]), int(visual_rows[-1]) + 1)
 
     def text(self, x_BSX: Tensor) -> Tensor:
         """(B, S, ...) -> (B, T, ...): the rows of the text positions."""
@@ -136,62 +127,58 @@ class TokenLayout:
     def in_input_order(self, x_VX: Tensor) -> Tensor:
         """(V, X) -> (B, S, X): visual rows at their positions, zeros elsewhere. The inverse of `visual`."""
         x_RX = x_VX.new_zeros(self.batch_size * self.length, x_VX.shape[-1])
-        x_RX = x_RX.index_copy(0, self._visual_positions.to(x_VX.device), x_VX)
-        return x_RX.view(self.batch_size, self.length, -1)
+        return x_RX.index_copy(0, self._visual_positions.to(x_VX.device), x_VX).unflatten(0, self.shape)
 
     def placed(self, stored_VX: Tensor) -> Tensor:
         """Stored rows -> (V, X), those of the visual tokens in input order; the first sample's alone where shared."""
-        if self.visual_BS is None or self._visual_rows is None:
-            return stored_VX
-        if self._stored_slice is not None:
-            return stored_VX[self._stored_slice]
+        if isinstance(self._visual_rows, slice):
+            return stored_VX[self._visual_rows]
         return stored_VX.index_select(0, self._visual_rows.to(stored_VX.device))
 
-    def keys(
-        self, text_BTKH: Tensor, visual_VKH: Tensor | None, rotation: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values of text and visual tokens in input order; padding has a
-        neighbour's. `visual_VKH=None` leaves zeros. `rotation`, cosines and sines (V, H), is still to be applied to the
-        visual ones."""
+    def keys(self, text_BTKH: Tensor, visual_VKH: Tensor | None, rotation: tuple | None = None) -> Tensor:
+        """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values in input order. Padding has a neighbour's; without
+        `visual_VKH`, visual positions have zeros. `rotation`, a pair of (V, 1, H), is still to be applied to it."""
         if self.visual_BS is None:
             if visual_VKH is not None:  # of no images: a sum of no numbers is zero, as is its gradient
                 text_BTKH = text_BTKH + visual_VKH.sum()
             return text_BTKH.transpose(1, 2)
         if visual_VKH is None:
             visual_VKH = text_BTKH.new_zeros(1, 1, 1).expand(len(self._visual_positions), *text_BTKH.shape[2:])
-        cos_sin_V1H = () if rotation is None else tuple(x_VH[:, None] for x_VH in rotation)
-        if self.segments is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return self._written(text_BTKH, visual_VKH, *cos_sin_V1H)
-        if rotation is not None:
-            visual_VKH = rotated(visual_VKH, *cos_sin_V1H)
-        if self.segments is not None:
-            visual_BKVH = self._visual_by_sample(visual_VKH).expand(self.batch_size, -1, -1, -1)
-            return self._join(text_BTKH.transpose(1, 2), visual_BKVH, dim=2)
-        rows = torch.cat([text_BTKH.flatten(0, 1), visual_VKH])
-        rows = rows.index_select(0, self._key_source.to(rows.device))
-        return rows.unflatten(0, (self.batch_size, self.length)).transpose(1, 2)
+        in_place = self.segments is not None and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if rotation is not None and not in_place:
+            visual_VKH, rotation = rotated(visual_VKH, *rotation), None
+        if self.segments is None:
+            rows = torch.cat([text_BTKH.flatten(0, 1), visual_VKH])
+            return rows.index_select(0, self._key_source.to(rows.device)).unflatten(0, self.shape).transpose(1, 2)
+        by_sample = (1 if self.shared else self.batch_size, -1)
+        visual = [x_VKH.unflatten(0, by_sample).transpose(1, 2) for x_VKH in (visual_VKH, *(rotation or ()))]
+        text_BKTH = text_BTKH.transpose(1, 2)
+        if in_place:
+            return self._written(text_BKTH, *visual)
+        visual_BKVH = visual[0].expand(self.batch_size, -1, -1, -1)
+        parts = ((visual_BKVH if visual else text_BKTH, row, end - start) for visual, start, end, row in self.segments)
+        return torch.cat([x.narrow(2, row, length) for x, row, length in parts], dim=2)
+
+    def joined(self, text_BTX: Tensor, visual_VX: Tensor | None) -> Tensor:
+        """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order; without the latter, the text."""
+        if visual_VX is None:
+            return text_BTX
+        return self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
 
     def align(self, x_BTX: Tensor) -> Tensor:
         """(B, T, X) -> (B, S, X): text rows at their positions, zeros at visual positions and at padding."""
         if self.visual_BS is None:
             return x_BTX
         if self.segments is not None:
-            zeros_11X = x_BTX.new_zeros(1, 1, x_BTX.shape[-1])
-            zeros_BVX = zeros_11X.expand(self.batch_size, self.length - self.longest, -1)
-            return self._join(x_BTX, zeros_BVX, dim=1)
+            return self.keys(x_BTX[:, :, None], None)[:, 0]
         rows = torch.cat([x_BTX.flatten(0, 1), x_BTX.new_zeros(1, x_BTX.shape[-1])])
-        return rows.index_select(0, self._aligned_source.to(rows.device)).view(self.batch_size, self.length, -1)
+        return rows.index_select(0, self._aligned_source.to(rows.device)).unflatten(0, self.shape)
 
     def targets(self, targets_BS: Tensor, ignored: int) -> Tensor:
         """(B, S) -> (B, T): what the text tokens are to predict; `ignored` in columns that are none of a sample's."""
-        targets_BT = self.text(targets_BS).contiguous()
         if self.visual_BS is None:
-            return targets_BT
-        return targets_BT.masked_fill(~self.is_text_BT.to(targets_BT.device), ignored)
-
-    def joined(self, text_BTX: Tensor, visual_VX: Tensor) -> Tensor:
-        """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order."""
-        return self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
+            return targets_BS.contiguous()
+        return self.text(targets_BS).masked_fill(~self.is_text_BT.to(targets_BS.device), ignored)
 
     def query_rows(self, x_BNSX: Tensor) -> Tensor:
         """(B or 1, N, S, X) -> (B, N, T, X): the rows of the queries' positions."""
@@ -204,52 +191,31 @@ class TokenLayout:
         """(B, N, T, L) -> (B, N, S, L): attention rows at their queries' positions, zeros at visual positions."""
         if self.visual_BS is None:
             return x_BNTL
-        batch_size, heads, _, keys = x_BNTL.shape
         aligned_BSX = self.align(x_BNTL.transpose(1, 2).flatten(2))
-        return aligned_BSX.view(batch_size, self.length, heads, keys).transpose(1, 2)
+        return aligned_BSX.unflatten(2, (-1, x_BNTL.shape[3])).transpose(1, 2)
 
-    def _visual_by_sample(self, x_VKH: Tensor) -> Tensor:
-        """(V, K, H) -> (B, K, visual tokens of a sample, H), or (1, ...) where all samples share them."""
-        return x_VKH.unflatten(0, (1 if self.shared else self.batch_size, -1)).transpose(1, 2)
-
-    def _written(self, text_BTKH, visual_VKH, *cos_sin_V1H) -> Tensor:
+    def _written(self, text_BKTH: Tensor, visual_BKVH: Tensor, *cos_sin_B1VH: Tensor) -> Tensor:
         """As `keys`: each row is written to its place straight away, the rotated ones a few heads at a time on a CPU."""
-        heads, head_size = text_BTKH.shape[2:]
-        joined_BKSH = text_BTKH.new_empty(self.batch_size, heads, self.length, head_size)
-        text_BKTH = text_BTKH.transpose(1, 2)
-        visual_BKVH, *cos_sin_B1VH = map(self._visual_by_sample, (visual_VKH, *cos_sin_V1H))
-        taken = [0, 0]
-        for is_visual, start, end in self.segments:
-            part, place_BKSH = slice(taken[is_visual], taken[is_visual] + end - start), joined_BKSH[:, :, start:end]
-            taken[is_visual] += end - start
-            if not is_visual or not cos_sin_B1VH:
-                place_BKSH.copy_((visual_BKVH if is_visual else text_BKTH)[:, :, part])
+        batch_size, heads, _, head_size = text_BKTH.shape
+        joined_BKSH = text_BKTH.new_empty(batch_size, heads, self.length, head_size)
+        for visual, start, end, row in self.segments:
+            place_BKSH, rows = joined_BKSH[:, :, start:end], slice(row, row + end - start)
+            if not visual or not cos_sin_B1VH:
+                place_BKSH.copy_((visual_BKVH if visual else text_BKTH)[:, :, rows])
                 continue
-            cos, sin = (x_B1VH[:, :, part] for x_B1VH in cos_sin_B1VH)
-            own_BKSH, at_once = place_BKSH[: len(cos)], heads
-            if own_BKSH.device.type == "cpu":
-                at_once = max(1, CACHED_BYTES // own_BKSH[:, 0].nbytes)
-            for x, out in zip(visual_BKVH[:, :, part].split(at_once, 1), own_BKSH.split(at_once, 1)):
+            cos, sin = (x_B1VH[:, :, rows] for x_B1VH in cos_sin_B1VH)
+            own_BKSH = place_BKSH[: len(cos)]  # of the first sample alone where the visual tokens are shared
+            at_once = max(1, CACHED_BYTES // own_BKSH[:, 0].nbytes) if own_BKSH.is_cpu else heads
+            for x, out in zip(visual_BKVH[:, :, rows].split(at_once, 1), own_BKSH.split(at_once, 1)):
                 rotated(x, cos, sin, out)
             if self.shared:
                 place_BKSH[1:] = own_BKSH
         return joined_BKSH
 
-    def _join(self, text: Tensor, visual: Tensor, dim: int) -> Tensor:
-        """Text and visual tokens of all samples along `dim`, stretch by stretch in input order."""
-        taken, pieces = [0, 0], []
-        for is_visual, start, end in self.segments:
-            pieces.append((visual if is_visual else text).narrow(dim, taken[is_visual], end - start))
-            taken[is_visual] += end - start
-        return torch.cat(pieces, dim)
-
-
-# --- positions --------------------------------------------------------------------------------------------------------
-
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding: (B, T, H) each for the text tokens, (V, H) for the visual ones, and
-    (B or 1, S, H) for all in input order."""
+    """Cosines and sines of the rotary embedding: (B, T, 1, H) each for the text tokens, (V, 1, H) for the visual ones, and
+    (B or 1, S, 1, H) for all in input order."""
 
     text: tuple[Tensor, Tensor]
     visual: tuple[Tensor, Tensor] | None
@@ -259,13 +225,13 @@ class Rotation(NamedTuple):
         """Queries or keys of text tokens in a layer's `attention`, rotated."""
         return _rotated_as_trained(x_BTNH, *self.text, attention.rotate_half) if attention.rotates else x_BTNH
 
-    def of_visual(self, key_VKH: Tensor | None, attention):
+    def of_visual(self, key_VKH: Tensor | None, attention) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """Keys of visual tokens, and the rotation that is left to `TokenLayout.keys`, which does an ordinary one in fewer
         passes over memory; any other is done here, and None is left."""
         if key_VKH is None or self.visual is None or not attention.rotates:
             return key_VKH, None
-        cos_VH = self.visual[0]
-        if cos_VH.shape[-1] == key_VKH.shape[-1] and cos_VH.dtype == key_VKH.dtype:
+        cos_V1H = self.visual[0]
+        if cos_V1H.shape[-1] == key_VKH.shape[-1] and cos_V1H.dtype == key_VKH.dtype:
             return key_VKH, self.visual
         return _rotated_as_trained(key_VKH, *self.visual, attention.rotate_half), None
 
@@ -278,10 +244,10 @@ def rotations_of(decoder, layout: TokenLayout, text_BTD: Tensor, position_ids: T
     """For each kind of layer the rotation of the positions `position_ids` (B or 1, S), visual ones included."""
 
     def rotation(kind):
-        cos_sin = decoder.rotary_emb(text_BTD, position_ids, kind)
+        cos_sin = tuple(x_BSH[:, :, None] for x_BSH in decoder.rotary_emb(text_BTD, position_ids, kind))
         if layout.visual_BS is None:
             return Rotation(cos_sin, None, cos_sin)
-        by_sample = [x_BSH.expand(layout.batch_size, -1, -1) for x_BSH in cos_sin]
+        by_sample = [x_BS1H.expand(layout.batch_size, -1, -1, -1) for x_BS1H in cos_sin]
         return Rotation(tuple(map(layout.text, by_sample)), tuple(map(layout.visual, by_sample)), cos_sin)
 
     kinds = decoder.family.attention_types
@@ -291,12 +257,12 @@ def rotations_of(decoder, layout: TokenLayout, text_BTD: Tensor, position_ids: T
 
 
 def _rotated_as_trained(x: Tensor, cos: Tensor, sin: Tensor, rotate_half) -> Tensor:
-    """(..., heads, H) by cosines and sines (..., H), as the language model does it, to the last bit. As much of each head is
-    rotated as the cosines are for."""
-    size, dtype = cos.shape[-1], x.dtype
+    """(..., heads, H) by cosines and sines (..., 1, H), as the language model does it, to the last bit. As much of each head
+    is rotated as the cosines are for."""
+    size = cos.shape[-1]
     if size < x.shape[-1]:
         return torch.cat([_rotated_as_trained(x[..., :size], cos, sin, rotate_half), x[..., size:]], dim=-1)
-    return (x * cos[..., None, :] + rotate_half(x) * sin[..., None, :]).to(dtype)
+    return (x * cos + rotate_half(x) * sin).to(x.dtype)
 
 
 def tells_samples_apart(modules: Iterable[nn.Module]) -> bool:
