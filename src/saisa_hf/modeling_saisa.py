@@ -311,7 +311,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         return {name: module for name, module in modules.items() if module is not None}
 
     def queries_of(self, layout: TokenLayout, text_BTD: Tensor) -> tuple[TokenLayout, Tensor]:
-        """The tokens that attend in this layer, for their mask: those of text."""
+        """The tokens that attend in this layer, whose mask `attention_masks` makes: those of text."""
         return layout, text_BTD
 
     @property

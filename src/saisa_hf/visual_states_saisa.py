@@ -1,8 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""SaisaVisualStates: images as the decoder layers see them, computed once and used with any number of prompts.
+"""Images as the decoder layers see them, computed once for any number of prompts, and where images enter a forward pass.
 
-The keys (before rotation) and values of an image are functions of the image alone: they depend neither on the text nor
-on where in it the image stands.
+The keys (before rotation) and values of an image depend neither on the text nor on where in it the image stands.
 
 Shape suffixes: V visual tokens of all stored images, K key/value heads, H head size, C width of the encoder's features.
 """
@@ -34,10 +33,7 @@ FORMAT = "saisa visual states 1"
 
 @dataclass(frozen=True)
 class VisualStore:
-    """The tensors behind one or several `SaisaVisualStates`.
-
-    In memory keys and values lie head by head, as in a cache, so that they go there in long stretches.
-    """
+    """The tensors behind one or several `SaisaVisualStates`; keys and values lie head by head in memory, as in a cache."""
 
     lengths: list[int]  # visual tokens of each image
     features: Tensor | None  # (V, C) of the encoder
@@ -108,10 +104,8 @@ class SaisaVisualStates:
         return f"SaisaVisualStates({images}, store={self.store!r}, {self.dtype}, {self.device}, {size})"
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "SaisaVisualStates":
-        """An integer selects one image; a slice, or a sequence or 1-D tensor of integers, several, which may repeat.
-
-        Raises IndexError where there is no such image, TypeError for another kind of index.
-        """
+        """An integer selects one image; a slice, or a sequence or 1-D tensor of integers, several, which may repeat. Raises
+        IndexError where there is no such image, TypeError for another kind of index."""
         if isinstance(index, slice):
             return SaisaVisualStates(self.stored, self.order[index])
         if isinstance(index, Tensor):
@@ -132,10 +126,8 @@ class SaisaVisualStates:
 
     @staticmethod
     def cat(states: "Sequence[SaisaVisualStates]") -> "SaisaVisualStates":
-        """The images of several, one after the other. Their tensors are copied, each image once.
-
-        Raises ValueError if there are none, or they differ in model, store or dtype.
-        """
+        """The images of several, one after the other; tensors are copied, each image once. Raises ValueError if there are
+        none, or they differ in model, store or dtype."""
         states = list(states)
         if not states:
             raise ValueError("states is empty: expected at least one SaisaVisualStates.")
@@ -174,10 +166,7 @@ class SaisaVisualStates:
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "SaisaVisualStates":
-        """Reads what `save` has written. Whether it belongs to a model shows when that is given it.
-
-        Raises FileNotFoundError, or ValueError if the file is something else or damaged.
-        """
+        """Reads what `save` has written. Raises FileNotFoundError, or ValueError if the file is something else or damaged."""
         expected = "Expected a file that SaisaVisualStates.save has written."
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such file. {expected}")
@@ -223,21 +212,13 @@ def check_one_of(pixel_values, visual_states) -> None:
 
 
 class GivenImages(NamedTuple):
-    """The images of a forward pass, in the order of their placeholders.
+    """The images of a forward pass, in the order of their placeholders."""
 
-    Attributes:
-        name: the argument that they came in.
-        lengths: visual tokens of each.
-        features: (V, C) of the encoder, where it has just run.
-        stored: features or keys and values in place of these, or None.
-        rows: (V,) where visual tokens find their rows in `stored`; None: one row for each, in order.
-    """
-
-    name: str
-    lengths: list[int]
-    features: Tensor | None = None
-    stored: Tensor | tuple | None = None
-    rows: Tensor | None = None
+    name: str  # of the argument that they came in
+    lengths: list[int]  # visual tokens of each
+    features: Tensor | None = None  # (V, C) of the encoder, where it has just run
+    stored: Tensor | tuple | None = None  # features, or keys and values, in place of these
+    rows: Tensor | None = None  # (V,) where visual tokens find their rows in `stored`; None: one row for each, in order
 
 
 class UsesVisualStates:
@@ -250,14 +231,13 @@ class UsesVisualStates:
 
         Args:
             pixel_values: (images, channels, height, width), any floating dtype.
-            store: `"keys_values"`, the keys before rotation and the values of each layer that sees the image, 2 * V * h_kv
-                numbers a layer, or `"features"`, the encoder's, V * C numbers, which are projected at each use. None:
-                `"keys_values"`; in embedding space, where visual tokens have hidden states that depend on what stands around
-                them, `"features"`.
+            store: `"keys_values"`, those of each layer that sees images, 2 * V * h_kv numbers a layer, or `"features"`, the
+                encoder's, V * C numbers, which are projected at each use. None: `"keys_values"`; in embedding space, where
+                visual tokens have hidden states that depend on what stands around them, `"features"`.
             kwargs: handed on to the encoder.
 
         Returns:
-            `SaisaVisualStates` of as many images, in the language model's dtype.
+            `SaisaVisualStates` in the language model's dtype.
 
         Raises:
             ValueError: `store` is neither, or `"keys_values"` in embedding space; `pixel_values` is not a batch of images.
@@ -338,11 +318,8 @@ class UsesVisualStates:
         return (inputs_embeds == self.get_input_embeddings()(image_token).to(inputs_embeds.dtype)).all(-1)
 
     def given_images(self, pixel_values, visual_states, encoder_arguments: dict, further: dict) -> GivenImages | None:
-        """The images in `forward`'s arguments, encoded; `further` holds those that both encoder and decoder may know.
-
-        Raises:
-            ValueError: `pixel_values` and `visual_states` are both given, or the states are another model's.
-        """
+        """The images in `forward`'s arguments, encoded; `further` holds those that both encoder and decoder may know. Raises
+        ValueError if `pixel_values` and `visual_states` are both given, or the states are another model's."""
         check_one_of(pixel_values, visual_states)
         if visual_states is not None:
             return self._given_states(visual_states)
