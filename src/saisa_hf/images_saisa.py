@@ -6,9 +6,8 @@ import io
 import os
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
-import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
 from .compat_saisa import read_url
 
@@ -18,7 +17,8 @@ class ImageError(ValueError):
 
 
 def load_image(image, name: str = "the image", data_format: str | None = None, timeout: float | None = None):
-    """Returns `image` as a PIL image: RGB, upright, on white where it is transparent.
+    """Returns `image` as a PIL image: RGB, upright, on white where it is transparent. Raises ImageError if it cannot be read,
+    is empty, exceeds `PIL.Image.MAX_IMAGE_PIXELS`, or has a wrong shape or wrong values.
 
     Args:
         image: a PIL image; a path, an http(s) URL, a data URI, base64 text, raw bytes or an open binary file; or an array
@@ -27,19 +27,16 @@ def load_image(image, name: str = "the image", data_format: str | None = None, t
         name: what error messages call it.
         data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
         timeout: seconds to wait for an http(s) URL.
-
-    Raises:
-        ValueError: it cannot be read, is empty, exceeds `PIL.Image.MAX_IMAGE_PIXELS`, or has a wrong shape or wrong values.
     """
-    if isinstance(image, torch.Tensor):
-        data_format = data_format or _channel_side(image.shape, default="channels_first")
+    if isinstance(image, Tensor):
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+        return _from_array(image, name, data_format, ambiguous="channels_first")
     if isinstance(image, np.ndarray):
-        return _from_array(image, name, data_format or _channel_side(image.shape, default="channels_last"))
+        return _from_array(image, name, data_format)
     try:
-        if isinstance(image, PIL.Image.Image):
+        if isinstance(image, Image.Image):
             return _upright_rgb(image, name)
-        with PIL.Image.open(_open_binary(image, timeout)) as opened:
+        with Image.open(_open_binary(image, timeout)) as opened:
             return _upright_rgb(opened, name)
     except ImageError:
         raise
@@ -48,7 +45,7 @@ def load_image(image, name: str = "the image", data_format: str | None = None, t
 
 
 def _open_binary(source, timeout: float | None):
-    """`source` (path, URL, data URI, base64 text, bytes, open file) as something that PIL.Image.open takes."""
+    """`source` (path, URL, data URI, base64 text, bytes, open file) as something that Image.open takes."""
     if isinstance(source, str):
         if source.startswith(("http://", "https://")):
             source = read_url(source, timeout)
@@ -68,51 +65,46 @@ def from_base64(text: str) -> io.BytesIO | None:
     try:
         content = base64.b64decode("".join(text.split()), validate=True)
         if len(text) < 1000:
-            PIL.Image.open(io.BytesIO(content))
-    except (ValueError, PIL.UnidentifiedImageError):
+            Image.open(io.BytesIO(content))
+    except (ValueError, UnidentifiedImageError):
         return None
     return io.BytesIO(content)
 
 
 def _upright_rgb(image, name: str):
     check_size(*image.size, name)
-    image = PIL.ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _from_array(np.asarray(image), name, "channels_last")
+        return _from_array(np.asarray(image), name)
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: Pillow converts these to few other modes
         image = image.convert(image.mode.upper())
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def check_size(width: int, height: int, name: str) -> None:
     """Raises ImageError if an image is empty or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
-    limit = PIL.Image.MAX_IMAGE_PIXELS
+    limit = Image.MAX_IMAGE_PIXELS
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty: {width} x {height} pixels.")
     if limit is not None and width * height > limit:
-        raise ImageError(
-            f"{name} has {width} x {height} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS. Make it "
-            "smaller, or raise that limit (None: no limit) if you trust its source."
-        )
+        fix = "Make it smaller, or raise that limit (None: no limit) if you trust its source."
+        raise ImageError(f"{name} has {width} x {height} pixels, over PIL.Image.MAX_IMAGE_PIXELS={limit}. {fix}")
 
 
-def _channel_side(shape: tuple, default: str) -> str:
-    """Where the channels of an array of `shape` are; `default` if they could be at either end."""
-    first, last = (len(shape) == 3 and shape[end] in (1, 3, 4) for end in (0, -1))
-    return default if first == last else "channels_first" if first else "channels_last"
-
-
-def _from_array(array: np.ndarray, name: str, data_format: str):
-    if array.ndim == 3 and str(getattr(data_format, "value", data_format)) == "channels_first":
-        array = np.moveaxis(array, 0, -1)
+def _from_array(array: np.ndarray, name: str, data_format: str | None = None, ambiguous: str = "channels_last"):
+    """An array as an upright RGB image; `ambiguous` says where the channels are if they could be at either end."""
+    if array.ndim == 3:
+        first, last = (array.shape[end] in (1, 3, 4) for end in (0, -1))
+        data_format = data_format or (ambiguous if first == last else "channels_first" if first else "channels_last")
+        array = np.moveaxis(array, 0, -1) if data_format == "channels_first" else array
     if array.ndim < 2 or array.shape[2:] not in [(), (1,), (3,), (4,)]:
         raise ImageError(f"{name} has shape {array.shape}. Expected (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4.")
     check_size(array.shape[1], array.shape[0], name)
-    array = _to_8_bits(array, name)
-    return _upright_rgb(PIL.Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array), name)
+    array = _to_8_bits(array[..., 0] if array.shape[2:] == (1,) else array, name)
+    return _upright_rgb(Image.fromarray(array), name)
 
 
 def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
@@ -123,10 +115,8 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
     values = array.astype(np.float64)
     low, high = values.min(), values.max()
     if not ((-0.01 if high <= 1.01 else 0) <= low and high <= 65535):  # also if either is NaN
-        raise ImageError(
-            f"{name} has values from {low:g} to {high:g}. Expected values in [0, 1], [0, 255] or [0, 65535]: pass images "
-            "unnormalized, the processor normalizes them."
-        )
+        expected = "Expected [0, 1], [0, 255] or [0, 65535]: pass images unnormalized, the processor normalizes them."
+        raise ImageError(f"{name} has values from {low:g} to {high:g}. {expected}")
     white = 65535 if np.issubdtype(array.dtype, np.uint16) or high > 255 else 255 if high > 1.01 else 1
     return np.round(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
 
@@ -135,6 +125,6 @@ def pad_to_square(image, color: tuple[int, int, int], name: str):
     """`image` (PIL, RGB) in the middle of a square of `color`; LLaVA's `image_aspect_ratio: "pad"`."""
     side = max(image.size)
     check_size(side, side, f"{name} padded to a square")
-    square = PIL.Image.new("RGB", (side, side), color)
+    square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

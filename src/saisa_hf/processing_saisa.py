@@ -6,10 +6,8 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
@@ -71,30 +69,17 @@ class BatchWithVisualStates(BatchFeature):
         return self
 
     def to(self, *args, **kwargs):
-        super().to(*args, **kwargs)
         self.data["visual_states"] = self.data["visual_states"].to(*args, **kwargs)
-        return self
-
-
-class Token(NamedTuple):
-    """What each list of a batch says of a token; `image` numbers the image of its text that a placeholder stands for."""
-
-    input_ids: int
-    offset_mapping: tuple[int, int] = (0, 0)
-    image: int | None = None
-    attention_mask: int = 1
-    special_tokens_mask: int = 0
-    token_type_ids: int = 0
+        return super().to(*args, **kwargs)
 
 
 class SaisaProcessor(ImageTextProcessorMixin):
-    """An image processor and a tokenizer in one, with the arguments of `LlavaProcessor`.
+    """An image processor and a tokenizer of transformers in one, with the arguments of `LlavaProcessor`.
 
     Args:
-        image_processor, tokenizer: any of transformers; the tokenizer has to know `image_token`, see `add_image_token`.
         patch_size, num_additional_image_tokens: of the vision encoder; CLIP ViT-L/14 has 14 pixels and 1 token of no patch.
         vision_feature_select_strategy: `"default"` drops the class token if there is one, `"full"` keeps it.
-        image_token: stands for one image in texts.
+        image_token: stands for one image in texts. The tokenizer has to know it, see `add_image_token`.
         image_seq_length: placeholders per image, in place of what the three arguments about patches say.
         chat_template: Jinja source, or a dict of several by name.
         pad_to_square: pad images to squares of the mean colour first; LLaVA-1.5's `image_aspect_ratio: "pad"`.
@@ -119,30 +104,28 @@ class SaisaProcessor(ImageTextProcessorMixin):
         visual_token_reduction=None,
         reduced_visual_tokens=None,
     ):
-        strategy = vision_feature_select_strategy
-        if strategy not in (None, "default", "full"):
-            raise ValueError(f"vision_feature_select_strategy is {strategy!r}. Expected 'default' or 'full'.")
+        if vision_feature_select_strategy not in (None, "default", "full"):
+            raise ValueError(f"{vision_feature_select_strategy=} is not supported. Expected 'default' or 'full'.")
         for key, value in {"patch_size": patch_size, "image_seq_length": image_seq_length}.items():
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{key} is {value!r}. Expected a positive int, or None.")
         check_choice(visual_token_reduction, reduced_visual_tokens, image_seq_length)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size, self.image_seq_length = patch_size, image_seq_length
-        self.vision_feature_select_strategy = strategy
+        self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         if self.image_token not in tokenizer.get_vocab():
+            adding = f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)"
             raise ValueError(
-                f"The tokenizer does not know image_token {self.image_token!r}. Name the one it has, or add it as "
-                f"add_image_token does: tokenizer.add_tokens([AddedToken({self.image_token!r}, special=True, "
-                "normalized=False)], special_tokens=True)."
+                f"The tokenizer lacks image_token {self.image_token!r}. Name another, or add it: {adding}."
             )
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def __call__(self, images=None, text=None, *, visual_states=None, **kwargs: CallArguments) -> BatchFeature:
-        """Prepares texts, images or both for the model.
+        """`input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images.
 
         Unless `tokenize_whole` is set, each stretch of text between images is tokenized as if it stood alone, as in the
         authors' training: with sentencepiece models, the text behind an image begins with a space of its own.
@@ -154,19 +137,16 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
                 `return_mm_token_type_ids`. Offsets refer to the text as given; a placeholder has those of its image token.
 
-        Returns:
-            `input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images.
-
         Raises:
             ValueError: an image is unreadable, too large or empty, or not one per image token; truncation would cut into an
                 image's placeholders; an argument is not supported.
         """
         texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
+        images = self._flat_images(images, visual_states, texts)
         if visual_states is not None:
-            outputs, counts = {"visual_states": visual_states}, self._lengths(visual_states, texts)
+            outputs, counts = {"visual_states": visual_states}, visual_states.lengths
         else:
-            images = self._flat_images(images, texts)
             outputs = self._pixels(images, images_kwargs) if images else {}
             counts = self._counts(outputs) if images and texts is not None else []
         if texts is not None:
@@ -188,35 +168,23 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
         return text_kwargs, images_kwargs, return_tensors
 
-    def _flat_images(self, images, texts: list[str] | None) -> list:
-        """`images` as one list in the order of the texts' image tokens."""
-        flat = [] if images is None else _image_list(images)
+    def _flat_images(self, images, visual_states, texts: list[str] | None) -> list:
+        """The images as one list. Raises ValueError unless they, or the visual states, are one per image token."""
+        name, fix, flat = "images", "Pass one image for each: one flat list, or one list per text.", _image_list(images)
         found = len(flat)
-        if any(isinstance(group, (list, tuple)) for group in flat):
-            groups = [[] if group is None else _image_list(group) for group in flat]
+        if visual_states is not None:
+            if not hasattr(visual_states, "lengths"):
+                fix = "Pass one SaisaVisualStates, which model.get_visual_states makes and SaisaVisualStates.cat joins."
+                raise ValueError(f"`visual_states` is {visual_states!r:.80}. {fix}")
+            fix = "Pass `states.expand(n)` for the same images in n texts, or choose some with `states[[...]]`."
+            name, found = "visual_states", len(visual_states)
+        elif any(isinstance(group, (list, tuple)) for group in flat):
+            groups = [_image_list(group) for group in flat]
             flat, found = [image for group in groups for image in group], [len(group) for group in groups]
-        if texts is not None:
-            self._check_numbers("images", found, texts, "Pass one image for each: one flat list, or one list per text.")
+        tokens = [text.count(self.image_token) for text in texts or ()]
+        if texts is not None and found not in (tokens, sum(tokens)):
+            raise ValueError(f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in `text`. {fix}")
         return flat
-
-    def _lengths(self, visual_states, texts: list[str]) -> list[int]:
-        """The visual tokens of each image in `visual_states`."""
-        if not hasattr(visual_states, "lengths"):
-            raise ValueError(
-                f"`visual_states` is {visual_states!r:.80}. Expected one SaisaVisualStates for the whole batch: "
-                "model.get_visual_states makes them, SaisaVisualStates.cat([...]) joins several."
-            )
-        fix = "Pass `states.expand(n)` for the same images in n texts, or choose some with `states[[...]]`."
-        self._check_numbers("visual_states", len(visual_states), texts, fix)
-        return list(visual_states.lengths)
-
-    def _check_numbers(self, name: str, found: int | list[int], texts: list[str], fix: str) -> None:
-        """Raises ValueError unless argument `name` has as many images as the texts have image tokens, in all or by text."""
-        tokens = [text.count(self.image_token) for text in texts]
-        if found not in (tokens, sum(tokens)):
-            raise ValueError(
-                f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in the texts. {fix}"
-            )
 
     def _pixels(self, images: list, kwargs: dict) -> dict:
         """The image processor's output for `images`."""
@@ -225,19 +193,21 @@ class SaisaProcessor(ImageTextProcessorMixin):
         names = [f"image {i} of {len(images)}" for i in range(len(images))]
         sources = [f" ({one!s:.120})" if isinstance(one, (str, os.PathLike)) else "" for one in images]
         loaded = [load_image(one, n + s, data_format, timeout) for one, n, s in zip(images, names, sources)]
+        settings = {"do_rescale": True, "do_resize": False, "image_mean": None, "size": None}
+        settings = {name: getattr(self.image_processor, name, default) for name, default in settings.items()}
+        settings |= {name: value for name, value in kwargs.items() if value is not None}
         dtypes = [getattr(one, "dtype", None) for one in images]
         fractions = all(getattr(d, "kind", "") == "f" or getattr(d, "is_floating_point", False) for d in dtypes)
-        if fractions and not self._setting("do_rescale", kwargs, True):
+        if fractions and not settings["do_rescale"]:
             kwargs["do_rescale"] = True  # False was meant for arrays in [0, 1], which are 8-bit images by now
         if self.pad_to_square:
-            mean = self._setting("image_mean", kwargs)
-            if mean is None:
+            if (mean := settings["image_mean"]) is None:
                 raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
             color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
             loaded = [pad_to_square(image, color, name) for image, name in zip(loaded, names)]
         else:
             for image, name in zip(loaded, names):
-                check_size(*self._resized(image.size, kwargs), f"{name} resized")
+                check_size(*_resized(image.size, settings), f"{name} resized")
         image_processor = self.image_processor
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)
@@ -246,23 +216,13 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs["input_data_format"] = "channels_last"
         return dict(image_processor(loaded, **kwargs))
 
-    def _setting(self, name: str, kwargs: dict, default=None):
-        """A setting of the image processor, which a call's arguments may override."""
-        value = kwargs.get(name)
-        return getattr(self.image_processor, name, default) if value is None else value
-
-    def _resized(self, size: tuple[int, int], kwargs: dict) -> tuple[int, int]:
-        """(width, height) after resizing the shortest edge, which makes a thin image very long."""
-        edge = self._setting("size", kwargs)
-        if edge is not None and not isinstance(edge, int):
-            edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
-        if not edge or not self._setting("do_resize", kwargs, False):
-            return size
-        return math.ceil(size[0] * edge / min(size)), math.ceil(size[1] * edge / min(size))
-
     def _counts(self, processed: dict) -> list[int]:
         """The number of placeholders for each image in the image processor's output."""
         shapes, patch = [np.shape(pixels) for pixels in processed["pixel_values"]], self.patch_size
+        strategy, others = self.vision_feature_select_strategy, self.num_additional_image_tokens
+        settings = (
+            f"patch_size={patch}, num_additional_image_tokens={others}, vision_feature_select_strategy={strategy!r}"
+        )
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: each image's rows and columns of patches
             grids, others = [(int(rows), int(columns)) for rows, columns in processed["spatial_shapes"]], 0
         elif self.image_seq_length is not None:
@@ -272,14 +232,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         else:  # the image processors of some releases ignore `data_format`: channels are where the shape has a 3
             sizes = [shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:] for shape in shapes]
             grids = [(height // patch, width // patch) for height, width in sizes]
-            others = self.num_additional_image_tokens
-            others -= self.vision_feature_select_strategy == "default" and others > 0  # the class token
+            others -= strategy == "default" and others > 0  # the class token
         counts = [rows * columns + others for rows, columns in grids]
         if min(counts, default=1) < 1:
-            raise ValueError(
-                f"Images of {grids} patches have {counts} tokens. Check patch_size={patch}, num_additional_image_tokens="
-                f"{self.num_additional_image_tokens}, vision_feature_select_strategy={self.vision_feature_select_strategy!r}."
-            )
+            raise ValueError(f"Images of {grids} patches have {counts} tokens. Check {settings}.")
         reduction = self.visual_token_reduction, self.reduced_visual_tokens
         return [reduced_length(*reduction, count, grid) for count, grid in zip(counts, grids)]
 
@@ -301,23 +257,25 @@ class SaisaProcessor(ImageTextProcessorMixin):
             if kwargs.get(key):
                 raise ValueError(f"{key}={kwargs[key]!r} is not supported: texts are tokenized around their images.")
         specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
-        prefix, suffix = ([Token(i, special_tokens_mask=1) for i in ids] for ids in specials)
-        rows = self._rows(texts, iter(counts), bool(kwargs.get("return_offsets_mapping")))
-        rows = [self._truncated(row, index, len(prefix + suffix), kwargs) for index, row in enumerate(rows)]
-        rows = self._padded([prefix + row + suffix for row in rows], kwargs)
-        wanted = {
-            "input_ids": True,
-            "attention_mask": kwargs.get("return_attention_mask") is not False,
-            "special_tokens_mask": kwargs.get("return_special_tokens_mask"),
-            "offset_mapping": kwargs.get("return_offsets_mapping"),
-            "token_type_ids": kwargs.get("return_token_type_ids"),
-        }
-        outputs = {name: [[getattr(token, name) for token in row] for row in rows] for name in wanted if wanted[name]}
+        prefix, suffix = ([(i, (0, 0)) for i in ids] for ids in specials)
+        n_special, wants_offsets = len(prefix + suffix), bool(kwargs.get("return_offsets_mapping"))
+        whole = enumerate(self._tokens(texts, iter(counts), wants_offsets))
+        found = [self._truncated(tokens, index, n_special, kwargs) for index, tokens in whole]
+        rows = {"input_ids": [[i for i, _ in prefix + tokens + suffix] for tokens in found]}
+        if kwargs.get("return_attention_mask") is not False:
+            rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        if kwargs.get("return_special_tokens_mask"):
+            rows["special_tokens_mask"] = [[1] * len(prefix) + [0] * len(one) + [1] * len(suffix) for one in found]
+        if wants_offsets:
+            rows["offset_mapping"] = [[offsets for _, offsets in prefix + tokens + suffix] for tokens in found]
+        if kwargs.get("return_token_type_ids"):
+            rows["token_type_ids"] = [[0] * len(ids) for ids in rows["input_ids"]]
+        self._pad(rows, kwargs)
         if kwargs.get("return_length"):
-            outputs["length"] = [len(row) for row in rows]
+            rows["length"] = [len(ids) for ids in rows["input_ids"]]
         if kwargs["return_mm_token_type_ids"]:
-            outputs["mm_token_type_ids"] = [[int(t.input_ids == self.image_token_id) for t in row] for row in rows]
-        return outputs
+            rows["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in rows["input_ids"]]
+        return rows
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of a text and behind it."""
@@ -344,70 +302,68 @@ class SaisaProcessor(ImageTextProcessorMixin):
         longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
         return re.compile(f"({'|'.join(longest_first)})").split, swallows
 
-    def _rows(self, texts: list[str], counts: Iterator[int], wants_offsets: bool) -> Iterator[list[Token]]:
-        """Yields the tokens of each text, with the next number of `counts` placeholders for each of its images."""
+    def _tokens(self, texts: list[str], counts, wants_offsets: bool):
+        """Yields each text's tokens as (id, offsets); of each image token as many as the next of `counts` says."""
         split, swallows = self._splitter()
         parts = [split(text) for text in texts]
         pieces = [piece for row in parts for piece in row[::2] if piece]
-        spaces = [int(swallows and piece[0] in " \u2581") for piece in pieces]  # to put in front
+        extra = [int(swallows and piece[0] in " \u2581") for piece in pieces]  # spaces to put in front
         options = {"return_offsets_mapping": True} if wants_offsets else {}  # slow tokenizers do not take it
         options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        strings = [" " * n + piece for n, piece in zip(spaces, pieces)]
+        strings = [" " * n + piece for n, piece in zip(extra, pieces)]
         encoded = self.tokenizer(strings, **options) if strings else {"input_ids": []}
         pairs = encoded.get("offset_mapping") or [[(0, 0)] * len(ids) for ids in encoded["input_ids"]]
-        encoded = zip(encoded["input_ids"], pairs, spaces)
-        for text_parts in parts:
-            row, images, start = [], count(), 0
-            for number, part in enumerate(text_parts):
-                if not part:
-                    continue
-                special = [self.tokenizer.convert_tokens_to_ids(part)], [(0, len(part))], 0
-                ids, pairs, n = special if number % 2 else next(encoded)
-                for i, (first, last) in zip(ids, pairs):
-                    token = Token(i, (start + max(first - n, 0), start + max(last - n, 0)))
-                    is_image = i == self.image_token_id
-                    row += [token._replace(image=next(images))] * next(counts) if is_image else [token]
+        encoded = zip(encoded["input_ids"], pairs, extra)
+        for row in parts:
+            tokens, start = [], 0
+            for number, part in enumerate(row):
+                if number % 2:
+                    tokens.append((self.tokenizer.convert_tokens_to_ids(part), (start, start + len(part))))
+                elif part:
+                    ids, pairs, n = next(encoded)
+                    tokens += [(i, (start + max(a - n, 0), start + max(b - n, 0))) for i, (a, b) in zip(ids, pairs)]
                 start += len(part)
-            yield row
+            yield [one for one in tokens for _ in range(next(counts) if one[0] == self.image_token_id else 1)]
 
-    def _truncated(self, row: list[Token], index: int, n_special: int, kwargs: dict) -> list[Token]:
-        """The `row` of text `index`, cut to what `truncation` and `max_length` allow; never inside an image."""
+    def _truncated(self, tokens: list[tuple], index: int, n_special: int, kwargs: dict) -> list[tuple]:
+        """The `tokens` of text `index`, cut to what `truncation` and `max_length` allow; never inside an image."""
         truncation, limit = kwargs.get("truncation"), kwargs.get("max_length")
         if truncation is None:
             truncation = limit is not None and not kwargs.get("padding")  # as tokenizers do
         limit = self.tokenizer.model_max_length if limit is None else limit
-        excess = len(row) - max(int(min(limit, 1e9)) - n_special, 0)
+        excess = len(tokens) - max(int(min(limit, 1e9)) - n_special, 0)
         if not truncation or truncation == "do_not_truncate" or excess <= 0:
-            return row
+            return tokens
         left = self.tokenizer.truncation_side == "left"
-        dropped, kept = (row[:excess], row[excess:]) if left else (row[-excess:], row[:-excess])
-        cut = next((token.image for token in dropped if token.image is not None), None)
-        if cut is None:
-            return kept
-        places = [place for place, token in enumerate(row) if token.image == cut]
-        enough = (len(row) - places[0] if left else places[-1] + 1) + n_special
-        raise ValueError(
-            f"Truncation to max_length={limit} cuts into the {len(places)} placeholders of image {cut} of text {index} "
-            f"({len(row) + n_special} tokens). Set max_length to {enough} or more, or truncation=False."
-        )
+        inwards = tokens if left else tokens[::-1]
+        text_tokens = next((n for n, (i, _) in enumerate(inwards) if i == self.image_token_id), len(tokens))
+        if excess > text_tokens:
+            raise ValueError(
+                f"Truncation to max_length={limit} cuts into the placeholders of the {'first' if left else 'last'} image of "
+                f"text {index} ({len(tokens) + n_special} tokens). Set max_length to "
+                f"{len(tokens) - text_tokens + n_special} or more, or truncation=False."
+            )
+        return tokens[excess:] if left else tokens[:-excess]
 
-    def _padded(self, rows: list[list[Token]], kwargs: dict) -> list[list[Token]]:
-        """`rows` as long as `padding`, `max_length` and `pad_to_multiple_of` say, filled on `padding_side`."""
+    def _pad(self, rows: dict, kwargs: dict) -> None:
+        """Pads `rows` in place, as `padding`, `max_length`, `padding_side` and `pad_to_multiple_of` say."""
         padding, multiple = kwargs.get("padding") or "do_not_pad", kwargs.get("pad_to_multiple_of") or 1
         if padding not in (True, "longest", "max_length", "do_not_pad"):
             raise ValueError(f"padding is {padding!r}. Expected True, False, 'longest', 'max_length' or 'do_not_pad'.")
         limit = kwargs.get("max_length") or self.tokenizer.model_max_length if padding == "max_length" else 0
-        if padding == "do_not_pad" or limit > 1e9 or not rows:  # no limit, no padding: as tokenizers do
-            return rows
+        if padding == "do_not_pad" or limit > 1e9 or not rows["input_ids"]:  # no limit, no padding: as tokenizers do
+            return
         side = kwargs.get("padding_side") or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side is {side!r}. Expected 'left' or 'right'.")
-        length = math.ceil(max(limit, *map(len, rows)) / multiple) * multiple
-        pad = Token(self.tokenizer.pad_token_id, special_tokens_mask=1, attention_mask=0)
-        if pad.input_ids is None and any(len(row) < length for row in rows):
+        length = math.ceil(max(limit, *map(len, rows["input_ids"])) / multiple) * multiple
+        missing = [length - len(ids) for ids in rows["input_ids"]]
+        if any(missing) and self.tokenizer.pad_token_id is None:
             raise ValueError("The tokenizer has no pad token. Set one: tokenizer.pad_token = tokenizer.eos_token.")
-        fills = [[pad] * (length - len(row)) for row in rows]
-        return [fill + row if side == "left" else row + fill for row, fill in zip(rows, fills)]
+        fills = {"input_ids": self.tokenizer.pad_token_id, "special_tokens_mask": 1, "offset_mapping": (0, 0)}
+        for key, values in rows.items():
+            added = [[fills.get(key, 0)] * n for n in missing]
+            rows[key] = [fill + row if side == "left" else row + fill for row, fill in zip(values, added)]
 
     # --- chat ---
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
@@ -432,12 +388,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if wants_masks and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: slow ones give no offsets.")
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = conversation if is_batch else [conversation]
-        conversations = [[_readable(message) for message in messages] for messages in conversations]
+        batch = conversation if is_batch else [conversation]
+        conversations = [[_readable(message) for message in messages] for messages in batch]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
-        variables = {**self.tokenizer.special_tokens_map, **kwargs}
-        template = self._template(chat_template)
-        prompts, spans = render(conversations=conversations, chat_template=template, **variables)
+        variables = {"chat_template": self._template(chat_template), **self.tokenizer.special_tokens_map, **kwargs}
+        prompts, spans = render(conversations=conversations, **variables)
         if not tokenize:
             return prompts if is_batch else prompts[0]
         images = self._chat_images(conversations, images, visual_states)
@@ -448,11 +403,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         outputs = self(text=prompts, images=images, visual_states=visual_states, **call)
         if wants_masks:
             offsets = outputs.pop("offset_mapping")
-            offsets = offsets.tolist() if hasattr(offsets, "tolist") else offsets
-            outputs["assistant_masks"] = [
-                [int(any(a < end and b > start for start, end in said)) for a, b in row]
-                for row, said in zip(offsets, spans)
-            ]
+            rows = zip(offsets.tolist() if hasattr(offsets, "tolist") else offsets, spans)
+            masks = [[int(any(a < end and b > start for start, end in said)) for a, b in row] for row, said in rows]
+            outputs["assistant_masks"] = masks
             outputs.convert_to_tensors(tensor_type=call.get("return_tensors"))
         return outputs if return_dict else outputs["input_ids"]
 
@@ -461,35 +414,30 @@ class SaisaProcessor(ImageTextProcessorMixin):
         templates = self.chat_template
         template = templates.get(chosen or "default", chosen) if isinstance(templates, dict) else chosen or templates
         if template is None:
-            raise ValueError(
-                f"There is no default chat template among {sorted(templates or ())}. Pass chat_template=, or set "
-                'processor.chat_template, to saisa_hf.chat.templates.chat_template("vicuna") for instance.'
-            )
+            hint = 'Pass one, or set processor.chat_template, to saisa_hf.chat.templates.chat_template("vicuna") or so.'
+            raise ValueError(f"There is no default chat template among {sorted(templates or ())}. {hint}")
         return template
 
     def _chat_images(self, conversations: list[list[dict]], images, visual_states) -> list | None:
         """The images of `conversations`, in order, `images` in place of those without data; None if there are none."""
         found = []  # None where there is no data
-        for message in (message for messages in conversations for message in messages):
-            content = message.get("content") or []
+        for content in (message.get("content") or [] for messages in conversations for message in messages):
             for part in [{"text": content}] if isinstance(content, str) else content:
                 if part.get("type") == "image":
-                    given = [part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None]
-                    found.append(given[0] if given else None)
+                    data = (part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None)
+                    found.append(next(data, None))
                 else:
                     found += [None] * str(part.get("text") or "").count(self.image_token)
-        if visual_states is not None and any(image is not None for image in found):
-            raise ValueError("The conversation and `visual_states` both bring images. Leave out the image parts' data.")
         if visual_states is not None:
+            if any(image is not None for image in found):
+                raise ValueError("The conversation and `visual_states` both bring images. Leave out the parts' data.")
             return images
         groups = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         spares = [image for group in groups for image in (group if isinstance(group, (list, tuple)) else [group])]
         missing = sum(image is None for image in found)
         if missing != len(spares):
-            raise ValueError(
-                f"The conversation names {missing} images without data ({self.image_token!r}, bare image parts), but has "
-                f"{len(spares)} in `images`."
-            )
+            named = f"{missing} images without data ({self.image_token!r}, bare image parts)"
+            raise ValueError(f"The conversation names {named}, but has {len(spares)} in `images`. Pass one for each.")
         remaining = iter(spares)
         return [next(remaining) if image is None else image for image in found] or None
 
@@ -507,13 +455,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Does nothing: `save_pretrained` writes what `AutoProcessor` needs to find this class."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package.
-
-        Each file is written under a temporary name and renamed, so that nobody reads half a file. `push_to_hub` uploads to
-        `repo_id` (default: the folder's name), with the arguments of `push_to_hub` among `kwargs`; with transformers 4,
-        `save_jinja_files=False` makes a `chat_template.json`. Returns the paths of the files, `processor_config.json` first,
-        without the code that loads them.
-        """
+        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package. Returns
+        the paths of its files, `processor_config.json` first, without the code. Nobody reads half a file: each is renamed
+        when complete. `push_to_hub` uploads to `repo_id` (default: the folder's name), with its arguments in `kwargs`; with
+        transformers 4, `save_jinja_files=False` makes a `chat_template.json`."""
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"save_directory {str(target)!r} is a file. Expected a folder.")
@@ -528,17 +473,18 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 (new / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
             prefix, suffix = self._special_ids()
             ends = tokenizer.bos_token_id in prefix, tokenizer.eos_token_id in suffix
-            _rewrite_json(new / "tokenizer_config.json", lambda c: portable_tokenizer_config(c, tokenizer, *ends))
+            _rewrite_json(
+                new / "tokenizer_config.json", lambda found: portable_tokenizer_config(found, tokenizer, *ends)
+            )
             _rewrite_json(new / "preprocessor_config.json", portable_image_processor_config)
-            config = {"auto_map": dict(PROCESSOR_AUTO_MAP), "processor_class": "SaisaProcessor"}
-            config |= {name: getattr(self, name) for name in SETTINGS}
-            _rewrite_json(new / "processor_config.json", lambda _: config)
+            settings = {name: getattr(self, name) for name in SETTINGS}
+            settings |= {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SaisaProcessor"}
+            _rewrite_json(new / "processor_config.json", lambda found: settings)
             files = [path for path in new.rglob("*") if path.is_file()]
             for source in sorted(files, key=lambda path: (path.name != "processor_config.json", path)):
                 destination = target / source.relative_to(new)
                 destination.parent.mkdir(exist_ok=True)
-                os.replace(source, destination)
-                written.append(str(destination))
+                written.append(str(source.replace(destination)))
         write_code_files(target)
         if push_to_hub:
             hub = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
@@ -574,14 +520,22 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
 
 
 def _image_list(images) -> list:
-    """One image, a list of them or a 4-D array as a list."""
+    """No image, one, a list of them or a 4-D array as a list."""
     many = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
-    return list(images) if many else [images]
+    return list(images) if many else [] if images is None else [images]
+
+
+def _resized(size: tuple[int, int], settings: dict) -> tuple[int, int]:
+    """(width, height) after resizing the shortest edge, which makes a thin image very long."""
+    edge = settings["size"]
+    if edge is not None and not isinstance(edge, int):
+        edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
+    return tuple(math.ceil(side * edge / min(size)) for side in size) if edge and settings["do_resize"] else size
 
 
 def _pop_call_arguments(kwargs: dict) -> dict:
     """Takes the arguments of the call out of those of `apply_chat_template`."""
-    call = {**(kwargs.pop("processor_kwargs", None) or {})}
+    call = dict(kwargs.pop("processor_kwargs", None) or {})
     kwargs.pop("load_audio_from_video", None)
     if kwargs.pop("sanitize_control_tokens", False):
         raise ValueError("sanitize_control_tokens=True is not supported.")
