@@ -163,10 +163,10 @@ class UnsharesProjectors:
         Raises:
             ValueError: the projectors are not shared, or the model is in embedding space.
         """
-        space, sharing = self.config.alignment, self.config.projector_sharing
-        if (space, sharing) != ("input_space", "shared"):
+        space, mode = self.config.alignment, self.config.projector_sharing
+        if (space, mode) != ("input_space", "shared"):
             raise ValueError(
-                f"unshare_projectors: alignment is {space!r}, projector_sharing {sharing!r}, expected 'shared' in input space."
+                f"unshare_projectors: alignment is {space!r}, projector_sharing {mode!r}, expected 'shared' in input space."
             )
         for layer in self.language_model.layers:
             if layer.sees_image:
