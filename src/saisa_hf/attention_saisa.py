@@ -48,23 +48,14 @@ LARGE_MASK = 2**26
 
 @dataclass
 class Visibility:
-    """Which keys the text queries see, and the forms in which attention implementations want to know it.
-
-    Attributes:
-        layout: where text and images are.
-        slots: (S,) places of the new tokens in the cache, counted from the first token ever seen.
-        key_range: (length, offset) of the keys in the cache.
-        window: sliding window in positions, or None.
-        attention_mask: (B, past + S), 0 at padding, or None.
-        document_BS: which of several packed samples a position belongs to, or None.
-    """
+    """Which keys the text queries see, and the forms in which attention implementations want to know it."""
 
     layout: TokenLayout
-    slots: Tensor
-    key_range: tuple[int, int]
-    window: int | None = None
-    attention_mask: Tensor | None = None
-    document_BS: Tensor | None = None
+    slots: Tensor  # (S,) places of the new tokens in the cache, counted from the first token ever seen
+    key_range: tuple[int, int]  # (length, offset) of the keys in the cache
+    window: int | None = None  # sliding window in positions
+    attention_mask: Tensor | None = None  # (B, past + S), 0 at padding
+    document_BS: Tensor | None = None  # which of several packed samples a position belongs to
 
     def for_implementation(self, implementation: str, dtype: torch.dtype) -> "Tensor | BlockMask | Runs":
         """What the attention implementation of that name takes as its mask, for queries of `dtype`."""
@@ -130,18 +121,19 @@ class Runs:
 
     def __init__(self, visibility: Visibility):
         self.window = visibility.window
-        self.slices = _runs_as_slices(visibility) if visibility.equal_in_all_samples() else None
-        self.rows = Luggage(*(_runs_as_rows(visibility) if self.slices is None else ()))
+        self.are_slices = visibility.equal_in_all_samples()
+        self.runs = Luggage(*(_runs_as_slices if self.are_slices else _runs_as_rows)(visibility))
 
     def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> Tensor:
         """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
         kernel = partial(self._kernel, implementation, module, **options)
-        if self.slices is not None:
-            runs = ((query_BNTH[:, :, t], key_BKLH[:, :, k], value_BKLH[:, :, k]) for t, k in self.slices)
-            return torch.cat([kernel(*run) for run in runs], dim=1)
+        runs = self.runs.at(query_BNTH.device)
+        if self.are_slices:
+            parts = ((query_BNTH[:, :, t], key_BKLH[:, :, k], value_BKLH[:, :, k]) for t, k in runs)
+            return torch.cat([kernel(*part) for part in parts], dim=1)
         query_RNH, key_RKH, value_RKH = (x.transpose(1, 2).flatten(0, 1) for x in (query_BNTH, key_BKLH, value_BKLH))
         output_RNH = torch.zeros_like(query_RNH)
-        for queries, keys, lengths in self.rows.at(query_RNH.device):
+        for queries, keys, lengths in runs:
             selected = (query_RNH[queries], key_RKH[keys], value_RKH[keys])
             run_RNH = kernel(*(x_RNH[None].transpose(1, 2) for x_RNH in selected), **lengths)[0]
             output_RNH = output_RNH.index_copy(0, queries, run_RNH)
@@ -158,12 +150,12 @@ class Runs:
         return ALL_ATTENTION_FUNCTIONS[implementation](module, query_BNTH, key_BKLH, value_BKLH, mask, **options)[0]
 
 
-def _runs_as_slices(visibility: Visibility) -> list[tuple[slice, slice]]:
-    """For each run its slices of T and of L, which all samples share."""
-    first, segments = int(visibility.slots[0]) - visibility.key_range[1], visibility.layout.segments
-    return [
-        (slice(row, row + end - start), slice(0, first + end)) for visual, start, end, row in segments if not visual
-    ]
+def _runs_as_slices(visibility: Visibility):
+    """Yields for each run its slices of T and of L, which all samples share."""
+    first = int(visibility.slots[0]) - visibility.key_range[1]
+    for visual, start, end, row in visibility.layout.segments:
+        if not visual:
+            yield slice(row, row + end - start), slice(0, first + end)
 
 
 def _runs_as_rows(visibility: Visibility):
@@ -174,10 +166,10 @@ def _runs_as_rows(visibility: Visibility):
     visual_BS, slot_S = layout.visual_BS.cpu(), visibility.slots.cpu() - offset
     key_L, real_BL = torch.arange(length), visibility.real_keys()
     real_BL = torch.ones(len(visual_BS), length, dtype=torch.bool) if real_BL is None else real_BL.cpu()
+    # packed samples follow each other without a cache, so that places of keys are positions
+    documents_BS = [None] * len(visual_BS) if visibility.document_BS is None else visibility.document_BS.cpu()
     by_sample = [[] for _ in visual_BS]
-    for b, visual_S in enumerate(visual_BS):
-        # packed samples follow each other without a cache, so that places of keys are positions
-        document_S = None if visibility.document_BS is None else visibility.document_BS[b].cpu()
+    for b, (visual_S, document_S) in enumerate(zip(visual_BS, documents_BS)):
         for visual, start, end, _ in segments_of(visual_S, document_S):
             position_R = torch.arange(start, end)[real_BL[b, slot_S[start:end]]]
             if visual or not len(position_R):

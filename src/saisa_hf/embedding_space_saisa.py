@@ -44,13 +44,8 @@ class VisualTokensAmongWords(nn.Module):
         rotation: Rotation | None = None,
         **attention_arguments,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """
-        Args:
-            text_BTD, visual_VD: hidden states; without visual tokens in the input the latter is None.
-
-        Returns:
-            both past the layer, and (B, N, S, L) attention probabilities or None.
-        """
+        """Hidden states of text tokens and, where the input has them, of visual ones -> both past the layer, and (B, N, S, L)
+        attention probabilities or None."""
         if visual_VD is not None and self.visual_tokens_attend:
             x_BSD = layout.joined(text_BTD, visual_VD)
             as_text = {"layout": TokenLayout(None), "rotation": rotation.as_text()}

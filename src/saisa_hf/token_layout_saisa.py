@@ -43,19 +43,18 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> T
 
 
 def real_tokens(attention_mask, length: int) -> Tensor | None:
-    """bool (B, length), False where `attention_mask` says that one of the last `length` tokens is padding; None where it does
-    not say: it is missing, or prepared for the attention function."""
-    says = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
-    return attention_mask[:, -length:].bool() if says else None
+    """bool (B, length), False at padding among the last `length` tokens; None if the mask is missing, or prepared (4-D)."""
+    marks_padding = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+    return attention_mask[:, -length:].bool() if marks_padding else None
 
 
 class TokenLayout:
     """Which positions of an input are text and which are visual, and every move between the two.
 
     Made once per forward pass; nothing else in the model indexes. The text tokens of each sample stand at the end of T
-    columns, T being those of the sample that has most; padding is left out. Columns in front of a shorter sample's text
-    repeat its first token, and nothing reads what becomes of them. Where all samples have their images at the same positions
-    and no padding, as a single sample does, rows are joined without an index.
+    columns, as many as the longest text has; padding is left out. Columns in front of a shorter text repeat its first token,
+    and nothing reads what becomes of them. Where all samples have their images at the same positions and no padding, as a
+    single sample does, rows are joined without an index.
 
     Args:
         visual_BS: bool, True at visual positions. None: the input has no visual token, and nothing is moved.
@@ -131,9 +130,8 @@ class TokenLayout:
 
     def placed(self, stored_VX: Tensor) -> Tensor:
         """Stored rows -> (V, X), those of the visual tokens in input order; the first sample's alone where shared."""
-        if isinstance(self._visual_rows, slice):
-            return stored_VX[self._visual_rows]
-        return stored_VX.index_select(0, self._visual_rows.to(stored_VX.device))
+        rows = self._visual_rows
+        return stored_VX[rows] if isinstance(rows, slice) else stored_VX.index_select(0, rows.to(stored_VX.device))
 
     def keys(self, text_BTKH: Tensor, visual_VKH: Tensor | None, rotation: tuple | None = None) -> Tensor:
         """(B, T, K, H) and (V, K, H) -> (B, K, S, H): keys or values in input order. Padding has a neighbour's; without
@@ -161,9 +159,7 @@ class TokenLayout:
 
     def joined(self, text_BTX: Tensor, visual_VX: Tensor | None) -> Tensor:
         """(B, T, X) and (V, X) -> (B, S, X): rows of text and visual tokens in input order; without the latter, the text."""
-        if visual_VX is None:
-            return text_BTX
-        return self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
+        return text_BTX if visual_VX is None else self.keys(text_BTX[:, :, None], visual_VX[:, None])[:, 0]
 
     def align(self, x_BTX: Tensor) -> Tensor:
         """(B, T, X) -> (B, S, X): text rows at their positions, zeros at visual positions and at padding."""
@@ -214,8 +210,7 @@ class TokenLayout:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the rotary embedding: (B, T, 1, H) each for the text tokens, (V, 1, H) for the visual ones, and
-    (B or 1, S, 1, H) for all in input order."""
+    """Cosines and sines: (B, T, 1, H) each for text tokens, (V, 1, H) for visual ones, (B or 1, S, 1, H) for all in order."""
 
     text: tuple[Tensor, Tensor]
     visual: tuple[Tensor, Tensor] | None
@@ -230,8 +225,7 @@ class Rotation(NamedTuple):
         passes over memory; any other is done here, and None is left."""
         if key_VKH is None or self.visual is None or not attention.rotates:
             return key_VKH, None
-        cos_V1H = self.visual[0]
-        if cos_V1H.shape[-1] == key_VKH.shape[-1] and cos_V1H.dtype == key_VKH.dtype:
+        if self.visual[0].shape[-1] == key_VKH.shape[-1] and self.visual[0].dtype == key_VKH.dtype:
             return key_VKH, self.visual
         return _rotated_as_trained(key_VKH, *self.visual, attention.rotate_half), None
 
