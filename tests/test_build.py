@@ -44,8 +44,9 @@ import saisa_hf.checkpoints.build as build_module
 from saisa_hf import SaisaForConditionalGeneration
 from saisa_hf.chat.templates import chat_template, with_pictures
 from saisa_hf.checkpoints.build import build, prepare_tokenizer
+from saisa_hf.checkpoints.names import checkpoint_state_dict
 from saisa_hf.cli import main
-from saisa_hf.language_models_saisa import FAMILIES, checkpoint_state_dict
+from saisa_hf.language_models_saisa import FAMILIES
 
 
 NEW_FAMILIES = ["gemma2", "gemma3", "granite", "mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3"]

@@ -109,5 +109,5 @@ def test_further_arguments_and_fields_change_nothing(drills):
 
 def test_substitutes_compute_what_transformers_does():
     x = torch.randn(2, 3, 8)
-    for name in compat_saisa.PlainActivations():
-        torch.testing.assert_close(compat_saisa.PlainActivations()[name](x), compat_saisa.ACT2FN[name](x))
+    for name, activation in compat_saisa.PLAIN_ACTIVATIONS.items():
+        torch.testing.assert_close(activation(x), compat_saisa.ACT2FN[name](x))

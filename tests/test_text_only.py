@@ -15,7 +15,7 @@ from tiny_models import (
 )
 from transformers import AutoModelForCausalLM
 
-from saisa_hf.language_models_saisa import checkpoint_state_dict
+from saisa_hf.checkpoints.names import checkpoint_state_dict
 
 
 SIDES = ["left", "right"]

@@ -75,9 +75,8 @@ def model_class_of(config):
 def name_for_serving(model_type: str, class_name: str) -> None:
     """Puts a model into the table where `transformers serve` (5.6 and later) finds how to load it and that it takes images.
     Neither `AutoModelForMultimodalLM.register` nor a checkpoint's `auto_map` does."""
-    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
-    if names is not None:
-        names[model_type] = class_name
+    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    names[model_type] = class_name
 
 
 class init:
@@ -87,36 +86,29 @@ class init:
     copy_ = staticmethod(optional("transformers.initialization", "copy_", torch.no_grad()(torch.Tensor.copy_)))
 
 
-class PlainActivations(dict):
-    """The activations that encoders, language models and projectors mostly use, by their names in configs."""
-
-    def __init__(self):
-        tanh = functools.partial(nn.GELU, approximate="tanh")
-        super().__init__(gelu=nn.GELU, gelu_new=tanh, gelu_pytorch_tanh=tanh, relu=nn.ReLU, sigmoid=nn.Sigmoid)
-        self.update(silu=nn.SiLU, swish=nn.SiLU, tanh=nn.Tanh)
-
-    def __getitem__(self, name):
-        return super().__getitem__(name)()
+_gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
+# the activations that encoders, language models and projectors mostly use, by their names in configs
+PLAIN_ACTIVATIONS = {
+    **{"gelu": nn.functional.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh, "relu": nn.functional.relu},
+    **{"sigmoid": torch.sigmoid, "silu": nn.functional.silu, "swish": nn.functional.silu, "tanh": torch.tanh},
+}
 
 
 class PlainAttention(dict):
     """PyTorch's fused attention, called as attention implementations are; all others are transformers' own."""
 
-    def __init__(self):
-        super().__init__(sdpa=self.sdpa)
-
     def __missing__(self, name):
         return needed(f"attn_implementation={name!r}", "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS")[name]
 
-    @staticmethod
-    def sdpa(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout=0.0, scaling=None, **kwargs):
-        """(B, T, N, H), and None in place of probabilities."""
-        is_causal = attention_mask is None and query_BNTH.shape[2] > 1 and kwargs.get("is_causal", True)
-        grouped = query_BNTH.shape[1] != key_BKLH.shape[1]
-        output_BNTH = nn.functional.scaled_dot_product_attention(
-            query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=grouped
-        )
-        return output_BNTH.transpose(1, 2), None
+
+def plain_sdpa(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """(B, T, N, H), and None in place of probabilities."""
+    is_causal = attention_mask is None and query_BNTH.shape[2] > 1 and kwargs.get("is_causal", True)
+    grouped = query_BNTH.shape[1] != key_BKLH.shape[1]
+    output_BNTH = nn.functional.scaled_dot_product_attention(
+        query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout, is_causal, scale=scaling, enable_gqa=grouped
+    )
+    return output_BNTH.transpose(1, 2), None
 
 
 def plain_eager(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
@@ -172,44 +164,33 @@ def plain_can_return_tuple(forward):
     return wrapper
 
 
-ACT2FN = optional("transformers.activations", "ACT2FN", PlainActivations())
-ALL_ATTENTION_FUNCTIONS = optional("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", PlainAttention())
+ACT2FN = optional("transformers.activations", "ACT2FN", PLAIN_ACTIVATIONS)
+ALL_ATTENTION_FUNCTIONS = optional(
+    "transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS", PlainAttention(sdpa=plain_sdpa)
+)
 GradientCheckpointingLayer = optional("transformers.modeling_layers", "GradientCheckpointingLayer", PlainCheckpointing)
 can_return_tuple = optional("transformers.utils", "can_return_tuple", plain_can_return_tuple)
+# parts of each language model's own module
 PLAIN_PARTS = {"rotate_half": plain_rotate_half, "eager_attention_forward": plain_eager}
-
-
-def part_of_language_model(model_type: str, name: str):
-    """transformers' class or function `name` of the language model `model_type`."""
-    folder = model_type.removesuffix("_text")
-    module = f"transformers.models.{folder}.modeling_{folder}"
-    if name in PLAIN_PARTS:
-        return optional(module, name, PLAIN_PARTS[name])
-    return needed(f"Language models of type {model_type}", module, name)
-
-
 ProcessingKwargs = optional("transformers.processing_utils", "ProcessingKwargs")
 Unpack = optional("transformers.processing_utils", "Unpack")
 # the annotation by which serving engines find out what a processor takes
 CallArguments = None if None in (ProcessingKwargs, Unpack) else Unpack[ProcessingKwargs]
 
-TEXT_ARGUMENTS = (
-    *("add_special_tokens", "is_split_into_words", "max_length", "pad_to_multiple_of", "padding", "padding_side"),
-    *("return_attention_mask", "return_length", "return_mm_token_type_ids", "return_offsets_mapping"),
-    *("return_overflowing_tokens", "return_special_tokens_mask", "return_token_type_ids", "stride", "text_pair"),
-    *("text_pair_target", "text_target", "truncation", "verbose"),
-)
-IMAGE_ARGUMENTS = (
-    *("crop_size", "data_format", "device", "disable_grouping", "do_center_crop", "do_convert_rgb", "do_normalize"),
-    *("do_pad", "do_rescale", "do_resize", "image_mean", "image_std", "input_data_format", "pad_size", "resample"),
-    *("rescale_factor", "size"),
-)
+# the names that both majors have
+PLAIN_ARGUMENTS = {
+    "text_kwargs": "add_special_tokens is_split_into_words max_length pad_to_multiple_of padding padding_side "
+    "return_attention_mask return_length return_mm_token_type_ids return_offsets_mapping return_overflowing_tokens "
+    "return_special_tokens_mask return_token_type_ids stride text_pair text_pair_target text_target truncation verbose",
+    "images_kwargs": "crop_size data_format device disable_grouping do_center_crop do_convert_rgb do_normalize do_pad "
+    "do_rescale do_resize image_mean image_std input_data_format pad_size resample rescale_factor size",
+}
 
 
 def call_arguments(part: str) -> set[str]:
     """The names of a processor's arguments that belong to its `"text_kwargs"` or its `"images_kwargs"`."""
     if ProcessingKwargs is None:
-        return set(TEXT_ARGUMENTS if part == "text_kwargs" else IMAGE_ARGUMENTS)
+        return set(PLAIN_ARGUMENTS[part].split())
     return set(ProcessingKwargs.__annotations__[part].__annotations__)
 
 
@@ -220,8 +201,9 @@ def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
         return merge(ProcessingKwargs, **options, **kwargs)
     flat = {name: value for name, value in kwargs.items() if not name.endswith("_kwargs")}
     flat |= kwargs.get("common_kwargs", {})
-    text = {name: value for name, value in flat.items() if name in TEXT_ARGUMENTS or name == "return_tensors"}
-    images = {name: value for name, value in flat.items() if name not in TEXT_ARGUMENTS}
+    of_text = PLAIN_ARGUMENTS["text_kwargs"].split()
+    text = {name: value for name, value in flat.items() if name in (*of_text, "return_tensors")}
+    images = {name: value for name, value in flat.items() if name not in of_text}
     parts = {"text_kwargs": text, "images_kwargs": images}
     return {part: arguments | kwargs.get(part, {}) for part, arguments in parts.items()}
 
@@ -240,12 +222,11 @@ def readable_config_dict(config: dict) -> dict:
     4.x has `rope_theta` and `rope_scaling`, 5.x one dict `rope_parameters`. Each ignores the other's form in silence, so that
     a theta of 500000 turns into 10000.
     """
-    config = dict(config)
     rope = config.get("rope_parameters")
     if rope is None:
-        return config
-    for name in ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor"):
-        config.pop(name, None)
+        return dict(config)
+    former = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
+    config = {name: value for name, value in config.items() if name not in former}
     if not TRANSFORMERS_5:
         del config["rope_parameters"]
         config |= {name: value for name, value in _rope_of_4(rope, config).items() if value is not None}
@@ -281,10 +262,8 @@ def _rope_of_4(rope: dict, config: dict) -> dict:
     if "full_attention" in rope:
         found["rope_local_base_freq"] = (rope.get("sliding_attention") or {}).get("rope_theta", 10000.0)
         rope = rope["full_attention"]
-    found["rope_theta"] = rope.get("rope_theta", 10000.0)
-    if "partial_rotary_factor" in rope:
-        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    scaling = {"rope_theta": 10000.0, **rope}
+    found |= {key: scaling.pop(key) for key in ("rope_theta", "partial_rotary_factor") if key in scaling}
     if scaling.get("rope_type", "default") == "default":
         scaling = None
     elif config.get("model_type") == "phi3":  # it insists on these three
@@ -392,10 +371,10 @@ CAUSAL_MASKS = {
 }
 create_masks_for_generate = optional("transformers.masking_utils", "create_masks_for_generate")
 
-_MASK_ARGUMENTS = _parameters(CAUSAL_MASKS["full_attention"])
-_CACHE_ARGUMENT = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
-_EMBEDS_ARGUMENT = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
-_MASKS_NEED_CACHE_POSITION = _MASK_ARGUMENTS.get("cache_position") is inspect.Parameter.empty
+# what they cannot do without
+_MASK_ARGUMENTS = [
+    name for name, default in _parameters(CAUSAL_MASKS["full_attention"]).items() if default is inspect.Parameter.empty
+]
 
 
 def makes_causal_masks(attention_type: str) -> bool:
@@ -409,11 +388,10 @@ def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, ca
     `inputs_embeds` (B, S, D) is there for its shape, dtype and device; `attention_mask` is (B, past + S), or None; `slots`
     (S,) are the places of the new tokens in the cache, counted from the first token ever seen.
     """
-    arguments = {_EMBEDS_ARGUMENT: inputs_embeds, _CACHE_ARGUMENT: cache}
-    if _MASKS_NEED_CACHE_POSITION:
-        arguments["cache_position"] = slots
-    arguments |= {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
-    return CAUSAL_MASKS[attention_type](**arguments)
+    arguments = {"config": config, "attention_mask": attention_mask, "cache_position": slots, CACHE: cache}
+    arguments |= {"input_embeds": inputs_embeds, "inputs_embeds": inputs_embeds}
+    required = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
+    return CAUSAL_MASKS[attention_type](**required, position_ids=position_ids)
 
 
 def decoding_masks(config, attention_mask, **kwargs):
@@ -497,56 +475,43 @@ def load_options(quantized: bool, given: dict) -> dict:
     return {"dtype": "auto"} if quantized and not named else {}
 
 
-# encoders whose tensors have the same names on every release, apart from what the model handles itself
-UNCHANGED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
-
-
 @contextlib.contextmanager
 def encoder_names_of_all_releases(model):
     """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
     They are the names in the model, or the former ones in an encoder that 5.x has renamed (DINOv2, ViT, Swin ...)."""
-    conversions = _encoder_conversions(model) if TRANSFORMERS_5 else []
-    if not conversions:
-        yield {"save_original_format": False} if TRANSFORMERS_5 else {}
-        return
+    conversions = _encoder_conversions(model)
     before = getattr(model, "_weight_conversions", None)  # what it was loaded with
-    model._weight_conversions = conversions
+    if conversions:
+        model._weight_conversions = conversions
     try:
-        yield {"save_original_format": True}
+        yield {"save_original_format": bool(conversions)} if TRANSFORMERS_5 else {}
     finally:
-        model._weight_conversions = before
+        if conversions:
+            model._weight_conversions = before
 
 
 def _encoder_conversions(model) -> list:
-    """5.x's conversions between the names in checkpoints and in memory of the module `vision_tower`."""
+    """The conversions between the names in checkpoints and in memory of the module `vision_tower`: 5.6 brought the first."""
     encoder = getattr(model.config, "vision_config", None)
-    if encoder is None or encoder.model_type in UNCHANGED_ENCODERS:
+    # those named alike on every release, apart from what the model handles itself
+    unchanged = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
+    if VERSION < (5, 6) or encoder is None or encoder.model_type in unchanged:
         return []
-    if VERSION < (5, 6):  # not renamed yet, nor does every release have the function
-        mapping = optional("transformers.conversion_mapping", "get_model_conversion_mapping")
-    else:
-        feature = f"Saving a model with an encoder of type {encoder.model_type}"
-        mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
-    try:
-        found = [] if mapping is None else mapping(model, add_legacy=False)
-    except TypeError:  # of the first releases, which had not renamed anything in an encoder yet
-        return []
+    feature = f"Saving a model with an encoder of type {encoder.model_type}"
+    mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
+    found = mapping(model, add_legacy=False)
     return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
 
 
 # --- processors -------------------------------------------------------------------------------------------------------
 
 
-if hasattr(ProcessorMixin, "get_attributes"):  # the names of the parts are read off the signature of __init__
-    ImageTextProcessorMixin = ProcessorMixin
-else:
+class ImageTextProcessorMixin(ProcessorMixin):
+    """A processor of an image processor and a tokenizer, of any class: 5.x reads that off the signature of `__init__`."""
 
-    class ImageTextProcessorMixin(ProcessorMixin):
-        """A processor of an image processor and a tokenizer, of any class."""
-
+    if not hasattr(ProcessorMixin, "get_attributes"):
         attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        tokenizer_class = "AutoTokenizer"
+        image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
 
 
 def read_url(url: str, timeout: float | None = None) -> bytes:
@@ -597,16 +562,12 @@ def portable_tokenizer_config(config: dict, tokenizer, adds_bos: bool, adds_eos:
         config[extra_name] = extra
     if "model_specific_special_tokens" in config:
         config["extra_special_tokens"] = config.pop("model_specific_special_tokens")
+    decoder = {str(index): token.__getstate__() for index, token in tokenizer.added_tokens_decoder.items()}
+    left_out = {"added_tokens_decoder": decoder}
     if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
-        left_out = {"legacy": getattr(tokenizer, "legacy", None), "add_bos_token": adds_bos, "add_eos_token": adds_eos}
-        for name, value in left_out.items():
-            if hasattr(tokenizer, name):
-                config.setdefault(name, value)
-    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    added = sorted(tokenizer.added_tokens_decoder.items())
-    decoder = {str(index): {flag: getattr(token, flag) for flag in flags} for index, token in added}
-    config.setdefault("added_tokens_decoder", decoder)
-    return config
+        llama = {"legacy": getattr(tokenizer, "legacy", None), "add_bos_token": adds_bos, "add_eos_token": adds_eos}
+        left_out |= {name: value for name, value in llama.items() if hasattr(tokenizer, name)}
+    return left_out | config
 
 
 def portable_image_processor_config(config: dict) -> dict:

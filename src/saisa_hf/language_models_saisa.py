@@ -6,14 +6,17 @@ that of the feed-forward network; each of the two may have a norm in front and o
 text enters self-attention: behind the norm in front of it, or, in a family without one, as they leave the projector.
 """
 
-import re
 from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .compat_saisa import ACT2FN, RotaryByLayerType, init, part_of_language_model
+from .compat_saisa import ACT2FN, PLAIN_PARTS, RotaryByLayerType, init, needed, optional
+
+
+FAMILIES: dict[str, type["LanguageModelFamily"]] = {}  # by `model_type`, in the order in which they are defined here
 
 
 class LayerNorms(NamedTuple):
@@ -25,30 +28,34 @@ class LayerNorms(NamedTuple):
     after_feed_forward: str | None = None
 
 
-def gated_plan(network: str, gate: str, up: str, down: str) -> dict[str, str]:
-    """The tensor parallel plan of the feed-forward network of that name in a decoder layer."""
-    styles = {gate: "colwise", up: "colwise", down: "rowwise"}
-    return {f"layers.*.{network}.{name}": style for name, style in styles.items()}
-
-
 class LanguageModelFamily:
-    """Llama, and the default of all others. `config` is the language model's."""
+    """What Llama is, and the default of all others. `config` is the language model's. A family's class here is named as
+    transformers' classes of the family begin."""
 
-    prefix = "Llama"  # what transformers' classes of the family begin with
     norms = LayerNorms(before_attention="input_layernorm", before_feed_forward="post_attention_layernorm")
     head_norm: str | None = None  # "head" or "width" (all heads together): what queries and keys are normalised over
+    windows: str | None = None  # layers with a sliding window: "everywhere" (where the config names one) or "by layer"
+    qkv_bias = output_bias = property(attrgetter("config.attention_bias"))
     fused_projection = False  # whether queries, keys and values come from one matrix, `qkv_proj`
+    softcap: float | None = None  # the bound of the scores; sdpa, which 4.57 runs all the same, knows none
+    residual_multiplier = 1.0
     feed_forward_name = "mlp"
     compiles = True  # whether a step of decoding is one graph to `torch.compile`
     only: dict = {}  # fields of the config and the one value that is supported, where transformers knows others
-    residual_multiplier = 1.0
+
+    def __init_subclass__(cls, model_type: str):
+        FAMILIES[model_type] = cls
 
     def __init__(self, config):
         self.config = config
 
     def part(self, name: str):
         """transformers' class `name` of this family, or its function."""
-        return part_of_language_model(self.config.model_type, name if name.islower() else self.prefix + name)
+        folder = self.config.model_type.removesuffix("_text")
+        module = f"transformers.models.{folder}.modeling_{folder}"
+        if name in PLAIN_PARTS:
+            return optional(module, name, PLAIN_PARTS[name])
+        return needed(f"Language models of type {self.config.model_type}", module, type(self).__name__ + name)
 
     def norm(self, size: int) -> nn.Module:
         return self.part("RMSNorm")(size, eps=self.config.rms_norm_eps)
@@ -66,7 +73,6 @@ class LanguageModelFamily:
 
     @property
     def rotate_half(self) -> Callable:
-        """The rotation by a quarter turn."""
         return self.part("rotate_half")
 
     @property
@@ -79,25 +85,17 @@ class LanguageModelFamily:
         return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.config.attention_bias
-
-    output_bias = qkv_bias
-
-    @property
     def scaling(self) -> float:
         """What scores are multiplied by."""
         return self.head_dim**-0.5
 
     @property
-    def softcap(self) -> float | None:
-        """The bound of the scores where the implementation knows one; sdpa, which 4.57 runs all the same, does not."""
-        return None
-
-    @property
     def attention_types(self) -> tuple[str, ...]:
         """For each decoder layer `"full_attention"` or `"sliding_attention"`."""
-        return ("full_attention",) * self.config.num_hidden_layers
+        if self.windows == "by layer":
+            return tuple(self.config.layer_types)
+        has_window = self.windows == "everywhere" and self.config.sliding_window is not None
+        return ("sliding_attention" if has_window else "full_attention",) * self.config.num_hidden_layers
 
     @property
     def supports_sdpa(self) -> bool:
@@ -131,56 +129,41 @@ class LanguageModelFamily:
         return plan | {"layers.*.visual_projector.linear_1": "colwise", "layers.*.visual_projector.linear_2": "rowwise"}
 
     def feed_forward_plan(self) -> dict[str, str]:
-        return gated_plan("mlp", "gate_proj", "up_proj", "down_proj")
+        return self.gated_plan("mlp")
 
-    def checkpoint_name(self, name: str) -> str:
-        """The name in checkpoints of what transformers calls `name`."""
-        return name
-
-    def feed_forward_sizes(self) -> list[int]:
-        """Inner width of each layer's feed-forward network that a token passes."""
-        return [self.config.intermediate_size] * self.config.num_hidden_layers
+    @staticmethod
+    def gated_plan(network: str, into=("gate_proj", "up_proj"), out="down_proj") -> dict[str, str]:
+        """The plan of feed-forward networks of that name."""
+        return {f"layers.*.{network}.{name}": "colwise" for name in into} | {f"layers.*.{network}.{out}": "rowwise"}
 
 
-class WindowEverywhere(LanguageModelFamily):
-    """All layers have the window that the config names, or none has."""
-
-    @property
-    def attention_types(self):
-        kind = "full_attention" if self.config.sliding_window is None else "sliding_attention"
-        return (kind,) * self.config.num_hidden_layers
+class Llama(LanguageModelFamily, model_type="llama"):
+    """The defaults."""
 
 
-class WindowByLayer(LanguageModelFamily):
-    """The config says of each layer whether it has the window."""
-
-    @property
-    def attention_types(self):
-        return tuple(self.config.layer_types)
-
-
-class Mistral(WindowEverywhere):
-    prefix = "Mistral"
+class Mistral(LanguageModelFamily, model_type="mistral"):
+    windows = "everywhere"
     qkv_bias = output_bias = False
 
 
-class Qwen2(WindowByLayer):
-    prefix = "Qwen2"
+class Qwen2(LanguageModelFamily, model_type="qwen2"):
+    windows = "by layer"
     qkv_bias, output_bias = True, False
 
 
-class Qwen3(WindowByLayer):
-    prefix = "Qwen3"
+class Qwen3(LanguageModelFamily, model_type="qwen3"):
+    windows = "by layer"
     head_norm = "head"
 
 
-class Gemma2(WindowByLayer):
+class Gemma2(LanguageModelFamily, model_type="gemma2"):
     """Norms on both sides, scaled embeddings, bounded scores and logits."""
 
-    prefix = "Gemma2"
+    windows = "by layer"
     norms = LayerNorms(
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     )
+    softcap = property(attrgetter("config.attn_logit_softcapping"))
     only = {"use_bidirectional_attention": False}
 
     def embedding(self):
@@ -191,27 +174,22 @@ class Gemma2(WindowByLayer):
     def scaling(self):
         return self.config.query_pre_attn_scalar**-0.5
 
-    @property
-    def softcap(self):
-        return self.config.attn_logit_softcapping
-
     def scaled_logits(self, x):
         bound = self.config.final_logit_softcapping
         return x if bound is None else torch.tanh(x / bound) * bound
 
 
-class Gemma3(Gemma2):
+class Gemma3(Gemma2, model_type="gemma3_text"):
     """Its layers with a window have a rotary embedding of their own; queries and keys are normalised, scores unbounded."""
 
-    prefix = "Gemma3"
     head_norm = "head"
     softcap = None
 
 
-class Phi3(WindowEverywhere):
+class Phi3(LanguageModelFamily, model_type="phi3"):
     """Fused projections, and a rotation of part of each head."""
 
-    prefix = "Phi3"
+    windows = "everywhere"
     fused_projection = True
     qkv_bias = output_bias = False
     only = {"resid_pdrop": 0.0}
@@ -220,26 +198,18 @@ class Phi3(WindowEverywhere):
         return {"layers.*.mlp.gate_up_proj": "colwise_gather_output", "layers.*.mlp.down_proj": "rowwise_split_input"}
 
 
-class Olmo2(LanguageModelFamily):
+class Olmo2(LanguageModelFamily, model_type="olmo2"):
     """Norms behind attention and feed-forward network alone; queries and keys are normalised across heads."""
 
-    prefix = "Olmo2"
     norms = LayerNorms(after_attention="post_attention_layernorm", after_feed_forward="post_feedforward_layernorm")
     head_norm = "width"
 
 
-class Granite(LanguageModelFamily):
+class Granite(LanguageModelFamily, model_type="granite"):
     """A multiplier on everything."""
 
-    prefix = "Granite"
-
-    @property
-    def scaling(self):
-        return self.config.attention_multiplier
-
-    @property
-    def residual_multiplier(self):
-        return self.config.residual_multiplier
+    scaling = property(attrgetter("config.attention_multiplier"))
+    residual_multiplier = property(attrgetter("config.residual_multiplier"))
 
     def scaled_input(self, x):
         return x * self.config.embedding_multiplier
@@ -248,19 +218,19 @@ class Granite(LanguageModelFamily):
         return x / self.config.logits_scaling
 
 
-class SmolLM3(WindowByLayer):
+class SmolLM3(LanguageModelFamily, model_type="smollm3"):
     """Some layers know no positions."""
 
-    prefix = "SmolLM3"
+    windows = "by layer"
 
     def rotates(self, layer_idx):
         return bool(self.config.no_rope_layers[layer_idx])
 
 
-class Qwen3Moe(WindowEverywhere):
+class Qwen3Moe(LanguageModelFamily, model_type="qwen3_moe"):
     """Experts in place of the feed-forward network of most layers."""
 
-    prefix = "Qwen3Moe"
+    windows = "everywhere"
     head_norm = "head"
     compiles = False
     only = {"output_router_logits": False}
@@ -279,18 +249,13 @@ class Qwen3Moe(WindowEverywhere):
 
     def feed_forward_plan(self):
         plan = super().feed_forward_plan() if not all(map(self.is_sparse, range(self.config.num_hidden_layers))) else {}
-        return plan | gated_plan("mlp.experts.*", "gate_proj", "up_proj", "down_proj")
-
-    def feed_forward_sizes(self):
-        config = self.config
-        sparse = config.moe_intermediate_size * config.num_experts_per_tok
-        return [sparse if self.is_sparse(i) else config.intermediate_size for i in range(config.num_hidden_layers)]
+        return plan | self.gated_plan("mlp.experts.*")
 
 
-class Mixtral(WindowEverywhere):
+class Mixtral(LanguageModelFamily, model_type="mixtral"):
     """Experts in place of every feed-forward network."""
 
-    prefix = "Mixtral"
+    windows = "everywhere"
     qkv_bias = output_bias = False
     feed_forward_name = "block_sparse_moe"
     compiles = False
@@ -301,32 +266,7 @@ class Mixtral(WindowEverywhere):
         return Experts(self.config, experts, normalised=True)
 
     def feed_forward_plan(self):
-        return gated_plan("block_sparse_moe.experts.*", "w1", "w3", "w2")
-
-    def checkpoint_name(self, name):
-        name = name.replace(".mlp.", ".block_sparse_moe.")
-        for theirs, ours in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-            name = name.replace(theirs, ours)
-        return name
-
-    def feed_forward_sizes(self):
-        return [width * self.config.num_experts_per_tok for width in super().feed_forward_sizes()]
-
-
-FAMILIES: dict[str, type[LanguageModelFamily]] = {
-    "llama": LanguageModelFamily,
-    "mistral": Mistral,
-    "qwen2": Qwen2,
-    "qwen3": Qwen3,
-    "gemma2": Gemma2,
-    "gemma3_text": Gemma3,
-    "phi3": Phi3,
-    "olmo2": Olmo2,
-    "granite": Granite,
-    "smollm3": SmolLM3,
-    "qwen3_moe": Qwen3Moe,
-    "mixtral": Mixtral,
-}
+        return self.gated_plan("block_sparse_moe.experts.*", into=("w1", "w3"), out="w2")
 
 
 def language_model_family(config) -> LanguageModelFamily:
@@ -338,23 +278,6 @@ def choose_attention(config) -> None:
     """Puts eager attention in the place of sdpa in the config of a language model that transformers does not run with it."""
     if config._attn_implementation == "sdpa" and not language_model_family(config).supports_sdpa:
         config._attn_implementation = "eager"
-
-
-def checkpoint_state_dict(decoder) -> dict[str, torch.Tensor]:
-    """The tensors of `decoder`, transformers' model without its head, under their names in checkpoints and here. transformers
-    5 joins the experts of a layer in memory: they are copied."""
-    weights = {}
-    for name, x in decoder.state_dict().items():
-        joined = re.fullmatch(r"(.*\.experts)\.(gate_up_proj|down_proj)", name)
-        if joined is None:
-            weights[name] = x
-            continue
-        for expert, of_expert in enumerate(x):
-            kinds = joined[2].replace("gate_up", "gate_proj up").split()
-            for kind, part in zip(kinds, of_expert.chunk(len(kinds))):
-                weights[f"{joined[1]}.{expert}.{kind}.weight"] = part.clone()
-    family = language_model_family(decoder.config)
-    return {family.checkpoint_name(name): x for name, x in weights.items()}
 
 
 def initialize(module: nn.Module) -> None:

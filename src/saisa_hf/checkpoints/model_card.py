@@ -12,6 +12,7 @@ import torch
 
 from ..compat_saisa import needed
 from ..configuration_saisa import SaisaConfig
+from ..costs.products import feed_forward_sizes
 from ..language_models_saisa import language_model_family
 from ..modeling_saisa import SaisaForConditionalGeneration
 
@@ -44,7 +45,7 @@ def flops(config, text_tokens: int, visual_tokens: int) -> dict[str, float]:
     text, t, v = config.text_config, text_tokens, visual_tokens
     family = language_model_family(text)
     h, layers = text.hidden_size, text.num_hidden_layers
-    m = sum(family.feed_forward_sizes()) / layers
+    m = sum(feed_forward_sizes(family)) / layers
     q, k = (heads * family.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     c, p = config.vision_feature_size, config.projector_hidden_size or h
     weights = (2 * q + 2 * k + 3 * m) * h

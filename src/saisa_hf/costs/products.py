@@ -94,7 +94,7 @@ def products(config: SaisaConfig, architecture: str, step: Step, cross_every: in
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
         yield from projector(p)
-    for layer, inner in enumerate(family.feed_forward_sizes()):
+    for layer, inner in enumerate(feed_forward_sizes(family)):
         attend, fed = visual_rows(config, architecture, layer)
         rows, fed_rows = step.text + visual * attend, step.text + visual * fed
         if architecture == "flamingo" and layer % cross_every == 0:
@@ -154,3 +154,11 @@ def experts(family: LanguageModelFamily, layer: int) -> int:
     if hasattr(family, "is_sparse"):
         return family.config.num_experts if family.is_sparse(layer) else 0
     return getattr(family.config, "num_local_experts", 0)
+
+
+def feed_forward_sizes(family: LanguageModelFamily) -> list[int]:
+    """Inner width of each layer's feed-forward network that a token passes: of all its experts together, if it has some."""
+    config = family.config
+    width = config.intermediate_size
+    sparse = getattr(config, "moe_intermediate_size", width) * getattr(config, "num_experts_per_tok", 1)
+    return [sparse if experts(family, layer) else width for layer in range(config.num_hidden_layers)]

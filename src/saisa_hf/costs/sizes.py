@@ -9,7 +9,7 @@ import torch
 from ..configuration_saisa import SaisaConfig
 from ..language_models_saisa import language_model_family
 from ..modeling_saisa import SaisaForConditionalGeneration
-from .products import Step, cached_tokens, has_visual_outputs, visual_rows
+from .products import Step, cached_tokens, feed_forward_sizes, has_visual_outputs, visual_rows
 
 
 def cache_bytes(config: SaisaConfig, architecture: str, step: Step, itemsize: int) -> int:
@@ -33,7 +33,7 @@ def activation_bytes(config: SaisaConfig, architecture: str, step: Step, itemsiz
     text, family = config.text_config, language_model_family(config.text_config)
     h, c, size = text.hidden_size, config.vision_feature_size, family.head_dim
     q, k = (heads * size for heads in (text.num_attention_heads, text.num_key_value_heads))
-    inner = max(family.feed_forward_sizes())
+    inner = max(feed_forward_sizes(family))
     t, v = step.text, 0 if architecture == "language_model" else step.visual
     layers = [visual_rows(config, architecture, layer) for layer in range(text.num_hidden_layers)]
     attend, fed = map(any, zip(*layers))

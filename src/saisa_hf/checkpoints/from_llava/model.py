@@ -8,10 +8,11 @@ from torch import nn
 from transformers import CLIPImageProcessor, PreTrainedModel, ProcessorMixin
 
 from ...configuration_saisa import SaisaConfig
-from ...language_models_saisa import LanguageModelFamily, checkpoint_state_dict
+from ...language_models_saisa import LanguageModelFamily
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import CLASS_TOKENS, NESTED_ENCODERS, NestedEncoder
+from ..names import checkpoint_state_dict
 from .reading import LLAVAS
 
 
