@@ -33,16 +33,10 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
 
-DEFAULT_VISION_CONFIG = {  # CLIP ViT-L/14 at 336 px, the paper's encoder
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "projection_dim": 768,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
+# CLIP ViT-L/14 at 336 px, the paper's encoder
+DEFAULT_VISION_CONFIG = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 768}
+DEFAULT_VISION_CONFIG |= {"hidden_size": 1024, "intermediate_size": 4096}
+DEFAULT_VISION_CONFIG |= {"num_hidden_layers": 24, "num_attention_heads": 16}
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 REDUCTION_SETTINGS = ("visual_token_reduction", "reduced_visual_tokens")
 CHECKED_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward", *REDUCTION_SETTINGS)
@@ -190,10 +184,7 @@ class SaisaConfig(PretrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """transformers' own; of a `LlavaForConditionalGeneration` it makes the config of the same model in embedding space.
-
-        Raises:
-            ValueError: no SAISA equals this LLaVA.
-        """
+        Raises ValueError if there is none."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if config_dict.get("model_type") == "llava":
             config_dict = from_package("Reading a LLaVA", "checkpoints.llava", "config_of_llava")(config_dict)
@@ -242,10 +233,7 @@ class SaisaConfig(PretrainedConfig):
     @property
     def encoder_tokens_per_image(self) -> int:
         """Tokens that the encoder hands on for an image of the size it is made for, in front of `visual_token_reduction`.
-
-        Raises:
-            ValueError: its configuration names no size.
-        """
+        Raises ValueError if its configuration names no size."""
         vision = self.vision_config
         if vision.model_type == "siglip2_vision_model":
             return vision.num_patches

@@ -71,19 +71,15 @@ class SaisaHead(nn.Linear):
 
 
 def targets_of(labels_BS, shift_labels_BS, shape: tuple[int, int], ignored: int) -> Tensor | None:
-    """(B, S) what each position is to predict, or None without labels.
-
-    Raises:
-        ValueError: `labels` or `shift_labels` do not have the input's `shape`.
-    """
+    """(B, S) what each position is to predict, or None without labels. Raises ValueError if `labels` or `shift_labels` do not
+    have the input's `shape`."""
     if labels_BS is None:
         return None
     for name, given in (("labels", labels_BS), ("shift_labels", shift_labels_BS)):
         if given is not None and tuple(given.shape) != tuple(shape):
             raise ValueError(f"{name} is {tuple(given.shape)}: expected {tuple(shape)}, one for each input token.")
-    return (
-        shift_labels_BS if shift_labels_BS is not None else nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:]
-    )
+    shifted_BS = nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:]
+    return shifted_BS if shift_labels_BS is None else shift_labels_BS
 
 
 # --- generation -------------------------------------------------------------------------------------------------------

@@ -176,16 +176,14 @@ class NaavitAttention(nn.Module):
         slots: Tensor,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """
+        """(B, T, D) outputs of the text tokens, and (B, N, T, L) probabilities where the attention implementation has them.
+
         Args:
             text_BTD: normalised hidden states of the text tokens.
             visual: `keys_and_values` of the visual tokens; None if this layer gets none.
             attention_mask: what the attention implementation takes (`attention_masks`); None only where T is S or one.
             slots: (S,) places of the new tokens in the cache.
             kwargs: handed on to the attention function.
-
-        Returns:
-            (B, T, D) outputs of the text tokens, and (B, N, T, L) probabilities where the implementation has them.
         """
         query_BTNH, key_BTKH, value_BTKH = self.queries_keys_values(text_BTD)
         key_VKH = value_VKH = None
@@ -258,23 +256,13 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         self.add_module(self.feed_forward_name, family.feed_forward(layer_idx))
         self.residual_multiplier = family.residual_multiplier
 
-    def forward(
-        self, text_BTD: Tensor, visual=None, layout: TokenLayout | None = None, **attention_arguments
-    ) -> tuple[Tensor, Tensor | None]:
-        """
-        Args:
-            text_BTD: hidden states of the text tokens.
-            visual: features as in `visual_keys_and_values`, or what that returns, or None.
-
-        Returns:
-            (B, T, D) hidden states and (B, N, T, L) attention probabilities or None.
-        """
-        if visual is None or not self.sees_image:
-            visual = None
-        elif isinstance(visual, tuple):
+    def forward(self, text_BTD: Tensor, visual, layout: TokenLayout, **attention_arguments):
+        """(B, T, D) hidden states and (B, N, T, L) attention probabilities or None. `visual` are features as in
+        `visual_keys_and_values`, or what that returns, or None."""
+        if isinstance(visual, tuple):
             visual = tuple(x_VKH.to(text_BTD.device) for x_VKH in visual)
-        else:
-            visual = self.visual_keys_and_values(visual, layout)
+        elif visual is not None:
+            visual = self.visual_keys_and_values(visual, layout) if self.sees_image else None
         text_BTD, probabilities_BNTL = self.attended(text_BTD, visual, layout=layout, **attention_arguments)
         return self.fed(text_BTD), probabilities_BNTL
 
