@@ -32,7 +32,7 @@ from .compat_saisa import (
     is_quantized,
     makes_causal_masks,
 )
-from .hardware_saisa import Luggage
+from .hardware_saisa import PerDevice
 from .token_layout_saisa import TokenLayout, segments_of
 
 
@@ -122,12 +122,12 @@ class Runs:
     def __init__(self, visibility: Visibility):
         self.window = visibility.window
         self.are_slices = visibility.equal_in_all_samples()
-        self.runs = Luggage(*(_runs_as_slices if self.are_slices else _runs_as_rows)(visibility))
+        self.runs = PerDevice(*(_runs_as_slices if self.are_slices else _runs_as_rows)(visibility))
 
     def attend(self, implementation, module, query_BNTH, key_BKLH, value_BKLH, **options) -> Tensor:
         """(B, T, N, H): attention of all queries by `implementation`, zeros for those at padding."""
         kernel = partial(self._kernel, implementation, module, **options)
-        runs = self.runs.at(query_BNTH.device)
+        runs = self.runs.on(query_BNTH.device)
         if self.are_slices:
             parts = ((query_BNTH[:, :, t], key_BKLH[:, :, k], value_BKLH[:, :, k]) for t, k in runs)
             return torch.cat([kernel(*part) for part in parts], dim=1)

@@ -15,7 +15,7 @@ Shape suffixes as in `modeling_saisa.py`.
 
 from torch import Tensor, nn
 
-from .hardware_saisa import Luggage
+from .hardware_saisa import PerDevice
 from .token_layout_saisa import Rotation, TokenLayout
 
 
@@ -73,11 +73,11 @@ class ThroughEveryLayer:
             if layout.visual_BS is None:  # of no images: only their gradient counts (see `EncodesImages.no_features`)
                 text_BTD, visual_VD = layout.joined(text_BTD, visual_VD), None
         hidden_states, attentions = [], []
-        luggage = Luggage(rotations, masks)
+        per_device = PerDevice(rotations, masks)
         for layer in self.layers:
             if wanted["hidden_states"]:
                 hidden_states.append(layout.joined(text_BTD, visual_VD))
-            rotations, masks = luggage.at(layer.device)
+            rotations, masks = per_device.on(layer.device)
             text_BTD, visual_VD, probabilities_BNSL = layer(
                 text_BTD,
                 visual_VD,

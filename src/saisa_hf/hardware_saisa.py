@@ -13,21 +13,20 @@ import re
 import torch
 from torch import Tensor, distributed, nn
 from torch.torch_version import TorchVersion
+from torch.utils._pytree import tree_map_only
 
 from .compat_saisa import needed
 
 
-# --- several devices --------------------------------------------------------------------------------------------------
+# --- several devices, several processes -------------------------------------------------------------------------------
 
 DECODER_LAYER = re.compile(r"((?:model\.)?language_model\.layers\.\d+)\.")
 
 
 def check_device_map(device_map) -> None:
-    """Raises ValueError if `device_map`, a dict, puts parts of one decoder layer on different devices: a layer's projector
-    feeds its attention, and a layer's inputs are moved once."""
-    if not isinstance(device_map, dict):
-        return
-    for layer in dict.fromkeys(found[1] for found in map(DECODER_LAYER.match, device_map) if found):
+    """Raises ValueError if a dict splits a decoder layer: its projector feeds its attention; its inputs are moved once."""
+    names = device_map if isinstance(device_map, dict) else ()
+    for layer in dict.fromkeys(found[1] for found in map(DECODER_LAYER.match, names) if found):
         above = [name for name in device_map if name == "" or f"{layer}.".startswith(f"{name}.")]
         below = [name for name in device_map if name.startswith(f"{layer}.")]
         devices = {name: str(device_map[name]) for name in [*sorted(above, key=len)[-1:], *below]}
@@ -41,40 +40,27 @@ def check_device_map(device_map) -> None:
 
 def execution_device(module: nn.Module) -> torch.device:
     """Where `module`, which has a weight, computes; accelerate may bring the weight there only then."""
-    if module.weight.is_meta and (hooks := _hooks(module)):
-        return next(hook.execution_device for hook in hooks if hasattr(hook, "execution_device"))
-    return module.weight.device
+    elsewhere = _of_hooks(module, "execution_device") if module.weight.is_meta else None
+    return module.weight.device if elsewhere is None else elsewhere
 
 
-def _hooks(module: nn.Module) -> tuple:
-    """accelerate's hooks on `module`."""
+def _of_hooks(module: nn.Module | None, name: str):
+    """`name` of the first of accelerate's hooks on `module` that has one, or None."""
     hook = getattr(module, "_hf_hook", None)
-    return () if hook is None else getattr(hook, "hooks", (hook,))
+    values = (getattr(one, name, None) for one in getattr(hook, "hooks", (hook,)))
+    return next((value for value in values if value is not None), None)
 
 
-class Luggage:
+class PerDevice:
     """Tensors in tuples and dicts that all decoder layers read, copied to each device once; anything else stays as it is."""
 
     def __init__(self, *contents):
         self._contents, self._copies = contents, {}
 
-    def at(self, device):
-        """The contents on `device`."""
+    def on(self, device):
         if device not in self._copies:
-            self._copies[device] = _moved(self._contents, device)
+            self._copies[device] = tree_map_only(Tensor, lambda x: x.to(device), self._contents)
         return self._copies[device]
-
-
-def _moved(x, device):
-    if isinstance(x, dict):
-        return {key: _moved(value, device) for key, value in x.items()}
-    if isinstance(x, tuple):
-        moved = [_moved(value, device) for value in x]
-        return type(x)(*moved) if hasattr(x, "_fields") else tuple(moved)
-    return x.to(device) if isinstance(x, Tensor) else x
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
 
 
 def check_tensor_parallelism(text_config, arguments: dict) -> None:
@@ -106,9 +92,8 @@ def with_own_heads(keys_values, attention: nn.Module, heads: int) -> tuple[Tenso
     """The inverse of `with_all_heads`: the `heads` key heads that this process computes."""
     if keys_values[0].shape[1] == heads:
         return keys_values
-    group = _processes(attention)
-    shares, own = distributed.get_world_size(group), distributed.get_rank(group)
-    return tuple(x_VKH.chunk(shares, dim=1)[own] for x_VKH in keys_values)
+    first = distributed.get_rank(_processes(attention)) * heads
+    return tuple(x_VKH[:, first : first + heads] for x_VKH in keys_values)
 
 
 def _processes(attention: nn.Module):
@@ -117,12 +102,10 @@ def _processes(attention: nn.Module):
     return None if mesh is None else mesh.get_group()
 
 
-# --- quantized weights ------------------------------------------------------------------------------------------------
+# --- weights: quantized ones, and a digest of any ---------------------------------------------------------------------
 
 # By measurement (docs/hardware.md): a byte saved in one of these costs more than a byte saved in a decoder layer.
 KEPT_PRECISE = ("vision_tower", "visual_resampler", "visual_projector", "lm_head")
-# in the two forms that transformers' releases look for: names and patterns
-KEPT_NAMES = [name for part in KEPT_PRECISE for name in (part, rf".*\.{part}")]
 # what quantization configs call the modules to leave alone, and what that is by default (HQQ: the head)
 SKIP_ARGUMENTS = {"llm_int8_skip_modules": None, "modules_to_not_convert": None, "skip_modules": ["lm_head"]}
 MINIMUM_BITSANDBYTES = "0.46.1"  # the first that transformers 5 takes, and that computes on a CPU
@@ -130,20 +113,19 @@ MINIMUM_BITSANDBYTES = "0.46.1"  # the first that transformers 5 takes, and that
 
 def with_precise_modules(quantization_config):
     """`quantization_config`, an object or a dict, as an object that names the modules to leave alone: itself where it does
-    already, else a copy with `KEPT_PRECISE`."""
+    already, else a copy with `KEPT_PRECISE`, as names and as patterns: some releases of transformers look for the latter."""
     if isinstance(quantization_config, dict):
         kinds = needed("A quantization_config that is a dict", "transformers.quantizers", "AutoQuantizationConfig")
         quantization_config = kinds.from_dict(quantization_config)
     for name, unsaid in SKIP_ARGUMENTS.items():
         if hasattr(quantization_config, name) and getattr(quantization_config, name) in (None, unsaid):
             quantization_config = copy.copy(quantization_config)
-            setattr(quantization_config, name, list(KEPT_NAMES))
+            setattr(quantization_config, name, [form for part in KEPT_PRECISE for form in (part, rf".*\.{part}")])
     return quantization_config
 
 
 def check_backend(quantization_config) -> None:
-    """Raises ImportError if `quantization_config`, an object, a dict or None, asks for bitsandbytes and that is missing or
-    too old: transformers 4.57 says no more than that a version number was not found."""
+    """Raises ImportError if a config, dict or None asks for a bitsandbytes that is not there: transformers 4.57 is vague."""
     is_dict = isinstance(quantization_config, dict)
     method = quantization_config.get("quant_method") if is_dict else getattr(quantization_config, "quant_method", None)
     if method != "bitsandbytes":
@@ -151,17 +133,13 @@ def check_backend(quantization_config) -> None:
     found = importlib.metadata.version("bitsandbytes") if importlib.util.find_spec("bitsandbytes") else None
     if found is None or TorchVersion(found) < MINIMUM_BITSANDBYTES:
         wanted = "bitsandbytes, which is not installed" if found is None else f"a newer bitsandbytes than {found}"
-        raise ImportError(
-            f'The quantization of this model needs {wanted}: pip install -U "bitsandbytes>={MINIMUM_BITSANDBYTES}"'
-        )
+        raise ImportError(f'This quantization needs {wanted}: pip install -U "bitsandbytes>={MINIMUM_BITSANDBYTES}"')
 
 
 def settle(model: nn.Module) -> None:
-    """What a model with 4-bit weights of bitsandbytes (0.50) needs to run and to be saved on a CPU. Its first step without
-    gradients rearranges the weights there, which fails for rows and columns that are not multiples of its blocks: such layers
-    go without. And `state_dict` puts them back with scales in the wrong order."""
-    found = _4_bit_modules(model)
-    for module in found:
+    """Lets 4-bit weights of bitsandbytes (0.50) run and be saved on a CPU. There the first step without gradients rearranges
+    them, which fails for rows and columns that do not fill its blocks, and `state_dict` returns scales in the wrong order."""
+    for module in (found := _4_bit_modules(model)):
         if module.out_features % 32 or module.in_features % module.weight.quant_state.blocksize:
             module.support_avx512bf16_for_cpu = False
     if found:
@@ -169,8 +147,7 @@ def settle(model: nn.Module) -> None:
 
 
 def put_back(model: nn.Module, *_) -> None:
-    """Puts 4-bit weights back into the order in which they are stored, in place. Codes are what they were; scales keep the
-    rounding to bfloat16 that they got when they were rearranged, which is how the model computes."""
+    """Puts 4-bit weights back into stored order, in place; scales keep the rounding to bfloat16 they are used with."""
     for weight in (module.weight for module in _4_bit_modules(model)):
         state = weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
@@ -188,8 +165,7 @@ def _4_bit_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _codes_and_scales(weight: Tensor, state) -> tuple[Tensor, Tensor]:
-    """The codes of a 4-bit weight and the scales of its blocks (float32) in the order in which they are stored. `state`, the
-    weight's `quant_state` or a copy, is changed to that order, but for the scales."""
+    """Codes and scales (float32) of a 4-bit weight in stored order, to which its `state`, but for the scales, is changed."""
     # an import statement would make transformers ask everyone who loads a checkpoint by its code for bitsandbytes
     functional = importlib.import_module("bitsandbytes.functional")
     if getattr(state, "packing_format_for_cpu", False):
@@ -200,58 +176,45 @@ def _codes_and_scales(weight: Tensor, state) -> tuple[Tensor, Tensor]:
     return weight.data, state.absmax.flatten().float()
 
 
-# --- a digest of weights, wherever they are ---------------------------------------------------------------------------
-
-
 def weights_fingerprint(owner: nn.Module, name: str, parts: dict[str, nn.Module], settings: list) -> str:
     """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
-
-    Floating-point weights are compared as bfloat16, so that a cast of a model keeps the digest. Weights that accelerate keeps
-    elsewhere are read once. Raises ValueError if nothing tells where the values of one on the meta device are.
-    """
-    state = ([one for module in parts.values() for one in _identities(module)], settings)
+    Floating-point weights count as bfloat16, so that a cast keeps it. Raises ValueError if values are nowhere to be found."""
+    state = ([_identities(module) for module in parts.values()], settings)
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
     if name not in remembered or remembered[name][0] != state:
-        digest = hashlib.sha256(json.dumps(settings).encode())
-        for part, module in parts.items():
-            digest.update(b"".join(_pieces(part, module)))
-        remembered[name] = (state, digest.hexdigest())
+        pieces = [piece for part, module in parts.items() for piece in _pieces(part, module)]
+        remembered[name] = (state, hashlib.sha256(json.dumps(settings).encode() + b"".join(pieces)).hexdigest())
     return remembered[name][1]
 
 
 def _identities(module: nn.Module) -> list[tuple]:
-    """What changes when parameters get other values; one that is kept elsewhere has a new stand-in at each use. By hand:
-    every use of visual states asks, and a module's own iterators take five times as long."""
-    found = []
-    for p in module._parameters.values():
-        if p is not None and not p.is_meta:
-            address = 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr()
-            found.append((id(p), address, 0 if p.is_inference() else p._version))
+    """What changes when parameters get other values. By hand: each use of visual states asks, and iterators are slow."""
+    found = [
+        (id(p), 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr(), 0 if p.is_inference() else p._version)
+        for p in module._parameters.values()
+        if p is not None and not p.is_meta  # one that is kept elsewhere has a new stand-in at each use
+    ]
     for child in module._modules.values():
         found += () if child is None else _identities(child)
     return found
 
 
 def _pieces(part: str, module: nn.Module) -> list[bytes]:
-    """What goes into the digest of each parameter. An encoder's names, and with them the order, differ between transformers
-    releases: there neither counts."""
+    """What the digest is made of. Names in encoders, and so their order, differ between transformers releases: none count."""
     found, is_encoder = [], part == "vision_tower"
     for prefix, child in module.named_modules(prefix=part):
-        for key, p in child._parameters.items():
-            if p is not None:
-                name = f"{prefix}.{key}"
-                shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-                sums = b"".join(map(_sums, _stored_tensors(p, child, key, name)))
-                found.append(f"{part if is_encoder else name} {tuple(shape)} ".encode() + sums)
+        for name, p in child.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
+            sums = b"".join(map(_sums, _stored_tensors(p, child, name)))
+            found.append(f"{part if is_encoder else name} {tuple(shape)} ".encode() + sums)
     return sorted(found) if is_encoder else found
 
 
-def _stored_tensors(p: Tensor, module: nn.Module | None = None, key: str = "", name: str = "") -> list[Tensor]:
+def _stored_tensors(p: Tensor, module: nn.Module | None = None, name: str = "") -> list[Tensor]:
     """What a parameter consists of, wherever it is kept, in an order that rearranging does not change."""
-    if p.is_meta:  # accelerate keeps it in memory or on disk until it is used
-        for hook in _hooks(module):
-            if getattr(hook, "weights_map", None) is not None:
-                return [hook.weights_map[key]]
+    if p.is_meta and (weights := _of_hooks(module, "weights_map")) is not None:  # in memory or on disk until it is used
+        return [weights[name.rpartition(".")[2]]]
+    if p.is_meta:
         raise ValueError(
             f"{name} is on the meta device, and no hook of accelerate tells where its values are: visual states cannot be "
             "told from those of another model. Load the weights with from_pretrained."
@@ -259,11 +222,10 @@ def _stored_tensors(p: Tensor, module: nn.Module | None = None, key: str = "", n
     if getattr(p, "quant_state", None) is not None:
         codes, scales = _codes_and_scales(p, copy.copy(p.quant_state))
         return [codes.flatten().view(torch.uint8), scales.to(torch.bfloat16)]
-    scales = getattr(p, "SCB", None)
-    if scales is None:  # 8-bit weights of bitsandbytes hand them over at their first step
-        scales = getattr(getattr(module, "state", None), "SCB", None)
-    if p.dtype == torch.int8 and scales is not None:
-        return [p.data, scales]
+    holders = (p, getattr(module, "state", None))  # 8-bit weights of bitsandbytes hand scales over at their first step
+    scales = [holder.SCB for holder in holders if getattr(holder, "SCB", None) is not None]
+    if p.dtype == torch.int8 and scales:
+        return [p.data, scales[0]]
     if hasattr(p, "full_tensor"):  # sharded over processes, all of which ask
         return [p.full_tensor()]
     parts = p.__tensor_flatten__()[0] if hasattr(p, "__tensor_flatten__") else ()

@@ -55,7 +55,7 @@ from .compat_saisa import (
 )
 from .configuration_saisa import SaisaConfig
 from .embedding_space_saisa import ThroughEveryLayer, VisualTokensAmongWords
-from .hardware_saisa import Luggage, execution_device, with_own_heads
+from .hardware_saisa import PerDevice, execution_device, with_own_heads
 from .head_saisa import IGNORED, LOSS_ARGUMENTS, AnswersAboutImages, SaisaHead, targets_of
 from .language_models_saisa import choose_attention, language_model_family
 from .token_layout_saisa import Rotation, TokenLayout, rotations_of, tells_samples_apart
@@ -403,11 +403,11 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         """The last hidden state (B, S, D), and where `wanted`, what enters each layer, and its attention probabilities."""
         hidden_states, attentions = [], []
         text_BTD = differentiable(text_BTD, self.layers[0])
-        luggage = Luggage(None if isinstance(visual, tuple) else visual, rotations, masks)
+        per_device = PerDevice(None if isinstance(visual, tuple) else visual, rotations, masks)
         for index, layer in enumerate(self.layers):
             if wanted["hidden_states"]:
                 hidden_states.append(layout.align(text_BTD))
-            features, rotations, masks = luggage.at(layer.device)
+            features, rotations, masks = per_device.on(layer.device)
             text_BTD, probabilities_BNTL = layer(
                 text_BTD,
                 visual[index] if isinstance(visual, tuple) else features,
