@@ -86,12 +86,11 @@ class init:
     copy_ = staticmethod(optional("transformers.initialization", "copy_", torch.no_grad()(torch.Tensor.copy_)))
 
 
-_gelu_tanh = functools.partial(nn.functional.gelu, approximate="tanh")
 # the activations that encoders, language models and projectors mostly use, by their names in configs
-PLAIN_ACTIVATIONS = {
-    **{"gelu": nn.functional.gelu, "gelu_new": _gelu_tanh, "gelu_pytorch_tanh": _gelu_tanh, "relu": nn.functional.relu},
-    **{"sigmoid": torch.sigmoid, "silu": nn.functional.silu, "swish": nn.functional.silu, "tanh": torch.tanh},
-}
+PLAIN_ACTIVATIONS = {name: getattr(nn.functional, name) for name in ("gelu", "relu", "sigmoid", "silu", "tanh")}
+for _name in ("gelu_new", "gelu_pytorch_tanh"):
+    PLAIN_ACTIVATIONS[_name] = functools.partial(nn.functional.gelu, approximate="tanh")
+PLAIN_ACTIVATIONS["swish"] = nn.functional.silu
 
 
 class PlainAttention(dict):
@@ -217,11 +216,8 @@ def config_from_dict(config: dict):
 
 
 def readable_config_dict(config: dict) -> dict:
-    """`config`, a sub-config written by any release, with the rotary settings in the form that the installed one reads.
-
-    4.x has `rope_theta` and `rope_scaling`, 5.x one dict `rope_parameters`. Each ignores the other's form in silence, so that
-    a theta of 500000 turns into 10000.
-    """
+    """`config`, a sub-config written by any release, with the rotary settings in the form that the installed one reads: 5.x
+    has a dict `rope_parameters`. Each ignores the other's form in silence, so that a theta of 500000 turns into 10000."""
     rope = config.get("rope_parameters")
     if rope is None:
         return dict(config)
@@ -384,10 +380,8 @@ def makes_causal_masks(attention_type: str) -> bool:
 
 def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, cache, position_ids):
     """The mask that transformers' own decoders use for layers of that type: a tensor, or None where the attention needs none.
-
     `inputs_embeds` (B, S, D) is there for its shape, dtype and device; `attention_mask` is (B, past + S), or None; `slots`
-    (S,) are the places of the new tokens in the cache, counted from the first token ever seen.
-    """
+    (S,) are the places of the new tokens in the cache, counted from the first token ever seen."""
     arguments = {"config": config, "attention_mask": attention_mask, "cache_position": slots, CACHE: cache}
     arguments |= {"input_embeds": inputs_embeds, "inputs_embeds": inputs_embeds}
     required = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
@@ -395,11 +389,8 @@ def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, ca
 
 
 def decoding_masks(config, attention_mask, **kwargs):
-    """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is.
-
-    For caches of a fixed size `generate` makes (B, 1, S, L) masks in advance. A prompt needs none of that size: only its
-    text tokens are queries, and the model masks those.
-    """
+    """`create_masks_for_generate` for decoding steps; for a prompt the padding mask as it is. For caches of a fixed size
+    `generate` makes (B, 1, S, L) masks in advance: a prompt, of which text alone is a query, needs none of that size."""
     config = config.get_text_config()
     embeds = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else kwargs["input_embeds"]
     # for flash attention transformers would cut the padding mask to the places of the cache, whichever tokens these hold
@@ -479,7 +470,14 @@ def load_options(quantized: bool, given: dict) -> dict:
 def encoder_names_of_all_releases(model):
     """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.
     They are the names in the model, or the former ones in an encoder that 5.x has renamed (DINOv2, ViT, Swin ...)."""
-    conversions = _encoder_conversions(model)
+    encoder, conversions = getattr(model.config, "vision_config", None), []
+    # those named alike on every release, apart from what the model handles itself; before 5.6 none was renamed
+    unchanged = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
+    if VERSION >= (5, 6) and encoder is not None and encoder.model_type not in unchanged:
+        feature = f"Saving a model with an encoder of type {encoder.model_type}"
+        mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
+        found = mapping(model, add_legacy=False)
+        conversions = [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
     before = getattr(model, "_weight_conversions", None)  # what it was loaded with
     if conversions:
         model._weight_conversions = conversions
@@ -488,19 +486,6 @@ def encoder_names_of_all_releases(model):
     finally:
         if conversions:
             model._weight_conversions = before
-
-
-def _encoder_conversions(model) -> list:
-    """The conversions between the names in checkpoints and in memory of the module `vision_tower`: 5.6 brought the first."""
-    encoder = getattr(model.config, "vision_config", None)
-    # those named alike on every release, apart from what the model handles itself
-    unchanged = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "convnext")
-    if VERSION < (5, 6) or encoder is None or encoder.model_type in unchanged:
-        return []
-    feature = f"Saving a model with an encoder of type {encoder.model_type}"
-    mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
-    found = mapping(model, add_legacy=False)
-    return [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
 
 
 # --- processors -------------------------------------------------------------------------------------------------------
