@@ -371,7 +371,7 @@ def test_the_command_builds_a_checkpoint_that_answers(tmp_path, capsys):
     assert written.shape[1] == inputs["input_ids"].shape[1] + 3
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {x.dtype for x in stored.values()} == {torch.bfloat16}
-    assert {"README.md", "parts_saisa.py", "generation_config.json", "chat_template.jinja"} <= {
+    assert {"README.md", "modeling_saisa.py", "generation_config.json", "chat_template.jinja"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "out", "vision"]

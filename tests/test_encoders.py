@@ -218,7 +218,7 @@ def test_an_encoder_is_asked_what_it_yields(vision, layer, size, prefix, tokens,
 
 
 def test_states_of_unlike_sizes_cannot_be_put_side_by_side():
-    with pytest.raises(ValueError, match=r"these states of swin differ in size"):
+    with pytest.raises(ValueError, match=r"these states differ in size"):
         tiny_config("llama", "swin", vision_feature_layer=[0, -1])
 
 
