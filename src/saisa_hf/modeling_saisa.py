@@ -268,8 +268,8 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
 
     def visual_keys_and_values(self, features: Tensor, layout: TokenLayout | None = None) -> tuple[Tensor, Tensor]:
         """Keys before rotation and values, (V, K, H) each, of features: (V, C) of the encoder, or (V, D) where layers share a
-        projector. They depend on image and weights alone. `layout` serves adapters that differ between samples (PEFT's
-        `adapter_names`): their modules then get (B, S, ...)."""
+        projector. They depend on image and weights alone. `layout` is for adapters that differ between samples: their
+        modules get (B, S, ...)."""
 
         def of(features):
             visual = self.visual_projector(features) if hasattr(self, "visual_projector") else features
@@ -474,24 +474,23 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         """
         Args:
             input_ids: (B, S). `config.image_token_id` stands once for each visual token.
-            pixel_values: (images, channels, height, width), the images in the order of their placeholders, row by
-                row. None: all tokens are text. An empty batch, (0, channels, height, width), is text as well; in training
-                the projectors then get gradients of zero, so that processes that train together do not hang.
-            attention_mask: (B, past + S), 1 for tokens and 0 for padding; or a prepared (B, 1, S, L) mask, or a dict
-                of such masks by attention type, as `generate` makes them.
+            pixel_values: (images, channels, height, width), in the order of their placeholders, row by row. None: all tokens
+                are text; an empty batch is the same, but in training the projectors then get gradients of zero, so that
+                processes that train together do not hang.
+            attention_mask: (B, past + S), 0 at padding; or (B, 1, S, L), or a dict of such by attention type, as `generate`
+                makes them.
             position_ids: (B, S), counted over text and visual tokens. None: they continue after the cached tokens.
             past_key_values, cache: any transformers `Cache`, under one of its two names.
             inputs_embeds: (B, S, D) in place of `input_ids`; visual positions are where the image token's embedding is.
-            use_cache: whether to return the cache. None: as the language model's config says.
-            output_attentions, output_hidden_states: whether to return these. None: as the config says.
-            pixel_attention_mask, spatial_shapes: (images, patches) and (images, 2), what SigLIP 2's image processor
-                makes beside `pixel_values` (images, patches, patch size) for images of unlike shapes.
+            use_cache, output_attentions, output_hidden_states: whether to return these. None: as the config says.
+            pixel_attention_mask, spatial_shapes: (images, patches) and (images, 2), from SigLIP 2's image processor, with
+                `pixel_values` (images, patches, patch size).
             visual_states: what `get_visual_states` made of the images, in place of `pixel_values` and in the same order.
             kwargs: handed on to the attention functions; those that the encoder's `forward` names, to the encoder too.
 
         Raises:
-            ValueError: neither or both of `input_ids` and `inputs_embeds`; both `pixel_values` and `visual_states`;
-                two caches; numbers of placeholders and visual tokens that differ; `visual_states` of another model or dtype.
+            ValueError: neither or both of `input_ids` and `inputs_embeds`; both `pixel_values` and `visual_states`; two
+                caches; other numbers of placeholders than of visual tokens; `visual_states` of another model or dtype.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")

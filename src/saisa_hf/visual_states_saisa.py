@@ -226,8 +226,8 @@ class UsesVisualStates:
 
     @torch.no_grad()
     def get_visual_states(self, pixel_values: Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
-        """
-        What the decoder layers make of a batch of images, for any number of prompts and anywhere in them, without gradients.
+        """What the decoder layers make of a batch of images, for any number of prompts and anywhere in them, without
+        gradients, in the language model's dtype.
 
         Args:
             pixel_values: (images, channels, height, width), any floating dtype.
@@ -235,9 +235,6 @@ class UsesVisualStates:
                 encoder's, V * C numbers, which are projected at each use. None: `"keys_values"`; in embedding space, where
                 visual tokens have hidden states that depend on what stands around them, `"features"`.
             kwargs: handed on to the encoder.
-
-        Returns:
-            `SaisaVisualStates` in the language model's dtype.
 
         Raises:
             ValueError: `store` is neither, or `"keys_values"` in embedding space; `pixel_values` is not a batch of images.
@@ -261,10 +258,7 @@ class UsesVisualStates:
         if store not in ("keys_values", "features"):
             raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
         if store == "keys_values" and self.config.in_embedding_space:
-            raise ValueError(
-                "visual states of store='keys_values' do not go with alignment='embedding_space': visual tokens have hidden "
-                "states of their own there. Use store='features'."
-            )
+            raise ValueError("store='keys_values' do not go with alignment='embedding_space': use store='features'.")
         return store
 
     def visual_fingerprint(self, store: str) -> str:
@@ -288,9 +282,7 @@ class UsesVisualStates:
     def check_visual_states(self, states: SaisaVisualStates) -> None:
         """Raises ValueError, or TypeError, if `states` are not what this model's `get_visual_states` makes."""
         if not isinstance(states, SaisaVisualStates):
-            raise TypeError(
-                f"visual_states is a {type(states).__name__}: expected what model.get_visual_states returns."
-            )
+            raise TypeError(f"visual_states is a {type(states).__name__}: expected what get_visual_states returns.")
         self.checked_store(states.store)
         layers, dtype = self.language_model.layers, self.get_input_embeddings().weight.dtype
         token_shape: tuple[int, ...] = (self.config.vision_feature_size,)
@@ -330,7 +322,6 @@ class UsesVisualStates:
             names = inspect.signature(getattr(self.vision_tower, "vision_model", self.vision_tower).forward).parameters
             arguments |= {name: further[name] for name in names if name in further}
         if len(pixel_values):
-            # the encoder's other states are let go of
             features = list(self.get_image_features(return_dict=True, **arguments).pooler_output)
             return GivenImages("pixel_values", [len(image) for image in features], torch.cat(features))
         learns = self.training and torch.is_grad_enabled()
@@ -373,8 +364,7 @@ class UsesVisualStates:
             placeholders = int((input_ids == self.config.image_token_id).sum())
             if placeholders >= max(self.config.image_seq_length, 2):
                 logger.warning_once(
-                    f"input_ids has {placeholders} placeholders (image_token_id={self.config.image_token_id}), but "
-                    "pixel_values is None: they are read as text. Pass the images, or a prompt without them."
+                    f"input_ids has {placeholders} placeholders, but pixel_values is None: they are read as text."
                 )
         return TokenLayout(None)
 
@@ -402,6 +392,6 @@ class UsesVisualStates:
         if sum(lengths) != placeholders:
             raise ValueError(
                 f"{name} holds {len(lengths)} images with {sum(lengths)} visual tokens in all, but the input has "
-                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
-                f"as visual tokens: let the processor expand the prompt, and pass each image once."
+                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many of these: let "
+                "the processor expand the prompt, and pass each image once."
             )

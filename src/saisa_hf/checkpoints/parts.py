@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from ..compat_saisa import model_class_of, needed
-from ..language_models_saisa import FAMILIES, checkpoint_state_dict
+from ..language_models_saisa import FAMILIES
 from ..modeling_saisa import SaisaVisualProjector
 from ..vision_saisa import SaisaVisualResampler, as_vision_tower
+from .names import checkpoint_state_dict
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
