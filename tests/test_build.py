@@ -450,7 +450,7 @@ def test_weight_files_are_as_large_as_asked_for_at_most(size, tmp_path):
 
 
 def test_timms_encoders_get_an_image_processor_that_needs_no_torchvision(tmp_path):
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'saisa-hf[timm]', which brings torchvision")
+    pytest.importorskip("timm", reason="timm is not installed: pip install timm, which brings torchvision")
     seen = {"input_size": [3, 64, 64], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
     vision = TimmWrapperConfig(
         architecture="convnext_atto", num_labels=2, pretrained_cfg=seen | {"interpolation": "bicubic"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 
-pytest.importorskip("sklearn", reason="the demo's images need scikit-learn: pip install saisa-hf[demo]")
+pytest.importorskip("sklearn", reason="the demo's images need scikit-learn: pip install scikit-learn")
 
 import torch
 from PIL import Image

@@ -230,7 +230,7 @@ TIMM = [
 
 @pytest.mark.parametrize("architecture, arguments, size, tokens, width", TIMM)
 def test_timms_encoders_run_through_transformers_wrapper(architecture, arguments, size, tokens, width, tmp_path):
-    pytest.importorskip("timm", reason="timm is not installed: pip install 'saisa-hf[timm]', which brings torchvision")
+    pytest.importorskip("timm", reason="timm is not installed: pip install timm, which brings torchvision")
     vision = TimmWrapperConfig(
         architecture=architecture, model_args=arguments, num_labels=2, pretrained_cfg={"input_size": [3, size, size]}
     )

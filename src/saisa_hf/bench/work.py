@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from transformers import IdeficsForVisionText2Text
 
+from ..common.extras import needs
 from ..compat_saisa import CACHE
 from ..costs.flops import Step, encoder_flops, step_flops, training_flops
 from ..training.stages import LORA_TARGETS
@@ -242,12 +243,10 @@ def _training(models: Models, names: list[str], case: Case) -> Iterator[dict]:
 
 
 def _with_adapters(model):
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("training adapters needs PEFT: pip install saisa-hf[lora]") from error
+    peft = needs("peft", "training adapters", extra="lora")
     targets = rf"({LORA_TARGETS}|.*multi_modal_projector\.linear_\d)"
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets))
+    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets)
+    return peft.get_peft_model(model, config)
 
 
 def _training_task(model, name, models, inputs, case, config, cross_every) -> Task:

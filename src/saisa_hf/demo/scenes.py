@@ -18,6 +18,8 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from ..common.extras import needs
+
 
 T = TypeVar("T")
 
@@ -107,14 +109,7 @@ class Question:
 @cache
 def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """The scans, uint8 (1797, 8, 8) with values 0 to 255, and their labels, int64 (1797,)."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "the demo draws its images from scikit-learn's handwritten digits, and scikit-learn is not installed; "
-            "install it with `pip install saisa-hf[demo]`"
-        ) from error
-    digits = load_digits()
+    digits = needs("sklearn.datasets", "drawing handwritten digits", "scikit-learn", extra="demo").load_digits()
     return (digits.images * (255 / 16)).astype(np.uint8), digits.target.astype(np.int64)
 
 

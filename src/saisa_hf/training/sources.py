@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..common.extras import needs
+
 
 @dataclass
 class Source:
@@ -38,10 +40,7 @@ def open_source(path: str, *, images: str = "", split: str = "train", streaming:
             raise ValueError(f"streaming=True: {path} is read as a whole. Stream Parquet files or hub data sets.")
         records = _json_records(Path(path))
     else:
-        try:
-            import datasets
-        except ImportError as error:
-            raise ImportError(f"reading {path} needs datasets: pip install saisa-hf[datasets]") from error
+        datasets = needs("datasets", f"reading {path}", extra="datasets")
         if suffix == ".parquet":
             where = {"path": "parquet", "data_files": path, "split": "train"}
         elif os.path.isdir(path):

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
+from ..common.extras import needs
+
 
 # names of the modules that get adapters; the regular expression has to match the whole name
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.\w+_proj|mlp\.\w+_proj|visual_projector\.linear_\d)"
@@ -59,13 +61,10 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 128, dropout: floa
     Raises:
         ImportError: PEFT is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError("training adapters needs PEFT: pip install saisa-hf[lora]") from error
+    peft = needs("peft", "training adapters", extra="lora")
     targets = f"({LORA_TARGETS}|{SHARED_PROJECTOR})"
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-    return get_peft_model(model, config)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    return peft.get_peft_model(model, config)
 
 
 def in_4_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -79,7 +78,7 @@ def in_4_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
         ImportError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("train='qlora' needs bitsandbytes: pip install saisa-hf[lora,quantization]")
+        raise ImportError("train='qlora' needs bitsandbytes: pip install bitsandbytes peft")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
