@@ -149,11 +149,11 @@ class TokenLayout:
             rows = torch.cat([text_BTKH.flatten(0, 1), visual_VKH])
             return rows.index_select(0, self._key_source.to(rows.device)).unflatten(0, self.shape).transpose(1, 2)
         by_sample = (1 if self.shared else self.batch_size, -1)
-        visual = [x_VKH.unflatten(0, by_sample).transpose(1, 2) for x_VKH in (visual_VKH, *(rotation or ()))]
+        visual_and_rotation = [x.unflatten(0, by_sample).transpose(1, 2) for x in (visual_VKH, *(rotation or ()))]
         text_BKTH = text_BTKH.transpose(1, 2)
         if in_place:
-            return self._written(text_BKTH, *visual)
-        visual_BKVH = visual[0].expand(self.batch_size, -1, -1, -1)
+            return self._written(text_BKTH, *visual_and_rotation)
+        visual_BKVH = visual_and_rotation[0].expand(self.batch_size, -1, -1, -1)
         parts = ((visual_BKVH if visual else text_BKTH, row, end - start) for visual, start, end, row in self.segments)
         return torch.cat([x.narrow(2, row, length) for x, row, length in parts], dim=2)
 
