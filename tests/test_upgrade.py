@@ -20,7 +20,7 @@ from saisa_hf import SaisaConfig
 from saisa_hf.checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.checkpoints import upgrade
 from saisa_hf.checkpoints.auto_map import with_auto_map
-from saisa_hf.checkpoints.model_card import _flop_table, _usage, model_card
+from saisa_hf.checkpoints.model_card import flop_section, usage_section, model_card
 from saisa_hf.cli import main
 
 
@@ -330,9 +330,9 @@ def test_a_usage_section_with_a_line_of_ones_own_stays(tmp_path):
 
 def test_the_cards_own_sections_are_known():
     """Where this fails, the card's text was changed: add the new digest to CARD_FORMS and keep the old ones."""
-    assert upgrade.section_form(_usage("me/mine")) in upgrade.CARD_FORMS["Usage"]
+    assert upgrade.section_form(usage_section("me/mine")) in upgrade.CARD_FORMS["Usage"]
     for config in (SaisaConfig(), SaisaConfig(projector_hidden_size=9)):
-        assert upgrade.section_form(_flop_table(config)) in upgrade.CARD_FORMS["Cost of a prompt"]
+        assert upgrade.section_form(flop_section(config)) in upgrade.CARD_FORMS["Cost of a prompt"]
 
 
 def test_what_is_no_checkpoint_is_one_line_of_error(tmp_path, monkeypatch, capsys):

@@ -1,10 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """From pixels to the features that the projectors read: the vision encoder, and ways to have fewer visual tokens.
 
-For the encoders in `CLASS_TOKENS` the config says how many states there are, how wide, and of how many tokens. Any other that
-`AutoModel` builds is asked: it is built on the meta device and run on an image there.
-
-Visual tokens cost a SAISA keys and values in each layer. `visual_token_reduction` names four ways to have fewer of them:
+The config of an encoder in `CLASS_TOKENS` says how many states it has, how wide, and of how many tokens. Any other that
+`AutoModel` builds is run on an image on the meta device. `visual_token_reduction` names four ways to have fewer tokens:
 
 - `"avg_pool"`: the mean of each 2 x 2 patches;
 - `"pixel_unshuffle"`: the features of each 2 x 2 patches side by side, four times as wide (InternVL, Idefics 3);
@@ -31,8 +29,7 @@ from .compat_saisa import can_return_tuple, model_class_of
 
 # encoder -> how many tokens stand in front of its patch tokens
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "siglip2_vision_model": 0, "dinov2": 1, "convnext": 0}
-# The encoders whose parameters transformers keeps below `vision_model` up to 5.5 and no longer from 5.6 on. Here they are
-# there on every release, so that a checkpoint has one layout.
+# encoders with parameters below `vision_model` in transformers up to 5.5; here always, so that checkpoints have one layout
 NESTED_ENCODERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 OF_CELLS = ("avg_pool", "pixel_unshuffle")  # one token for 2 x 2
 OF_A_NUMBER = ("resampler", "class_attention")  # as many as `reduced_visual_tokens` says
@@ -41,7 +38,7 @@ REDUCTIONS = OF_CELLS + OF_A_NUMBER
 CLASS_ATTENTION_ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
 
 
-# --- what an encoder yields -------------------------------------------------------------------------------------------
+# --- vision encoders --------------------------------------------------------------------------------------------------
 
 
 class EncoderStates(NamedTuple):
@@ -53,10 +50,8 @@ class EncoderStates(NamedTuple):
 
 
 def encoder_states(config) -> EncoderStates:
-    """What the encoder of `config`, which is none of `CLASS_TOKENS`, yields.
-
-    Raises ValueError if it cannot be built or yields no states of an image, ImportError if it needs another package (timm).
-    """
+    """What an encoder that is not in `CLASS_TOKENS` yields. Raises ValueError if it cannot be built or yields no states of an
+    image, ImportError if it needs another package (timm)."""
     settings = {key: value for key, value in config.to_dict().items() if "attn_implementation" not in key}
     return _asked(type(config), json.dumps(settings, sort_keys=True, default=str))
 
@@ -73,8 +68,7 @@ def _pair(size) -> tuple[int, int]:
 
 def has_choice_of_attention(config) -> bool:
     """Whether the encoder of `config` has attention whose implementation can be chosen; a convolutional one has none."""
-    model_class = model_class_of(config)
-    if model_class is None:
+    if (model_class := model_class_of(config)) is None:
         return config.model_type not in ("convnext", "convnextv2", "regnet", "resnet")
     return bool(getattr(model_class, "_supports_sdpa", False))
 
@@ -86,8 +80,7 @@ def _asked(config_class: type, settings: str) -> EncoderStates:
     try:
         with torch.device("meta"), torch.no_grad():
             encoder = AutoModel.from_config(config).eval()
-            pixel_values = torch.empty(1, getattr(config, "num_channels", 3), height, width)
-            pixel_values = pixel_values.to(next(encoder.parameters()).dtype)
+            pixel_values = torch.empty(1, getattr(config, "num_channels", 3), height, width, dtype=encoder.dtype)
             states = encoder(pixel_values=pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     except ImportError as error:
         extra = ": pip install timm" if config.model_type == "timm_wrapper" else ""
@@ -109,9 +102,6 @@ def _asked(config_class: type, settings: str) -> EncoderStates:
         rows, columns = _pair(patch)
         prefix = max(tokens[0] - (height // rows) * (width // columns), 0)
     return EncoderStates(tuple(state.shape[1 if state.ndim == 4 else 2] for state in states), tokens, prefix)
-
-
-# --- the encoder in the model -----------------------------------------------------------------------------------------
 
 
 class NestedEncoder(nn.Module):
@@ -142,9 +132,8 @@ def build_vision_tower(config) -> nn.Module:
 
 def as_vision_tower(encoder: PreTrainedModel) -> nn.Module:
     """`encoder` with the parameter names of transformers up to 5.5."""
-    if encoder.config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model"):
-        return NestedEncoder(encoder)
-    return encoder
+    is_flat = encoder.config.model_type in NESTED_ENCODERS and not hasattr(encoder, "vision_model")
+    return NestedEncoder(encoder) if is_flat else encoder
 
 
 @dataclass
@@ -159,18 +148,11 @@ class EncodesImages:
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> SaisaImageFeatures:
-        """
-        The encoder's features of a batch of images, before any projector.
+        """The encoder's features of images (I, channels, height, width; any floating dtype), before any projector.
 
-        Args:
-            pixel_values: (images, channels, height, width), any floating dtype.
-            kwargs: handed on to the encoder.
-
-        Returns:
-            the encoder's output, whose `pooler_output` is (images, visual tokens per image, C): the states of
-            `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`, feature maps
-            flattened row by row, as many as `visual_token_reduction` leaves. A list of (visual tokens, C) where sizes differ.
-        """
+        Returns what the encoder, which gets `kwargs`, returns, with features (I, R, C) as `pooler_output`: the states of
+        `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`, feature maps row by
+        row, as many as `visual_token_reduction` leaves. A list of (R, C) where sizes differ."""
         self.check_features_asked_for(kwargs)
         config, kept = self.config, None
         is_siglip2 = config.vision_config.model_type == "siglip2_vision_model"
@@ -203,27 +185,21 @@ class EncodesImages:
         return SaisaImageFeatures(outputs.last_hidden_state, features, outputs.hidden_states, attentions, kept)
 
     def check_features_asked_for(self, kwargs: dict) -> None:
-        """Takes transformers' arguments for the choice of features out of `kwargs`. Raises ValueError if they ask for others
-        than the projectors are made for."""
+        """Takes a choice of features out of `kwargs`. Raises ValueError if the projectors are made for another."""
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
             asked, own = kwargs.pop(name, None), getattr(self.config, name)
             if asked is not None and asked != own:
-                raise ValueError(
-                    f"{name}={asked!r}, but the projectors are made for {own!r}, as the config says. Load a model with "
-                    f"from_pretrained(..., {name}={asked!r}) to get others."
-                )
+                loading = f"load the model with from_pretrained(..., {name}={asked!r})"
+                raise ValueError(f"{name}={asked!r}, but the projectors are made for {own!r}: {loading}.")
 
     def no_features(self, **no_images) -> Tensor:
-        """Features (0, C) of no images, through which gradients of zero reach the projectors: processes that share weights
-        or gradients wait for one another, also where one has no image. An encoder that takes part in that, since it is
-        trained or its weights are spread over the processes (DeepSpeed ZeRO-3), encodes a blank image."""
+        """Features (0, C) that bring gradients of zero to the projectors: processes that share weights or gradients wait for
+        one without images. An encoder that is trained or spread over processes (DeepSpeed ZeRO-3) encodes a blank image."""
         if any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
             blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_images.items()}
             return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
-        none = no_images["pixel_values"].new_zeros(0, self.config.vision_feature_size)
-        if not hasattr(self, "visual_resampler"):
-            return none
-        return self.visual_resampler(none.new_zeros(1, 1, none.shape[-1]))[0, :0]  # attention kernels want an image
+        blank_11C = no_images["pixel_values"].new_zeros(1, 1, self.config.vision_feature_size)  # kernels want an image
+        return (self.visual_resampler(blank_11C) if hasattr(self, "visual_resampler") else blank_11C)[0, :0]
 
     def _reduced(self, features_IVC: Tensor, grid: tuple[int, int]) -> Tensor:
         """(I, V, C) of patches in `grid` -> (I, R, C), or (I, R, 4 C) for 2 x 2 side by side, row by row. A mean at an odd
@@ -236,18 +212,15 @@ class EncodesImages:
             return F.avg_pool2d(maps, 2, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
         if kind == "pixel_unshuffle":
             maps = F.pad(features_IVC.unflatten(1, (rows, columns)), (0, 0, 0, columns % 2, 0, rows % 2))
-            maps = maps.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (I, rows / 2, 2, columns / 2, 2, C)
-            return maps.transpose(2, 3).flatten(3).flatten(1, 2)
+            return maps.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
         return features_IVC
 
 
 def _patchify(pixel_values, patch_size: int, kwargs: dict):
     """Images (n, channels, height, width) as SigLIP 2 takes them: (n, patches, patch * patch * channels)."""
-    rows, columns = (side // patch_size for side in pixel_values.shape[-2:])
-    pixel_values = pixel_values[:, :, : rows * patch_size, : columns * patch_size]
-    cells = pixel_values.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
-    patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    shapes = torch.tensor([[rows, columns]] * len(patches), device=patches.device)
+    cells = pixel_values.unfold(2, patch_size, patch_size).unfold(3, patch_size, patch_size)
+    patches = cells.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # what is left at an edge falls away
+    shapes = torch.tensor([cells.shape[2:4]] * len(patches), device=patches.device)
     mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
     return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
@@ -308,16 +281,14 @@ def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
 
 
 def class_attention(encoder: nn.Module, config, hidden_states: tuple[Tensor, ...]) -> Tensor:
-    """How much an encoder's class token attends to each token in the layer that the features are taken from: float32
-    (I, tokens), averaged over heads, class token first. Only this row is computed, from the states (I, tokens, C) that enter
-    the layer: the encoder keeps its attention implementation."""
+    """Attention (I, tokens; float32) of an encoder's class token to each token, itself first, in the layer of the features,
+    as a mean over heads. It alone is computed, from what enters the layer: the encoder keeps its attention implementation."""
     depth, heads = config.vision_config.num_hidden_layers, config.vision_config.num_attention_heads
     blocks = next(part for part in encoder.modules() if isinstance(part, nn.ModuleList) and len(part) == depth)
     index = config.vision_feature_layers[0] % len(hidden_states) - 1
     norm = next(part for part in blocks[index].children() if isinstance(part, nn.LayerNorm))
     parts = {name.rpartition(".")[-1]: part for name, part in blocks[index].named_modules()}
-    names = (("q_proj", "query"), ("k_proj", "key"))
-    project_query, project_key = (parts.get(name) or parts[other] for name, other in names)
+    project_query, project_key = parts.get("q_proj") or parts["query"], parts.get("k_proj") or parts["key"]
     with torch.no_grad():
         x_ITC = norm(hidden_states[index])
         projected = (project_query(x_ITC[:, :1]), project_key(x_ITC))
@@ -334,11 +305,7 @@ def most_attended(attention_IT: Tensor, count: int, patches: int) -> Tensor:
 
 
 class SaisaVisualResampler(nn.Module):
-    """Learned queries that attend to an image's features: one layer of cross-attention with a residual around it.
-
-    Args:
-        config: a `SaisaConfig` with `visual_token_reduction="resampler"`. There are as many heads as in the encoder.
-    """
+    """Cross-attention from learned queries to an image's features, with the encoder's number of heads, and a residual."""
 
     def __init__(self, config):
         super().__init__()
@@ -350,8 +317,7 @@ class SaisaVisualResampler(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, features_IVC: Tensor) -> Tensor:
-        """(I, V, C) -> (I, R, C), in its own dtype."""
-        # by a call, since the weight may be elsewhere until then
+        """(I, V, C) -> (I, R, C), in its own dtype. Queries are called for: their weight may be elsewhere until then."""
         queries_RC = self.queries(torch.arange(self.queries.num_embeddings, device=features_IVC.device))
         normed_IVC = self.feature_norm(features_IVC.to(queries_RC.dtype))
         query_RC = self.q_proj(self.query_norm(queries_RC)).expand(len(features_IVC), -1, -1)

@@ -120,9 +120,9 @@ def model_card(
             f"---\n{metadata}\n---\n",
             f"# {repo_id.rstrip('/').split('/')[-1] if repo_id else 'SAISA'}\n",
             _architecture(config),
-            _usage(repo_id or "user/name"),
+            usage_section(repo_id or "user/name"),
             _parameter_table(config),
-            _flop_table(config),
+            flop_section(config),
             _licence(license),
             f"## Citation\n\n```bibtex\n{CITATION}\n```\n",
         )
@@ -184,7 +184,8 @@ vocabulary {text.vocab_size} |
 """
 
 
-def _usage(repo_id: str) -> str:
+def usage_section(repo_id: str) -> str:
+    """How to load the model, for the card of `repo_id`."""
     return f"""\
 ## Usage
 
@@ -211,7 +212,8 @@ def _parameter_table(config) -> str:
     return f"## Parameters\n\n| part | parameters |\n|---|---:|\n{rows}\n"
 
 
-def _flop_table(config) -> str:
+def flop_section(config) -> str:
+    """The table of FLOPs, beside a LLaVA's."""
     visual = config.image_seq_length
     cost = flops(config, TEXT_TOKENS, visual)
     saved = 1 - cost["saisa"] / cost["llava"]

@@ -26,7 +26,7 @@ from ..common import sources
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
 from .auto_map import is_ours, parsed, wanted_auto_map, with_auto_map
-from .model_card import _flop_table, _usage, model_card
+from .model_card import flop_section, usage_section, model_card
 
 
 CONFIG, CARD = "config.json", "README.md"
@@ -242,9 +242,10 @@ def _plan_card(plan: Plan, path: Path, config: dict, repo_id: str | None) -> Non
                 continue
             recognised = True
             if title == "Usage":
-                section = _usage(re.search(r'from_pretrained\("([^"\n]*)"', found[0])[1])
+                repository = re.search(r'from_pretrained\("([^"\n]*)"', found[0])
+                section = usage_section(repository[1] if repository else "user/name")
             else:
-                section = _flop_table(SaisaConfig.from_dict(config))
+                section = flop_section(SaisaConfig.from_dict(config))
             section = section.strip() + found[0][len(found[0].rstrip()) :]
             text = text[: found.start()] + section + text[found.end() :]
         if not recognised:
