@@ -27,9 +27,7 @@ from .compat_saisa import (
     cached_key_range,
     causal_mask,
     get_logger,
-    has_empty_places,
     is_paged,
-    is_quantized,
     makes_causal_masks,
 )
 from .hardware_saisa import PerDevice
@@ -227,7 +225,8 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
         use_cache, cache = False, None
     if use_cache and cache is None:
         cache = DynamicCache(config=decoder.config)
-    if is_quantized(cache) and not all(layer.sees_image for layer in decoder.layers):
+    is_quantized = any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
+    if is_quantized and not all(layer.sees_image for layer in decoder.layers):
         raise ValueError(
             "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
             "there: a quantized cache changes them. Use a dynamic or static cache."
@@ -267,7 +266,8 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
         return visibility.for_implementation(implementation, text_BTD.dtype)
     if implementation != usual:
         return visibility.mask()
-    unfilled = has_empty_places(cache) and ("flash" in implementation or implementation == "flex_attention")
+    has_empty_places = cache is not None and cache.is_compileable  # caches of a fixed size hand out all of their places
+    unfilled = has_empty_places and ("flash" in implementation or implementation == "flex_attention")
     packed = "flash" in implementation and documents is not None and bool(documents.any())
     if unfilled or packed or not makes_causal_masks(layer.attention_type):
         # transformers' masks do not say which places of the cache are filled, or where a packed sample ends

@@ -323,16 +323,6 @@ def is_paged(cache) -> bool:
     return cache is not None and not hasattr(cache, "get_mask_sizes")
 
 
-def is_quantized(cache) -> bool:
-    """Whether a cache gives back other keys than it got."""
-    return any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
-
-
-def has_empty_places(cache) -> bool:
-    """Whether a cache hands out all of its places, also those that nothing was written to: those of a fixed size do."""
-    return cache is not None and cache.is_compileable
-
-
 def cached_key_range(cache, layer_idx, slots) -> tuple[int, int]:
     """(length, offset) of the keys that `layer_idx` will attend to once the tokens at `slots` (S,) are in the cache."""
     if cache is None:
