@@ -357,10 +357,9 @@ CAUSAL_MASKS = {
 }
 create_masks_for_generate = optional("transformers.masking_utils", "create_masks_for_generate")
 
-# what they cannot do without
-_MASK_ARGUMENTS = [
-    name for name, default in _parameters(CAUSAL_MASKS["full_attention"]).items() if default is inspect.Parameter.empty
-]
+_MASK_ARGUMENTS = _parameters(CAUSAL_MASKS["full_attention"])
+if _MASK_ARGUMENTS.get("cache_position") is not inspect.Parameter.empty:
+    _MASK_ARGUMENTS.pop("cache_position", None)  # releases that can do without it warn of it
 
 
 def makes_causal_masks(attention_type: str) -> bool:
@@ -374,8 +373,8 @@ def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, ca
     (S,) are the places of the new tokens in the cache, counted from the first token ever seen."""
     arguments = {"config": config, "attention_mask": attention_mask, "cache_position": slots, CACHE: cache}
     arguments |= {"input_embeds": inputs_embeds, "inputs_embeds": inputs_embeds}
-    required = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
-    return CAUSAL_MASKS[attention_type](**required, position_ids=position_ids)
+    known = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
+    return CAUSAL_MASKS[attention_type](**known, position_ids=position_ids)
 
 
 def decoding_masks(config, attention_mask, **kwargs):
