@@ -22,7 +22,6 @@ Shape suffixes:
     V visual tokens of the whole batch       L keys in view: those in the cache and the new ones
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,13 +69,9 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
 logger = get_logger(__name__)
 
 
-# --- outputs ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
-    """
-    Output of `SaisaModel`, aligned with `input_ids`. In a batch with images, rows at visual positions and padding are zero
+    """Output of `SaisaModel`, aligned with `input_ids`. In a batch with images, rows at visual positions and padding are zero
     (except in embedding space).
 
     Attributes:
@@ -92,8 +87,7 @@ class SaisaModelOutputWithPast(EitherCacheName, BaseModelOutputWithPast):
 
 @dataclass
 class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
-    """
-    Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
+    """Output of `SaisaForConditionalGeneration`; the fields are those of `SaisaModelOutputWithPast`, and
 
     Attributes:
         loss: float32 scalar, next-token cross-entropy over labels that follow a text token; in embedding space, over all.
@@ -145,7 +139,7 @@ class NaavitAttention(nn.Module):
         self.rotates = family.rotates(layer_idx)
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
-        self.watcher: Callable | None = None  # called with this module, the queries and the new keys
+        self.watcher = None  # if set, called with this module, the queries and the new keys
         self.rotate_half = family.rotate_half
         self.eager_attention = family.eager_attention
 
@@ -236,8 +230,7 @@ class NaavitAttention(nn.Module):
 
 
 class SaisaDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer of the language model, with a visual projector in front of its self-attention
-    (`visual_keys_and_values`)."""
+    """A decoder layer of the language model; `visual_keys_and_values` is what SAISA adds to it."""
 
     def __init__(self, config: SaisaConfig, layer_idx: int):
         super().__init__()
@@ -375,9 +368,8 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """As `SaisaModel.forward`, with the visual positions in `layout` and, in `visual`, features of the visual tokens
-        (see `SaisaDecoderLayer.visual_keys_and_values`) or for each layer what that makes of them. `kwargs` go to the
-        attention functions."""
+        """As `SaisaModel.forward`, with the visual positions in `layout` and, in `visual`, what `visual_keys_and_values` of a
+        layer takes, or for each layer what it returns. `kwargs` go to the attention functions."""
         layout = TokenLayout(None) if layout is None else layout
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         text_BTX = layout.text(inputs)
@@ -551,8 +543,8 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
                 predict from, nor has padding in a batch with images. (In embedding space all count.) Placeholders should be
                 -100: the text token in front of an image would learn to predict them, and `Trainer` would count them.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
-            skip_logits: with `labels`, return the loss alone. Logits are then made for the labelled rows only, some at a
-                time, and again in backward: training needs no memory for (B, S, vocabulary).
+            skip_logits: with `labels`, return the loss alone, without memory for logits: they are made for labelled rows
+                only, some at a time, and again in backward.
             kwargs: for the loss `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels` (B, S), each at the
                 position that predicts it. Others go to `SaisaModel.forward` and to `loss_function`, which gets text rows
                 alone: logits (B, T, vocabulary) and `shift_labels` (B, T).
