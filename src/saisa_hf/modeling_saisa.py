@@ -30,13 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_saisa import (
-    attend,
-    attention_masks,
-    cache_of_pass,
-    hide_marked_keys,
-    mark_hidden,
-)
+from .attention_saisa import attend, attention_masks, cache_of_pass, hide_marked_keys, mark_hidden
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import (
     ACT2FN,
@@ -555,14 +549,10 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         images = {"pixel_values": pixel_values, "visual_states": visual_states}
-        asked = {
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-            "return_dict": True,
-        }
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked |= {"use_cache": use_cache, "cache": one_cache(past_key_values, cache), "position_ids": position_ids}
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        outputs = self.model(**text, **images, **sizes, **asked, **kwargs)
+        outputs = self.model(**text, **images, **sizes, **asked, return_dict=True, **kwargs)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         has_images = any(x is not None and len(x) for x in images.values()) and not self.config.in_embedding_space
