@@ -18,15 +18,10 @@ from .vision_saisa import NESTED_ENCODERS, has_choice_of_attention
 
 
 # Whichever release saves it: 4.57 looks for AutoModelForVision2Seq, `transformers serve` for AutoModelForMultimodalLM.
-AUTO_MAP = {
-    "AutoConfig": "configuration_saisa.SaisaConfig",
-    "AutoModel": "modeling_saisa.SaisaModel",
-    "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_saisa.SaisaForConditionalGeneration",
-    "AutoModelForVision2Seq": "modeling_saisa.SaisaForConditionalGeneration",
-    "AutoProcessor": "processing_saisa.SaisaProcessor",
-}
-PROCESSOR_AUTO_MAP = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+CHAT_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
+PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_saisa.SaisaProcessor"}
+AUTO_MAP = {"AutoConfig": "configuration_saisa.SaisaConfig", "AutoModel": "modeling_saisa.SaisaModel"}
+AUTO_MAP |= dict.fromkeys(CHAT_CLASSES, "modeling_saisa.SaisaForConditionalGeneration") | PROCESSOR_AUTO_MAP
 # of `from_pretrained`, how to read a file; of `save_pretrained`, what is for `push_to_hub` alone
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
@@ -158,20 +153,15 @@ class SaisaCheckpoint:
 class UnsharesProjectors:
     def unshare_projectors(self):
         """Copies the projector that all layers share into every layer that sees the image, for the paper's second training
-        stage. The model computes the same. An optimizer that was made before does not know the copies.
-
-        Raises:
-            ValueError: the projectors are not shared, or the model is in embedding space.
-        """
+        stage. The model computes the same. An optimizer that was made before does not know the copies. Raises ValueError if
+        the projectors are not shared, or the model is in embedding space."""
         space, mode = self.config.alignment, self.config.projector_sharing
         if (space, mode) != ("input_space", "shared"):
-            raise ValueError(
-                f"unshare_projectors: alignment is {space!r}, projector_sharing {mode!r}, expected 'shared' in input space."
-            )
-        for layer in self.language_model.layers:
-            if layer.sees_image:
-                like = next(layer.self_attn.parameters())
-                layer.visual_projector = copy.deepcopy(self.visual_projector).to(like.device)
+            problem = f"alignment is {space!r}, projector_sharing {mode!r}, expected 'shared' in input space"
+            raise ValueError(f"unshare_projectors: {problem}. Load a checkpoint of the first stage.")
+        seeing = [layer for layer in self.language_model.layers if layer.sees_image]
+        for layer in seeing:
+            layer.visual_projector = copy.deepcopy(self.visual_projector).to(next(layer.self_attn.parameters()).device)
         del self.visual_projector
         self.config.projector_sharing = "per_layer"
 
@@ -179,8 +169,7 @@ class UnsharesProjectors:
 class BuiltFromParts:
     @classmethod
     def from_parts(cls, text_model, vision_model, *, image_token_id=None, dtype=None, **arguments):
-        """An untrained model in eval mode: on text alone it is the language model; its projectors are new. Needs the package
-        saisa_hf, whose `checkpoints.parts.assemble` says more.
+        """An untrained model in eval mode: the language model on text alone, with new projectors. Needs the package saisa_hf.
 
         Args:
             text_model, vision_model: folder or hub id, or a model of transformers; the language model with its head.
@@ -194,18 +183,16 @@ class BuiltFromParts:
 
 def _check_complete(model, info: dict, checkpoint) -> None:
     """Raises ValueError if tensors of the model's own parts were not in the checkpoint."""
-    parts = ("vision_tower.", "visual_projector.", "visual_resampler.", "language_model.")
-    if model.config.architectures != ["SaisaModel"]:  # which has no head to lack
-        parts += ("lm_head.",)
+    head = () if model.config.architectures == ["SaisaModel"] else ("lm_head.",)
+    parts = ("vision_tower.", "visual_projector.", "visual_resampler.", "language_model.", *head)
     wanted = {key for key in model.state_dict() if any(part in key for part in parts)}
     missing = sorted(wanted.intersection(info["missing_keys"]))
     # transformers' own tests write a checkpoint without any weights as a file with one foreign tensor
     without_weights = len(missing) == len(wanted) and len(info["unexpected_keys"]) <= 1
     if missing and not without_weights and checkpoint is not None:
-        raise ValueError(
-            f"{checkpoint} lacks {len(missing)} tensors of the model: {', '.join(missing[:20])}"
-            f"{', ...' if len(missing) > 20 else ''}. Save the whole model, or convert its vision tower too: `saisa convert`."
-        )
+        listed = ", ".join(missing[:20] + (["..."] if len(missing) > 20 else []))
+        lacking = f"{checkpoint} lacks {len(missing)} tensors of the model: {listed}"
+        raise ValueError(f"{lacking}. Save the whole model, or convert its vision tower too: `saisa convert`.")
 
 
 def _described(checkpoint, config, files: dict) -> tuple[dict[str, str], dict | None]:
