@@ -1,9 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What becomes of the last hidden states: a loss in training, the next token in generation.
 
-The logits of all positions would be the largest tensor in training: a vocabulary is ten to a hundred times as wide as the
-hidden states, and no label asks for most positions. So the loss makes them for some labelled rows at a time, and backward
-computes them again.
+All logits would be the largest tensor in training: a vocabulary is ten to a hundred times as wide as the hidden states. So
+the loss makes those of some labelled rows at a time, and backward computes them again.
 """
 
 import inspect
@@ -71,18 +70,13 @@ class SaisaHead(nn.Linear):
 
 
 def targets_of(labels_BS, shift_labels_BS, shape: tuple[int, int], ignored: int) -> Tensor | None:
-    """(B, S) what each position is to predict, or None without labels. Raises ValueError if `labels` or `shift_labels` do not
-    have the input's `shape`."""
+    """(B, S) what each position is to predict; None without labels. Raises ValueError if these do not have the `shape`."""
     if labels_BS is None:
         return None
     for name, given in (("labels", labels_BS), ("shift_labels", shift_labels_BS)):
         if given is not None and tuple(given.shape) != tuple(shape):
             raise ValueError(f"{name} is {tuple(given.shape)}: expected {tuple(shape)}, one for each input token.")
-    shifted_BS = nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:]
-    return shifted_BS if shift_labels_BS is None else shift_labels_BS
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
+    return nn.functional.pad(labels_BS, (0, 1), value=ignored)[:, 1:] if shift_labels_BS is None else shift_labels_BS
 
 
 class SuppressImageToken:
@@ -92,9 +86,8 @@ class SuppressImageToken:
         self.image_token_id = image_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[..., self.image_token_id] = -float("inf")
-        return scores
+        is_image = torch.arange(scores.shape[-1], device=scores.device) == self.image_token_id
+        return scores.masked_fill(is_image, -float("inf"))
 
 
 class AnswersAboutImages:
@@ -157,11 +150,8 @@ class AnswersAboutImages:
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, cache=None, **kwargs
     ):
-        """transformers' own, and the images whose placeholders are among the tokens that are not in the cache yet.
-
-        Raises:
-            ValueError: a prompt ends in a visual token, from which nothing can be predicted outside embedding space.
-        """
+        """transformers' own, and the images whose placeholders are among the tokens that are not in the cache yet. Raises
+        ValueError if a prompt ends in a visual token, from which nothing can be predicted outside embedding space."""
         images, cache = _images_of(kwargs), one_cache(past_key_values, cache)
         kwargs |= {CACHE: cache, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
@@ -208,11 +198,8 @@ class AnswersAboutImages:
         return input_ids, {**kwargs, **images}
 
     def generate_batch(self, inputs, *args, **kwargs):
-        """transformers' own continuous batching, which is for text: it has no place for images.
-
-        Raises:
-            ValueError: a prompt holds the image token.
-        """
+        """transformers' own continuous batching, which is for text: it has no place for images. Raises ValueError if a
+        prompt holds the image token."""
         token = self.config.image_token_id
         for index, ids in enumerate(inputs):
             if token in torch.as_tensor(ids).flatten().tolist():
@@ -245,17 +232,15 @@ class AnswersAboutImages:
 
 def _images_of(kwargs: dict) -> dict:
     """Those of `IMAGES` that are given; they are taken out of `kwargs`."""
-    images = {name: kwargs.pop(name, None) for name in IMAGES}
-    return {name: value for name, value in images.items() if value is not None}
+    return {name: value for name in IMAGES if (value := kwargs.pop(name, None)) is not None}
 
 
 def _check_last_token(visual_BS: Tensor, attention_mask) -> None:
     """Raises ValueError if the last real token of a sample is visual."""
-    length, device = visual_BS.shape[1], visual_BS.device
     real_BS = torch.ones_like(visual_BS)
-    if attention_mask is not None and attention_mask.ndim == 2:
-        real_BS = attention_mask[:, -length:].bool().to(device)  # transformers may have moved the ids
-    last_B1 = (real_BS * torch.arange(1, length + 1, device=device)).argmax(1, keepdim=True)
+    if attention_mask is not None and attention_mask.ndim == 2:  # on another device, where transformers moved the ids
+        real_BS = attention_mask[:, -visual_BS.shape[1] :].bool().to(visual_BS.device)
+    last_B1 = real_BS.cumsum(1).argmax(1, keepdim=True)  # the first of the largest counts
     if visual_BS.gather(1, last_B1).any():
         raise ValueError("A prompt ends in an image, but visual tokens predict nothing: put a text token behind it.")
 
@@ -274,8 +259,5 @@ def images_by_row(placeholders_B: list[int], tokens: list[int]) -> list[list[int
 
 def _last_images(rows: list[list[int]], tokens: list[int], new_B: list[int]) -> list[int]:
     """Of each row's images the last ones, which fill its `new` placeholders."""
-    wanted = []
-    for row, new in zip(rows, new_B):
-        fitting = images_by_row([new], [tokens[image] for image in reversed(row)])[0]
-        wanted += row[len(row) - len(fitting) :]
-    return wanted
+    fitting = [images_by_row([new], [tokens[image] for image in reversed(row)])[0] for row, new in zip(rows, new_B)]
+    return [image for row, last in zip(rows, fitting) for image in row[len(row) - len(last) :]]
