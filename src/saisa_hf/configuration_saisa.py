@@ -257,10 +257,10 @@ class SaisaConfig(PretrainedConfig):
         _check_choice("projector_sharing", self.projector_sharing, ("per_layer", "shared"))
         _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
         _check_choice("projector_bias", self.projector_bias, (True, False))
-        if not _is_integer(self.image_token_id, 0, text.vocab_size):
+        token, size = self.image_token_id, text.vocab_size
+        if not _is_integer(token, 0, size):
             raise ValueError(
-                f"image_token_id={self.image_token_id!r}: expected an integer in [0, {text.vocab_size}), a vocabulary index. "
-                "Give the id of a token of its own, and enlarge text_config.vocab_size if it is new."
+                f"image_token_id={token!r}: expected one in [0, {size}). Or enlarge text_config.vocab_size."
             )
         for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
             value = getattr(self, name)
@@ -279,10 +279,8 @@ class SaisaConfig(PretrainedConfig):
         sizes = self._strides() if vision.model_type in CLASS_TOKENS else encoder_states(vision).tokens
         layers, count = self.vision_feature_layers, len(sizes)
         if not _are_indices(layers, -count, count):
-            raise ValueError(
-                f"vision_feature_layer={given!r}: expected an index into the hidden states of {vision.model_type}, or a list "
-                f"of them; with {count - 1} layers, {-count} to {count - 1} are allowed."
-            )
+            states = f"{-count} to {count - 1}, a hidden state of {vision.model_type}"
+            raise ValueError(f"vision_feature_layer={given!r}: expected an index from {states}, or a list of them.")
         if len({sizes[layer] for layer in layers}) > 1:
             raise ValueError(f"vision_feature_layer={given!r}: these states differ in size. Choose those of one stage.")
 
@@ -291,27 +289,19 @@ class SaisaConfig(PretrainedConfig):
         for name, default, other in (("visual_attention", "none", "full"), ("visual_feed_forward", True, False)):
             value = getattr(self, name)
             if not self.in_embedding_space and value != default:
-                raise ValueError(
-                    f'{name}={value!r}: in input space it has no meaning. Leave it out, or set alignment="embedding_space".'
-                )
+                raise ValueError(f"{name}={value!r} needs alignment='embedding_space': set that, or leave {name} out.")
             values = value if isinstance(value, list) else [value] * count
             if len(values) != count:
-                raise ValueError(
-                    f"{name} has {len(values)} entries: expected one for each of the {count} decoder layers, or one value."
-                )
+                raise ValueError(f"{name} has {len(values)} entries: expected one value, or {count}, one per layer.")
             for one in values:
                 _check_choice(name, one, (other, default))
         layers = self.visual_layers
         if layers is not None and self.in_embedding_space:
-            raise ValueError(
-                f"visual_layers={layers!r}: in embedding space all layers see the image. Give a list as visual_attention or "
-                f'visual_feed_forward instead: ["none" if layer in LAYERS else "full" for layer in range({count})].'
-            )
+            instead = f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})]'
+            raise ValueError(f"visual_layers={layers!r}: all layers see the image in embedding space. Give {instead}.")
         if layers is not None and not (_are_indices(layers, 0, count) and len(set(layers)) == len(layers)):
-            raise ValueError(
-                f"visual_layers={layers!r}: expected a list of distinct layers between 0 and {count - 1}, at least one; None "
-                "stands for all of them."
-            )
+            expected = f"a list of distinct layers between 0 and {count - 1}, at least one, or None for all of them"
+            raise ValueError(f"visual_layers={layers!r}: expected {expected}.")
 
 
 name_for_serving(SaisaConfig.model_type, "SaisaForConditionalGeneration")
