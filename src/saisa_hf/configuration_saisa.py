@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
-from .compat_saisa import (
-    ACT2FN,
-    comparable_config_dict,
-    config_from_dict,
-    known_model_types,
-    name_for_serving,
-    portable_config_dict,
-    readable_config_dict,
-)
+from .compat_saisa import ACT2FN, KNOWN_MODEL_TYPES, comparable_config_dict, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
 from .vision_saisa import CLASS_TOKENS, check_reduction, encoder_states, grid_of, image_size, reduced_length
 
@@ -103,7 +95,7 @@ class SaisaConfig(PretrainedConfig):
         reduced_visual_tokens: int | None = None,
         **kwargs,
     ):
-        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, known_model_types())
+        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, KNOWN_MODEL_TYPES)
         self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, tuple(FAMILIES))
         self.image_token_id = kwargs.pop("image_token_index", image_token_id)
         self.image_seq_length = image_seq_length
@@ -257,11 +249,9 @@ class SaisaConfig(PretrainedConfig):
         _check_choice("projector_sharing", self.projector_sharing, ("per_layer", "shared"))
         _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
         _check_choice("projector_bias", self.projector_bias, (True, False))
-        token, size = self.image_token_id, text.vocab_size
-        if not _is_integer(token, 0, size):
-            raise ValueError(
-                f"image_token_id={token!r}: expected one in [0, {size}). Or enlarge text_config.vocab_size."
-            )
+        if not _is_integer(self.image_token_id, 0, text.vocab_size):
+            expected = f"an index in [0, {text.vocab_size}), or a larger text_config.vocab_size for a new token"
+            raise ValueError(f"image_token_id={self.image_token_id!r}: expected {expected}.")
         for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
             value = getattr(self, name)
             if value is not None and not _is_integer(value):
@@ -289,10 +279,11 @@ class SaisaConfig(PretrainedConfig):
         for name, default, other in (("visual_attention", "none", "full"), ("visual_feed_forward", True, False)):
             value = getattr(self, name)
             if not self.in_embedding_space and value != default:
-                raise ValueError(f"{name}={value!r} needs alignment='embedding_space': set that, or leave {name} out.")
+                raise ValueError(f'{name}={value!r}: in input space leave it out, or set alignment="embedding_space".')
             values = value if isinstance(value, list) else [value] * count
             if len(values) != count:
-                raise ValueError(f"{name} has {len(values)} entries: expected one value, or {count}, one per layer.")
+                expected = f"one value, or one for each of the {count} decoder layers"
+                raise ValueError(f"{name} has {len(values)} entries: expected {expected}.")
             for one in values:
                 _check_choice(name, one, (other, default))
         layers = self.visual_layers
@@ -302,9 +293,6 @@ class SaisaConfig(PretrainedConfig):
         if layers is not None and not (_are_indices(layers, 0, count) and len(set(layers)) == len(layers)):
             expected = f"a list of distinct layers between 0 and {count - 1}, at least one, or None for all of them"
             raise ValueError(f"visual_layers={layers!r}: expected {expected}.")
-
-
-name_for_serving(SaisaConfig.model_type, "SaisaForConditionalGeneration")
 
 
 def _listed(value):
@@ -335,7 +323,7 @@ def _sub_config(field: str, value, default: dict, allowed: tuple[str, ...]):
         raise ValueError(f"{field} is a {type(value).__name__}: expected a dict or a transformers config.")
     if allowed:
         _check_choice(f"{field}.model_type", value["model_type"] if is_dict else value.model_type, allowed)
-    return config_from_dict(value) if is_dict else value
+    return AutoConfig.for_model(**value) if is_dict else value
 
 
 def _check_choice(field: str, value, allowed: tuple) -> None:
