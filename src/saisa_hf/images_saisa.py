@@ -26,8 +26,7 @@ def load_image(image, name: str = "the image", data_format: str | None = None, t
             any other with values in [0, 1], [0, 255] or [0, 65535].
         name: what error messages call it.
         data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
-        timeout: seconds to wait for an http(s) URL.
-    """
+        timeout: seconds to wait for an http(s) URL."""
     if isinstance(image, Tensor):
         image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
         return _from_array(image, name, data_format, ambiguous="channels_first")
@@ -86,12 +85,10 @@ def _upright_rgb(image, name: str):
 
 def check_size(width: int, height: int, name: str) -> None:
     """Raises ImageError if an image is empty or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
-    limit = Image.MAX_IMAGE_PIXELS
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty: {width} x {height} pixels.")
-    if limit is not None and width * height > limit:
-        fix = "Make it smaller, or raise that limit (None: no limit) if you trust its source."
-        raise ImageError(f"{name} has {width} x {height} pixels, over PIL.Image.MAX_IMAGE_PIXELS={limit}. {fix}")
+    if (limit := Image.MAX_IMAGE_PIXELS) is not None and width * height > limit:
+        raise ImageError(f"{name}: {width} x {height} pixels. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS={limit}.")
 
 
 def _from_array(array: np.ndarray, name: str, data_format: str | None = None, ambiguous: str = "channels_last"):
@@ -112,11 +109,9 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
     values (1 for fractions only). Fractions may overshoot by a hundredth, as they do after interpolation."""
     if array.dtype == np.uint8:
         return array
-    values = array.astype(np.float64)
-    low, high = values.min(), values.max()
+    values, low, high = array.astype(np.float64), float(array.min()), float(array.max())
     if not ((-0.01 if high <= 1.01 else 0) <= low and high <= 65535):  # also if either is NaN
-        expected = "Expected [0, 1], [0, 255] or [0, 65535]: pass images unnormalized, the processor normalizes them."
-        raise ImageError(f"{name} has values from {low:g} to {high:g}. {expected}")
+        raise ImageError(f"{name} has values {low:g} to {high:g}. Expected 0 to 1, 255 or 65535: unnormalized values.")
     white = 65535 if np.issubdtype(array.dtype, np.uint16) or high > 255 else 255 if high > 1.01 else 1
     return np.round(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
 

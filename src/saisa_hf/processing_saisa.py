@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
-from torch import Tensor
 from transformers import BatchFeature
 
 from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
@@ -46,8 +44,7 @@ UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowi
 
 
 def add_image_token(tokenizer, image_token: str = "<image>") -> int:
-    """Makes `image_token` a special token of `tokenizer`, in place, that leaves the spaces around it alone. Returns its id,
-    which may be beyond the rows of the model's embeddings."""
+    """Makes `image_token` a special token of `tokenizer` that leaves spaces alone. Returns its id, which may be a new one."""
     token_class = needed("Adding an image token", "transformers", "AddedToken")
     token = token_class(image_token, normalized=False, lstrip=False, rstrip=False, special=True)
     tokenizer.add_tokens([token], special_tokens=True)
@@ -83,9 +80,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         image_seq_length: placeholders per image, in place of what the three arguments about patches say.
         chat_template: Jinja source, or a dict of several by name.
         pad_to_square: pad images to squares of the mean colour first; LLaVA-1.5's `image_aspect_ratio: "pad"`.
-        tokenize_whole: tokenize texts as `LlavaProcessor` does, not in pieces; see `__call__`.
-        visual_token_reduction, reduced_visual_tokens: as in the model's `SaisaConfig`.
-    """
+        tokenize_whole: tokenize texts whole, as `LlavaProcessor` does, not each stretch between images as the authors did.
+        visual_token_reduction, reduced_visual_tokens: as in the model's `SaisaConfig`."""
 
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
 
@@ -119,40 +115,29 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         if self.image_token not in tokenizer.get_vocab():
             adding = f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)"
-            raise ValueError(
-                f"The tokenizer lacks image_token {self.image_token!r}. Name another, or add it: {adding}."
-            )
+            raise ValueError(f"The tokenizer lacks image_token {self.image_token!r}. Name another, or call {adding}.")
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def __call__(self, images=None, text=None, *, visual_states=None, **kwargs: CallArguments) -> BatchFeature:
         """`input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images.
-
-        Unless `tokenize_whole` is set, each stretch of text between images is tokenized as if it stood alone, as in the
-        authors' training: with sentencepiece models, the text behind an image begins with a space of its own.
+        Raises ValueError if an image is unreadable, too large, empty or not one per image token, if truncation would cut into
+        an image's placeholders, or if an argument is not supported.
 
         Args:
             images: what `load_image` takes: one image, a list in the order of the texts' image tokens, or a list per text.
             text: a text or a list of them. Each `image_token` in them stands for one image.
             visual_states: in place of `images`, the `SaisaVisualStates` that the model's `get_visual_states` made of them.
             kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
-                `return_mm_token_type_ids`. Offsets refer to the text as given; a placeholder has those of its image token.
-
-        Raises:
-            ValueError: an image is unreadable, too large or empty, or not one per image token; truncation would cut into an
-                image's placeholders; an argument is not supported.
-        """
+                `return_mm_token_type_ids`. Offsets refer to the text as given; a placeholder has those of its image token."""
         texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
         images = self._flat_images(images, visual_states, texts)
         if visual_states is not None:
-            outputs, counts = {"visual_states": visual_states}, visual_states.lengths
-        else:
-            outputs = self._pixels(images, images_kwargs) if images else {}
-            counts = self._counts(outputs) if images and texts is not None else []
-        if texts is not None:
-            outputs = {**self._tokenize(texts, counts, text_kwargs), **outputs}
-        batch_class = BatchFeature if visual_states is None else BatchWithVisualStates
-        return batch_class(outputs, tensor_type=return_tensors)
+            rows = self._tokenize(texts, visual_states.lengths, text_kwargs)
+            return BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
+        pixels = self._pixels(images, **images_kwargs) if images else {}
+        rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
+        return BatchFeature({**rows, **pixels}, tensor_type=return_tensors)
 
     def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None]:
         """(arguments for the texts, for the images, `return_tensors`)."""
@@ -174,8 +159,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         found = len(flat)
         if visual_states is not None:
             if not hasattr(visual_states, "lengths"):
-                fix = "Pass one SaisaVisualStates, which model.get_visual_states makes and SaisaVisualStates.cat joins."
-                raise ValueError(f"`visual_states` is {visual_states!r:.80}. {fix}")
+                raise ValueError(f"`visual_states` is {visual_states!r:.80}. Pass one SaisaVisualStates, see its cat.")
             fix = "Pass `states.expand(n)` for the same images in n texts, or choose some with `states[[...]]`."
             name, found = "visual_states", len(visual_states)
         elif any(isinstance(group, (list, tuple)) for group in flat):
@@ -186,13 +170,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError(f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in `text`. {fix}")
         return flat
 
-    def _pixels(self, images: list, kwargs: dict) -> dict:
+    def _pixels(self, images: list, *, input_data_format=None, timeout=None, **kwargs) -> dict:
         """The image processor's output for `images`."""
-        kwargs = dict(kwargs)
-        data_format, timeout = kwargs.pop("input_data_format", None), kwargs.pop("timeout", None)
         names = [f"image {i} of {len(images)}" for i in range(len(images))]
-        sources = [f" ({one!s:.120})" if isinstance(one, (str, os.PathLike)) else "" for one in images]
-        loaded = [load_image(one, n + s, data_format, timeout) for one, n, s in zip(images, names, sources)]
+        sources = [f" ({one!s:.120})" if isinstance(one, (str, Path)) else "" for one in images]
+        loaded = [load_image(one, n + s, input_data_format, timeout) for one, n, s in zip(images, names, sources)]
         settings = {"do_rescale": True, "do_resize": False, "image_mean": None, "size": None}
         settings = {name: getattr(self.image_processor, name, default) for name, default in settings.items()}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
@@ -205,9 +187,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
             color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
             loaded = [pad_to_square(image, color, name) for image, name in zip(loaded, names)]
-        else:
-            for image, name in zip(loaded, names):
-                check_size(*_resized(image.size, settings), f"{name} resized")
+        elif settings["do_resize"]:  # to the shortest edge, which makes a thin image very long
+            edge = settings["size"]
+            if edge is not None and not isinstance(edge, int):
+                edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
+            for image, name in zip(loaded, names if edge else ()):
+                check_size(*(math.ceil(side * edge / min(image.size)) for side in image.size), f"{name} resized")
         image_processor = self.image_processor
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)
@@ -220,9 +205,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """The number of placeholders for each image in the image processor's output."""
         shapes, patch = [np.shape(pixels) for pixels in processed["pixel_values"]], self.patch_size
         strategy, others = self.vision_feature_select_strategy, self.num_additional_image_tokens
-        settings = (
-            f"patch_size={patch}, num_additional_image_tokens={others}, vision_feature_select_strategy={strategy!r}"
-        )
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: each image's rows and columns of patches
             grids, others = [(int(rows), int(columns)) for rows, columns in processed["spatial_shapes"]], 0
         elif self.image_seq_length is not None:
@@ -235,9 +217,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
             others -= strategy == "default" and others > 0  # the class token
         counts = [rows * columns + others for rows, columns in grids]
         if min(counts, default=1) < 1:
-            raise ValueError(f"Images of {grids} patches have {counts} tokens. Check {settings}.")
+            settings = {name: getattr(self, name) for name in SETTINGS}
+            raise ValueError(f"Images of {grids} patches have {counts} tokens. Check the settings: {settings}.")
         reduction = self.visual_token_reduction, self.reduced_visual_tokens
-        return [reduced_length(*reduction, count, grid) for count, grid in zip(counts, grids)]
+        return [reduced_length(*reduction, *image) for image in zip(counts, grids)]
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs):
         """Placeholders per image for images of (height, width) `image_sizes`, as serving engines ask for them."""
@@ -246,21 +229,19 @@ class SaisaProcessor(ImageTextProcessorMixin):
             return data_class()
         images_kwargs = sorted_arguments(self, kwargs)["images_kwargs"]
         sizes = [(int(height), int(width)) for height, width in image_sizes]
-        blank = {size: self._pixels([PIL.Image.new("RGB", size[::-1])], images_kwargs) for size in set(sizes)}
+        blank = {size: self._pixels([PIL.Image.new("RGB", size[::-1])], **images_kwargs) for size in set(sizes)}
         counts = [self._counts(blank[size])[0] for size in sizes]
         return data_class(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
-    # --- text ---
     def _tokenize(self, texts: list[str], counts: list[int], kwargs: dict) -> dict[str, list[list]]:
         """Token ids and what goes with them, one row per text, with `counts` placeholders for the texts' images."""
-        for key in UNSUPPORTED:
-            if kwargs.get(key):
-                raise ValueError(f"{key}={kwargs[key]!r} is not supported: texts are tokenized around their images.")
+        if refused := {key: kwargs[key] for key in UNSUPPORTED if kwargs.get(key)}:
+            raise ValueError(f"{refused} is not supported: texts are tokenized around their images. Leave it out.")
         specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
         prefix, suffix = ([(i, (0, 0)) for i in ids] for ids in specials)
         n_special, wants_offsets = len(prefix + suffix), bool(kwargs.get("return_offsets_mapping"))
         whole = enumerate(self._tokens(texts, iter(counts), wants_offsets))
-        found = [self._truncated(tokens, index, n_special, kwargs) for index, tokens in whole]
+        found = [self._truncated(tokens, index, n_special, **kwargs) for index, tokens in whole]
         rows = {"input_ids": [[i for i, _ in prefix + tokens + suffix] for tokens in found]}
         if kwargs.get("return_attention_mask") is not False:
             rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
@@ -279,18 +260,14 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
     def _special_ids(self) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of a text and behind it."""
-        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        full = self.tokenizer("a")["input_ids"]
+        full, bare = (self.tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
         start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         return full[:start], full[start + len(bare) :]
 
     def _splitter(self):
-        """(function that splits a text into pieces, at times empty, and special tokens by turns; `swallows`).
-
-        Llama's sentencepiece model puts a space in front of every text, even of one that begins with a space or its stand-in
-        U+2581. Its `tokenizers` form `swallows` that space, in transformers 5 always and in 4 with `legacy=False`. With
-        `legacy=True` it does so behind special tokens as well.
-        """
+        """(function that splits a text into pieces, at times empty, and special tokens by turns; `swallows`). Llama's
+        sentencepiece model puts a space in front of every text, even of one that begins with a space or U+2581. Its fast form
+        `swallows` it: in transformers 5 always, in 4 with `legacy=False`; with `legacy=True` behind specials as well."""
         if self.tokenize_whole:
             return lambda text: [text], False
         legacy, specials = getattr(self.tokenizer, "legacy", None), {self.image_token}
@@ -325,12 +302,11 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 start += len(part)
             yield [one for one in tokens for _ in range(next(counts) if one[0] == self.image_token_id else 1)]
 
-    def _truncated(self, tokens: list[tuple], index: int, n_special: int, kwargs: dict) -> list[tuple]:
+    def _truncated(self, tokens, index: int, n_special: int, truncation=None, max_length=None, padding=False, **_):
         """The `tokens` of text `index`, cut to what `truncation` and `max_length` allow; never inside an image."""
-        truncation, limit = kwargs.get("truncation"), kwargs.get("max_length")
         if truncation is None:
-            truncation = limit is not None and not kwargs.get("padding")  # as tokenizers do
-        limit = self.tokenizer.model_max_length if limit is None else limit
+            truncation = max_length is not None and not padding  # as tokenizers do
+        limit = self.tokenizer.model_max_length if max_length is None else max_length
         excess = len(tokens) - max(int(min(limit, 1e9)) - n_special, 0)
         if not truncation or truncation == "do_not_truncate" or excess <= 0:
             return tokens
@@ -338,11 +314,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         inwards = tokens if left else tokens[::-1]
         text_tokens = next((n for n, (i, _) in enumerate(inwards) if i == self.image_token_id), len(tokens))
         if excess > text_tokens:
-            raise ValueError(
-                f"Truncation to max_length={limit} cuts into the placeholders of the {'first' if left else 'last'} image of "
-                f"text {index} ({len(tokens) + n_special} tokens). Set max_length to "
-                f"{len(tokens) - text_tokens + n_special} or more, or truncation=False."
-            )
+            cut = f"the {'first' if left else 'last'} image of text {index} ({len(tokens) + n_special} tokens)"
+            fix = f"Set max_length to {len(tokens) - text_tokens + n_special} or more, or truncation=False."
+            raise ValueError(f"Truncation to max_length={limit} cuts into {cut}. {fix}")
         return tokens[excess:] if left else tokens[:-excess]
 
     def _pad(self, rows: dict, kwargs: dict) -> None:
@@ -365,20 +339,16 @@ class SaisaProcessor(ImageTextProcessorMixin):
             added = [[fills.get(key, 0)] * n for n in missing]
             rows[key] = [fill + row if side == "left" else row + fill for row, fill in zip(values, added)]
 
-    # --- chat ---
     def apply_chat_template(self, conversation, chat_template=None, images=None, visual_states=None, **kwargs):
         """Renders conversations: to text, with `tokenize=True` to `input_ids`, with `return_dict=True` too to a whole batch.
 
         Args:
-            conversation: a list of messages, or a list of such lists. A message's content is a string or a list of parts:
-                `{"type": "text", "text": ...}`, `{"type": "image", ...}` with the image under `"image"`, `"url"`, `"path"`
-                or `"base64"`, and `"image_url"` parts.
+            conversation: messages, or a list of such lists. Content is a string or parts: `{"type": "text", "text": ...}`,
+                `{"type": "image", ...}` with the image as `"image"`, `"url"`, `"path"` or `"base64"`, or `"image_url"` parts.
             chat_template: Jinja source, or the name of one of the processor's templates.
-            images: what image tokens in strings and bare `{"type": "image"}` parts stand for, in their order.
-            visual_states: in place of `images`, see `__call__`; no image part may then have data.
+            images, visual_states: one of them, as in `__call__`, for image tokens in strings and image parts without data.
             kwargs: `return_assistant_tokens_mask` (makes `assistant_masks`; fast tokenizers only); arguments of `__call__`,
-                flat or in `processor_kwargs`; `add_generation_prompt`, `continue_final_message`; variables of the template.
-        """
+                flat or in `processor_kwargs`; `add_generation_prompt`, `continue_final_message`; the template's variables."""
         call = _pop_call_arguments(kwargs)
         images, visual_states = call.pop("images", images), call.pop("visual_states", visual_states)
         tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
@@ -388,8 +358,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if wants_masks and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: slow ones give no offsets.")
         is_batch = bool(conversation) and not isinstance(conversation[0], dict)
-        batch = conversation if is_batch else [conversation]
-        conversations = [[_readable(message) for message in messages] for messages in batch]
+        conversations = [[_readable(one) for one in chat] for chat in (conversation if is_batch else [conversation])]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
         variables = {"chat_template": self._template(chat_template), **self.tokenizer.special_tokens_map, **kwargs}
         prompts, spans = render(conversations=conversations, **variables)
@@ -414,8 +383,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         templates = self.chat_template
         template = templates.get(chosen or "default", chosen) if isinstance(templates, dict) else chosen or templates
         if template is None:
-            hint = 'Pass one, or set processor.chat_template, to saisa_hf.chat.templates.chat_template("vicuna") or so.'
-            raise ValueError(f"There is no default chat template among {sorted(templates or ())}. {hint}")
+            raise ValueError(f"No default chat_template: {list(templates or ())}. Pass one of saisa_hf.chat.templates.")
         return template
 
     def _chat_images(self, conversations: list[list[dict]], images, visual_states) -> list | None:
@@ -436,12 +404,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         spares = [image for group in groups for image in (group if isinstance(group, (list, tuple)) else [group])]
         missing = sum(image is None for image in found)
         if missing != len(spares):
-            named = f"{missing} images without data ({self.image_token!r}, bare image parts)"
-            raise ValueError(f"The conversation names {named}, but has {len(spares)} in `images`. Pass one for each.")
+            raise ValueError(f"The chat names {missing} images without data. Pass as many `images`, not {len(spares)}.")
         remaining = iter(spares)
         return [next(remaining) if image is None else image for image in found] or None
 
-    # --- files ---
     @classmethod
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
         """transformers' own; if `kwargs` ask for another reduction, the number of placeholders follows."""
@@ -455,10 +421,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Does nothing: `save_pretrained` writes what `AutoProcessor` needs to find this class."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package. Returns
-        the paths of its files, `processor_config.json` first, without the code. Nobody reads half a file: each is renamed
-        when complete. `push_to_hub` uploads to `repo_id` (default: the folder's name), with its arguments in `kwargs`; with
-        transformers 4, `save_jinja_files=False` makes a `chat_template.json`."""
+        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package; each
+        file is renamed when complete. Returns the files, `processor_config.json` first, without the code. `kwargs`: `repo_id`
+        (default: the folder's name) and others of `push_to_hub`; `save_jinja_files`, for transformers 4."""
         target = Path(save_directory)
         if target.is_file():
             raise ValueError(f"save_directory {str(target)!r} is a file. Expected a folder.")
@@ -469,17 +434,15 @@ class SaisaProcessor(ImageTextProcessorMixin):
             super().save_pretrained(folder, **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs})
             self.image_processor.save_pretrained(folder)
             vocabulary = str(getattr(tokenizer, "vocab_file", None))
-            if vocabulary.endswith(".model") and os.path.isfile(vocabulary):
+            if vocabulary.endswith(".model") and Path(vocabulary).is_file():
                 (new / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
             prefix, suffix = self._special_ids()
             ends = tokenizer.bos_token_id in prefix, tokenizer.eos_token_id in suffix
-            _rewrite_json(
-                new / "tokenizer_config.json", lambda found: portable_tokenizer_config(found, tokenizer, *ends)
-            )
+            _rewrite_json(new / "tokenizer_config.json", lambda old: portable_tokenizer_config(old, tokenizer, *ends))
             _rewrite_json(new / "preprocessor_config.json", portable_image_processor_config)
             settings = {name: getattr(self, name) for name in SETTINGS}
             settings |= {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SaisaProcessor"}
-            _rewrite_json(new / "processor_config.json", lambda found: settings)
+            _rewrite_json(new / "processor_config.json", lambda old: settings)
             files = [path for path in new.rglob("*") if path.is_file()]
             for source in sorted(files, key=lambda path: (path.name != "processor_config.json", path)):
                 destination = target / source.relative_to(new)
@@ -521,16 +484,8 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
 
 def _image_list(images) -> list:
     """No image, one, a list of them or a 4-D array as a list."""
-    many = isinstance(images, (list, tuple)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4)
+    many = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     return list(images) if many else [] if images is None else [images]
-
-
-def _resized(size: tuple[int, int], settings: dict) -> tuple[int, int]:
-    """(width, height) after resizing the shortest edge, which makes a thin image very long."""
-    edge = settings["size"]
-    if edge is not None and not isinstance(edge, int):
-        edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
-    return tuple(math.ceil(side * edge / min(size)) for side in size) if edge and settings["do_resize"] else size
 
 
 def _pop_call_arguments(kwargs: dict) -> dict:
