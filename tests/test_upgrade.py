@@ -20,7 +20,7 @@ from saisa_hf import SaisaConfig
 from saisa_hf.checkpoint_saisa import AUTO_MAP, PROCESSOR_AUTO_MAP, code_files
 from saisa_hf.checkpoints import upgrade
 from saisa_hf.checkpoints.auto_map import with_auto_map
-from saisa_hf.checkpoints.model_card import flop_section, usage_section, model_card
+from saisa_hf.checkpoints.model_card import flop_section, model_card, usage_section
 from saisa_hf.cli import main
 
 

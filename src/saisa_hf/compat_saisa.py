@@ -17,7 +17,7 @@ import re
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, DynamicCache, ProcessorMixin
+from transformers import AutoModel, DynamicCache, ProcessorMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
@@ -61,22 +61,15 @@ def get_logger(name: str):
     return logger
 
 
-def known_model_types() -> tuple[str, ...]:
-    """Every `model_type` that the installed release knows, or none where it does not say."""
-    return tuple(optional("transformers", "CONFIG_MAPPING", ()))
-
-
 def model_class_of(config):
     """The class that `AutoModel` makes of `config`; None where the installed release does not say."""
     mapping = getattr(AutoModel, "_model_mapping", None)
     return None if mapping is None else mapping[type(config)]
 
 
-def name_for_serving(model_type: str, class_name: str) -> None:
-    """Puts a model into the table where `transformers serve` (5.6 and later) finds how to load it and that it takes images.
-    Neither `AutoModelForMultimodalLM.register` nor a checkpoint's `auto_map` does."""
-    names = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
-    names[model_type] = class_name
+# Where `transformers serve` (5.6 and later) finds how to load a model and that it takes images, as `auto_map` does not say.
+SERVED = optional("transformers.models.auto.modeling_auto", "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+SERVED["saisa"] = "SaisaForConditionalGeneration"
 
 
 class init:
@@ -210,9 +203,8 @@ def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
 # --- part 2: differences between releases: configs --------------------------------------------------------------------
 
 
-def config_from_dict(config: dict):
-    """The config object of a sub-config; a ValueError where transformers does not know its `model_type`."""
-    return AutoConfig.for_model(**config)
+# every `model_type` that the installed release knows, or none where it does not say
+KNOWN_MODEL_TYPES = tuple(optional("transformers", "CONFIG_MAPPING", ()))
 
 
 def readable_config_dict(config: dict) -> dict:
@@ -280,7 +272,7 @@ def _rope_of_5(config: dict) -> dict:
     return {"full_attention": rope, "sliding_attention": local}
 
 
-# --- caches and masks -------------------------------------------------------------------------------------------------
+# --- caches, masks, models, processors ----------------------------------------------------------------------------------
 
 
 def _parameters(function) -> dict:
@@ -395,9 +387,6 @@ def decoding_masks(config, attention_mask, **kwargs):
     return attention_mask if none_made else masks  # left padding counts where transformers sees no need for a mask, too
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
-
-
 class RotaryByLayerType(nn.Module):
     """A rotary embedding that is told the kind of layer as well, whether it `differs` by that or not. Gemma 3 has one for
     each kind, in one module on 5.x and in two of them on 4.57."""
@@ -477,9 +466,6 @@ def encoder_names_of_all_releases(model):
             model._weight_conversions = before
 
 
-# --- processors -------------------------------------------------------------------------------------------------------
-
-
 class ImageTextProcessorMixin(ProcessorMixin):
     """A processor of an image processor and a tokenizer, of any class: 5.x reads that off the signature of `__init__`."""
 
@@ -501,11 +487,9 @@ def read_url(url: str, timeout: float | None = None) -> bytes:
 
 
 def pillow_image_processor(image_processor):
-    """`image_processor`, or the one with the same settings that works with Pillow where it works with torchvision.
-
-    Of a thousand resized values torchvision has one to six that are off by one from Pillow's, with which CLIP and its
-    descendants were trained. The two are called `XFast` and `X` up to the first releases of 5, then `X` and `XPil`.
-    """
+    """`image_processor`, or the one with the same settings that works with Pillow where it works with torchvision: of a
+    thousand resized values one to six are off by one from Pillow's, with which CLIP and its descendants were trained. The two
+    are called `XFast` and `X` up to the first releases of 5, then `X` and `XPil`."""
     kind = type(image_processor)
     if not kind.__module__.startswith("transformers.models."):
         return image_processor
@@ -520,11 +504,9 @@ def pillow_image_processor(image_processor):
 
 
 def portable_tokenizer_config(config: dict, tokenizer, adds_bos: bool, adds_eos: bool) -> dict:
-    """`config`, a tokenizer_config.json as the installed release writes it, in a form that 4.57 and 5.x read alike.
-
-    5.x has a backend class that 4.57 does not know, renamed the extra special tokens (4.57 stops at the new form), and
-    leaves out what makes a Llama tokenizer: read back, `legacy` turns into False and text behind `</s>` changes.
-    """
+    """`config`, a tokenizer_config.json as the installed release writes it, in a form that 4.57 and 5.x read alike: 5.x has a
+    backend class that 4.57 does not know, renamed the extra special tokens (4.57 stops at the new form), and leaves out what
+    makes a Llama tokenizer (read back, `legacy` turns into False and text behind `</s>` changes)."""
     config = {key: config[key] for key in config if key not in ("backend", "is_local", "local_files_only")}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"

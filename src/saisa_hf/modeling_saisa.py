@@ -91,29 +91,22 @@ class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
     image_hidden_states: Tensor | None = None
 
 
-# --- projector (section 3.2) ------------------------------------------------------------------------------------------
-
-
 class SaisaVisualProjector(nn.Module):
-    """Two-layer MLP from the encoder's features into the input space of self-attention; the layer's input norm follows, as it
-    does for text."""
+    """Two-layer MLP from the encoder's features into the input space of self-attention (paper, section 3.2); the layer's
+    input norm follows, as it does for text."""
 
     def __init__(self, config: SaisaConfig):
         super().__init__()
-        hidden_size = config.text_config.hidden_size
-        inner_size = config.projector_hidden_size or hidden_size
+        inner_size = config.projector_hidden_size or config.text_config.hidden_size
         self.linear_1 = nn.Linear(config.vision_feature_size, inner_size, bias=config.projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(inner_size, hidden_size, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(inner_size, config.text_config.hidden_size, bias=config.projector_bias)
 
     def forward(self, features_VC: Tensor) -> Tensor:
         """(V, C) -> (V, D), in the projector's own dtype; weights that are quantized to integers accept any."""
         dtype = self.linear_1.weight.dtype
         features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
         return self.linear_2(self.act(self.linear_1(features_VC)))
-
-
-# --- attention (section 3.1) ------------------------------------------------------------------------------------------
 
 
 class NaavitAttention(nn.Module):

@@ -63,11 +63,9 @@ class VisualStore:
 
 
 class SaisaVisualStates:
-    """Images as the decoder layers see them. `model.get_visual_states(pixel_values)` makes them, `forward` and `generate`
-    take them as `visual_states` in place of `pixel_values`, the images in the order of their placeholders, row by row.
-
-    A sequence of images: `len(states)` of them; `states[i]`, `states[a:b]` and `states[[2, 0, 0]]` select without a copy.
-    Nothing in it changes once it is made. It takes part in no gradient.
+    """Images as the decoder layers see them: `model.get_visual_states(pixel_values)` makes them, `forward` and `generate`
+    take them as `visual_states` in place of `pixel_values`. A sequence of `len(states)` images in the order of placeholders:
+    `states[i]`, `states[a:b]` and `states[[2, 0, 0]]` select without a copy. It never changes, and has no gradient.
 
     Args:
         stored: the tensors.
@@ -76,10 +74,9 @@ class SaisaVisualStates:
     Attributes:
         store: `"keys_values"` or `"features"`.
         lengths: visual tokens of each image, which is how many placeholders it takes.
-        num_layers: decoder layers of the model that they belong to; None for `"features"`, which know nothing of them.
+        num_layers: decoder layers of their model; None for `"features"`.
         token_shape: of what is kept of a visual token: (K, H) of keys or of values in each layer, or (C,) of features.
-        dtype: the language model's, unless `to` has changed it.
-        device: where the tensors are; on several devices, where the first layer's are.
+        dtype, device: of the tensors; on several devices, of the first layer's.
         nbytes: bytes of all tensors that these images keep in memory, each counted once.
         fingerprint: digest of the weights that they were computed with.
     """

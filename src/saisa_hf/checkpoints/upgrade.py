@@ -26,7 +26,7 @@ from ..common import sources
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
 from .auto_map import is_ours, parsed, wanted_auto_map, with_auto_map
-from .model_card import flop_section, usage_section, model_card
+from .model_card import flop_section, model_card, usage_section
 
 
 CONFIG, CARD = "config.json", "README.md"
