@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_config
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, LlamaConfig, Qwen3Config, ViTConfig, ViTModel
 
 from saisa_hf import SaisaConfig
 from saisa_hf.compat_saisa import TRANSFORMERS_5, portable_config_dict, readable_config_dict
@@ -173,3 +173,23 @@ def test_a_saved_config_has_all_code_files_and_auto_classes(tmp_path):
     for reference in auto_map.values():
         module, name = reference.split(".")
         assert f"class {name}(" in (tmp_path / f"{module}.py").read_text()
+
+
+def test_an_encoder_that_is_registered_later_is_known():
+    class LateConfig(ViTConfig):
+        model_type = "late_vit"
+
+    class LateModel(ViTModel):
+        config_class = LateConfig
+
+    AutoConfig.register("late_vit", LateConfig)
+    AutoModel.register(LateConfig, LateModel)
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "image_size": 32,
+    }
+    assert SaisaConfig(LateConfig(**small), {"vocab_size": 32064}).image_seq_length == 4
+    assert SaisaConfig({"model_type": "late_vit", **small}).vision_feature_size == 8

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -807,3 +808,12 @@ def test_an_image_token_that_swallowed_spaces_would_be_seen():
     """The flags of `add_image_token`, against a tokenizer that has the token in its files."""
     token = next(t for t in bpe_tokenizer().added_tokens_decoder.values() if t.content == "<image>")
     assert token == AddedToken("<image>", special=True, normalized=False, lstrip=False, rstrip=False)
+
+
+def test_the_image_tokens_id_in_a_text_without_it_is_text():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<unk>")
+    processor = make_processor(tokenizer, image_token="<unk>", image_seq_length=3)
+    assert processor(text="a zzz b")["input_ids"] == [[1, 0, 2]]
+    assert processor(text="a zzz <unk> b", images=gradient())["input_ids"] == [[1, 0, 0, 0, 0, 2]]

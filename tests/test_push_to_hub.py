@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hub_standin import HubStandIn
 from test_convert import authors_checkpoint, tower_tensors, write_weights
+from tiny_models import tiny_model
 
 from saisa_hf import SaisaForConditionalGeneration
 
@@ -279,3 +280,23 @@ def test_convert_asks_the_hub_who_it_is_before_it_begins(tmp_path):
         and "HF_TOKEN" in said
     )
     assert not (tmp_path / "ours").exists()
+
+
+def test_without_the_package_transformers_own_upload_takes_its_place(tmp_path, monkeypatch):
+    """Of a class that came with a checkpoint; what that upload does not take is not lost in silence."""
+    pushed = []
+
+    def push_to_hub(self, repo_id, *, commit_message=None, private=None, token=None, revision=None, tags=None):
+        pushed.append((repo_id, private))
+
+    def missing(*names):
+        raise ImportError("this needs the package saisa_hf")
+
+    monkeypatch.setattr("saisa_hf.checkpoint_saisa.from_package", missing)
+    monkeypatch.setattr("transformers.PreTrainedModel.push_to_hub", push_to_hub)
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved", private=True)
+    model.push_to_hub("me/other", max_shard_size="1GB")
+    assert pushed == [("me/saved", True), ("me/other", None)]
+    with pytest.raises(ImportError, match="needs the package"):
+        model.push_to_hub("me/saved", state_dict=model.state_dict())

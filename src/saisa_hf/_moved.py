@@ -8,23 +8,31 @@ import sys
 
 
 MOVED = {
+    "adapters_saisa": "token_layout_saisa",
     "attention_maps": "inspection.attention_maps",
     "attention_pages": "inspection.attention_pages",
     "build": "checkpoints.build",
     "chat_templates": "chat.templates",
     "convert": "checkpoints.convert",
     "destination": "common.destination",
+    "devices_saisa": "hardware_saisa",
+    "encoders_saisa": "vision_saisa",
     "fit": "costs.memory",
     "flops": "costs.flops",
     "from_llava": "checkpoints.from_llava",
+    "hub_saisa": "checkpoint_saisa",
+    "loss_saisa": "head_saisa",
     "model_card_saisa": "checkpoints.model_card",
     "naavit": "inspection.naavit",
+    "parts_saisa": "checkpoints.parts",
     "pictures_saisa": "images_saisa",
     "plots": "common.plots",
     "presets": "costs.presets",
+    "quantization_saisa": "hardware_saisa",
     "redundancy": "inspection.redundancy",
     "tables": "common.tables",
     "upgrade": "checkpoints.upgrade",
+    "visual_reduction_saisa": "vision_saisa",
     "weight_files": "checkpoints.weight_files",
 }
 # module: former names of what it holds, and the names of today

@@ -214,7 +214,7 @@ def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
     return ALL_ATTENTION_FUNCTIONS[implementation](*inputs, mask, **options)
 
 
-def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
+def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, device):
     """Whether to return a cache, the one that a forward pass of `decoder` writes into, and the places (S,) in it of `length`
     new tokens. A ValueError if some layers do not see the image, and the cache does not give back the keys that it got."""
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
@@ -231,8 +231,10 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, length: int, device):
             "visual_layers leaves out some layers, which need to find their hidden keys in the cache as they put them "
             "there: a quantized cache changes them. Use a dynamic or static cache."
         )
-    past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
-    return use_cache, cache, torch.arange(length, device=device) + past
+    if slots is None:
+        past = cache.get_seq_length() if cache is not None and not is_paged(cache) else 0
+        slots = torch.arange(length, device=device) + past
+    return use_cache, cache, slots
 
 
 def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, position_ids) -> dict:

@@ -3,6 +3,7 @@
 
 import copy
 import importlib
+import inspect
 import shutil
 import tempfile
 from contextlib import nullcontext, suppress
@@ -80,7 +81,10 @@ class SaisaCheckpoint:
         try:
             push = from_package("The model card", "checkpoints.push", "push_model_to_hub")
         except ImportError:
-            return super().push_to_hub(repo_id, **kwargs)
+            if any(kwargs.get(name) is not None for name in ("state_dict", "variant")):
+                raise  # transformers' own does not take them
+            known = inspect.signature(super().push_to_hub).parameters
+            return super().push_to_hub(repo_id, **{name: value for name, value in kwargs.items() if name in known})
         return push(self, repo_id, **kwargs)
 
     @classmethod

@@ -203,10 +203,6 @@ def sorted_arguments(processor, kwargs: dict, **options) -> dict[str, dict]:
 # --- part 2: differences between releases: configs --------------------------------------------------------------------
 
 
-# every `model_type` that the installed release knows, or none where it does not say
-KNOWN_MODEL_TYPES = tuple(optional("transformers", "CONFIG_MAPPING", ()))
-
-
 def readable_config_dict(config: dict) -> dict:
     """`config`, a sub-config written by any release, with the rotary settings in the form that the installed one reads: 5.x
     has a dict `rope_parameters`. Each ignores the other's form in silence, so that a theta of 500000 turns into 10000."""
@@ -363,10 +359,12 @@ def causal_mask(attention_type, config, inputs_embeds, attention_mask, slots, ca
     """The mask that transformers' own decoders use for layers of that type: a tensor, or None where the attention needs none.
     `inputs_embeds` (B, S, D) is there for its shape, dtype and device; `attention_mask` is (B, past + S), or None; `slots`
     (S,) are the places of the new tokens in the cache, counted from the first token ever seen."""
-    arguments = {"config": config, "attention_mask": attention_mask, "cache_position": slots, CACHE: cache}
-    arguments |= {"input_embeds": inputs_embeds, "inputs_embeds": inputs_embeds}
-    known = {name: value for name, value in arguments.items() if name in _MASK_ARGUMENTS}
-    return CAUSAL_MASKS[attention_type](**known, position_ids=position_ids)
+    cache_name = "past_key_values" if "past_key_values" in _MASK_ARGUMENTS else "cache"
+    embeds_name = "inputs_embeds" if "inputs_embeds" in _MASK_ARGUMENTS else "input_embeds"
+    arguments = {"config": config, "attention_mask": attention_mask, "position_ids": position_ids}
+    arguments |= {embeds_name: inputs_embeds, cache_name: cache}
+    arguments |= {"cache_position": slots} if "cache_position" in _MASK_ARGUMENTS else {}
+    return CAUSAL_MASKS[attention_type](**arguments)
 
 
 def decoding_masks(config, attention_mask, **kwargs):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
-from .compat_saisa import ACT2FN, KNOWN_MODEL_TYPES, comparable_config_dict, portable_config_dict, readable_config_dict
+from .compat_saisa import ACT2FN, comparable_config_dict, optional, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
 from .vision_saisa import CLASS_TOKENS, check_reduction, encoder_states, grid_of, image_size, reduced_length
 
@@ -95,7 +95,8 @@ class SaisaConfig(PretrainedConfig):
         reduced_visual_tokens: int | None = None,
         **kwargs,
     ):
-        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, KNOWN_MODEL_TYPES)
+        known_types = tuple(optional("transformers", "CONFIG_MAPPING", ()))
+        self.vision_config = _sub_config("vision_config", vision_config, DEFAULT_VISION_CONFIG, known_types)
         self.text_config = _sub_config("text_config", text_config, DEFAULT_TEXT_CONFIG, tuple(FAMILIES))
         self.image_token_id = kwargs.pop("image_token_index", image_token_id)
         self.image_seq_length = image_seq_length

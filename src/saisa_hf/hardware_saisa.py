@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_map_only
 from .compat_saisa import needed
 
 
-# --- several devices, several processes -------------------------------------------------------------------------------
-
 DECODER_LAYER = re.compile(r"((?:model\.)?language_model\.layers\.\d+)\.")
 
 
@@ -101,8 +99,6 @@ def _processes(attention: nn.Module):
     mesh = getattr(attention.k_proj.weight, "device_mesh", None)
     return None if mesh is None else mesh.get_group()
 
-
-# --- weights: quantized ones, and a digest of any ---------------------------------------------------------------------
 
 # By measurement (docs/hardware.md): a byte saved in one of these costs more than a byte saved in a decoder layer.
 KEPT_PRECISE = ("vision_tower", "visual_resampler", "visual_projector", "lm_head")

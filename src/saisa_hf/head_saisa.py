@@ -194,7 +194,8 @@ class AnswersAboutImages:
             if "pixel_values" in images and order:  # an image is encoded once for all sequences of its row
                 images = {"visual_states": self.model.get_visual_states(**images)}
             images = {name: value[order] for name, value in images.items()}
-        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        kwargs |= {"expand_size": expand_size, "is_encoder_decoder": is_encoder_decoder, "input_ids": input_ids}
+        input_ids, kwargs = super()._expand_inputs_for_generation(**kwargs)
         return input_ids, {**kwargs, **images}
 
     def generate_batch(self, inputs, *args, **kwargs):

@@ -213,9 +213,6 @@ class NaavitAttention(nn.Module):
         return getattr(self, norm)(x) if norm is not None and self.head_norm == "head" else x
 
 
-# --- decoder layer and decoder ----------------------------------------------------------------------------------------
-
-
 class SaisaDecoderLayer(GradientCheckpointingLayer):
     """A decoder layer of the language model; `visual_keys_and_values` is what SAISA adds to it."""
 
@@ -362,8 +359,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         text_BTX = layout.text(inputs)
         text_BTD = self.family.scaled_input(self.embed_tokens(text_BTX) if inputs_embeds is None else text_BTX)
         cache, length = one_cache(past_key_values, cache), inputs.shape[1]
-        use_cache, cache, slots = cache_of_pass(self, use_cache, cache, length, text_BTD.device)
-        slots = slots if cache_position is None else cache_position
+        use_cache, cache, slots = cache_of_pass(self, use_cache, cache, cache_position, length, text_BTD.device)
         masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids)
         rotations = rotations_of(self, layout, text_BTD, slots[None] if position_ids is None else position_ids)
         if output_attentions and (name := self.config._attn_implementation) != "eager":
@@ -409,9 +405,6 @@ class EmbeddingSpaceLanguageModel(ThroughEveryLayer, SaisaLanguageModel):
 
     layer_class = EmbeddingSpaceLayer
     _no_split_modules = ["EmbeddingSpaceLayer"]
-
-
-# --- model and head ---------------------------------------------------------------------------------------------------
 
 
 class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTrainedModel):

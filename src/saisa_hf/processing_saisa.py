@@ -295,12 +295,16 @@ class SaisaProcessor(ImageTextProcessorMixin):
             tokens, start = [], 0
             for number, part in enumerate(row):
                 if number % 2:
-                    tokens.append((self.tokenizer.convert_tokens_to_ids(part), (start, start + len(part))))
+                    one = (self.tokenizer.convert_tokens_to_ids(part), (start, start + len(part)))
+                    tokens += [one] * (next(counts) if part == self.image_token else 1)
                 elif part:
                     ids, pairs, n = next(encoded)
-                    tokens += [(i, (start + max(a - n, 0), start + max(b - n, 0))) for i, (a, b) in zip(ids, pairs)]
+                    for i, (a, b) in zip(ids, pairs):
+                        is_image = self.tokenize_whole and i == self.image_token_id
+                        one = (i, (start + max(a - n, 0), start + max(b - n, 0)))
+                        tokens += [one] * (next(counts) if is_image else 1)
                 start += len(part)
-            yield [one for one in tokens for _ in range(next(counts) if one[0] == self.image_token_id else 1)]
+            yield tokens
 
     def _truncated(self, tokens, index: int, n_special: int, truncation=None, max_length=None, padding=False, **_):
         """The `tokens` of text `index`, cut to what `truncation` and `max_length` allow; never inside an image."""

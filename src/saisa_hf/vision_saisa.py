@@ -181,8 +181,8 @@ class EncodesImages:
             features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
         elif config.visual_token_reduction is not None:
             features = self._reduced(features, grid or grid_of(features.shape[1], *pixel_values.shape[-2:]))
-        attentions = outputs.get("attentions")  # a convolutional encoder has none
-        return SaisaImageFeatures(outputs.last_hidden_state, features, outputs.hidden_states, attentions, kept)
+        others = {name: outputs.get(name) for name in ("last_hidden_state", "hidden_states", "attentions")}
+        return SaisaImageFeatures(pooler_output=features, kept_tokens=kept, **others)
 
     def check_features_asked_for(self, kwargs: dict) -> None:
         """Takes a choice of features out of `kwargs`. Raises ValueError if the projectors are made for another."""
