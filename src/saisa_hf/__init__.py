@@ -5,10 +5,10 @@ The model is in `modeling_saisa.py`. Importing the package imports neither torch
 they are first used, and its classes join transformers' Auto classes when these are (see `_registration.py`).
 """
 
-import importlib
 from typing import TYPE_CHECKING
 
 from . import _moved, _registration
+from ._lazy import lazy_names
 from ._version import __version__ as __version__
 
 
@@ -46,14 +46,4 @@ _MODULE_OF = {
 _moved.install()
 _registration.install()
 
-
-def __getattr__(name: str):
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF})
+__getattr__, __dir__ = lazy_names(__name__, _MODULE_OF)
