@@ -389,6 +389,6 @@ class UsesVisualStates:
         if sum(lengths) != placeholders:
             raise ValueError(
                 f"{name} holds {len(lengths)} images with {sum(lengths)} visual tokens in all, but the input has "
-                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many of these: let "
-                "the processor expand the prompt, and pass each image once."
+                f"{placeholders} placeholders (image_token_id={self.config.image_token_id}). Expected as many placeholders "
+                "as visual tokens: let the processor expand the prompt, and pass each image once."
             )
