@@ -1,31 +1,55 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a command reads, given by name: a folder, or a repository on the hub."""
+"""What a command reads, given by name: a folder or a file, or a repository on the hub."""
 
 import os
 import re
 from pathlib import Path
 
 
-def local_folder(source: str | os.PathLike, role: str) -> Path | None:
-    """The folder that `source` means, or None if it is the id of a repository on the hub: 'name' or 'user/name'.
+# endings of what people name by mistake or on purpose, and repositories do not end in
+_ENDINGS = (
+    ".json .jsonl .parquet .csv .arrow .txt .yaml .yml .jinja .safetensors .bin .pt .pth .gguf .zip .tar .gz .png .jpg"
+)
+FILE_ENDINGS = tuple(_ENDINGS.split())
 
-    What exists, or has the form of a path, is never looked up on the hub.
+
+def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Path | None:
+    """The folder, or file, that `value` means; None if it is the id of a repository on the hub: 'name' or 'user/name'.
+
+    What exists, or looks like a path, is never looked up on the hub: that would take minutes without a network, and end in an
+    error about the hub. A path begins with '.', '/' or '~', has the ending of a file, a backslash or more than one '/', or
+    its first folder is here.
 
     Args:
-        role: what error messages call it, "MODEL" for instance.
+        name: what error messages call it: "MODEL", "data" ...
+        files: whether it may be a file.
 
     Raises:
-        FileNotFoundError: it is neither.
+        FileNotFoundError: it looks like a path, and is not there, or is a file where that is not expected.
     """
-    text = os.fspath(source)
-    path = Path(os.path.expanduser(text))
-    if path.is_dir():
+    text = os.fspath(value)
+    path = Path(os.path.expanduser(text) or os.devnull)  # an empty path would be this folder
+    if os.path.isdir(path) or (files and os.path.isfile(path)):
         return path
-    if path.exists():
-        raise FileNotFoundError(f"{role} {text!r} is a file: expected a folder, or a hub id ('user/name').")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text):
-        raise FileNotFoundError(f"{role} {text!r} is not a folder, nor does it look like a hub id ('user/name').")
+    wanted = "a file, a folder" if files else "a folder"
+    if text and os.path.exists(path):
+        kind = "neither a file nor a folder" if files else "a file"
+        raise FileNotFoundError(f"{name} {text!r} is {kind}: expected {wanted}, or a hub id ('user/name').")
+    first, _, rest = text.partition("/")
+    not_here = "is not a folder" if not files else "is neither a file nor a folder"
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) or text.lower().endswith(FILE_ENDINGS):
+        raise FileNotFoundError(f"{name} {text!r} {not_here}, nor does it look like a hub id ('user/name').")
+    if rest and os.path.isdir(first):
+        raise FileNotFoundError(
+            f"{name} {text!r} {not_here}: the folder {first!r} is here, and has no {rest!r}. To name a repository of the "
+            f"hub, run this where there is no folder {first!r}."
+        )
     return None
+
+
+def local_folder(source: str | os.PathLike, role: str) -> Path | None:
+    """The folder that `source` means, or None if it is the id of a repository on the hub: see `check_local`."""
+    return check_local(role, source)
 
 
 def first_line(error: BaseException) -> str:
