@@ -261,7 +261,12 @@ def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
     "options, message",
     [
         (["--work", "first-token", "--visual", "10"], "expected a multiple of the 9 visual tokens"),
-        (["--visual", "9", "--cross-every", "3"], "expected a divisor of the 4 layers"),
+        (["--visual", "9", "--cross-every", "3"], "--cross-every 3: with --layers 4 expected 1 or 2 or 4"),
+        (
+            ["--visual", "9", "--layers", "2"],
+            "--cross-every 4: with --layers 2 expected 1 or 2; or leave the Flamingo out",
+        ),
+        (["--visual", "9", "--plot", "x.abc"], "--plot x.abc: expected a file that ends in .png"),
         (["--heads", "5"], "--hidden-size 32 is not a multiple of --heads 5"),
         (["--heads", "4", "--kv-heads", "3"], "--heads 4 is not a multiple of --kv-heads 3"),
         (["--device", "xla:7"], "device 'xla:7' cannot be used"),

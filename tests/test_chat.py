@@ -270,7 +270,7 @@ def test_the_first_error_in_a_pipe_is_one_line_and_the_exit_status(monkeypatch, 
     assert "/image needs the path" in error(2, lines="/image\n")
     assert "MODEL './nowhere' is not a folder" in error(1, model="./nowhere")
     assert "model_type 'llava'" in error(2, model=tmp_path)
-    assert "device 'cuda:99' cannot be used" in error(2, "--device", "cuda:99")
+    assert "device 'cuda:99' cannot be used here, expected auto or cpu" in error(2, "--device", "cuda:99")
     assert "attn_implementation" in error(2, "--attn-implementation", "nonsense")
 
 

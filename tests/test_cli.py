@@ -3,10 +3,12 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
 
+import PIL.Image
 import pytest
 import yaml
 from test_convert import authors_checkpoint
@@ -181,3 +183,71 @@ def test_a_card_that_is_there_is_kept(tmp_path):
     write_model_card(tmp_path, SaisaConfig(text_config=VICUNA_7B))
     assert (tmp_path / "README.md").read_text().endswith("mine\n")
     assert licence_in_card(tmp_path / "README.md") == "mit" and licence_in_card(tmp_path / "none") is None
+
+
+# --- errors: one line, at once, that names what is wrong --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, status, message",
+    [
+        (["build", "--from-llava", "x"], 2, "expected DST --images FOLDER with --from-llava x, got none"),
+        (["build", "--from-llava", "x", "dst"], 2, "--from-llava needs --images FOLDER"),
+        (["build", "--from-llava", "x", "--images", "y"], 2, "expected DST with --from-llava x, got none"),
+        (["build"], 2, "expected LANGUAGE_MODEL VISION_MODEL DST, got none"),
+        (["build", "a", "b"], 2, "expected LANGUAGE_MODEL VISION_MODEL DST, got a b"),
+        (["attend", "model", "how many?"], 2, "required: at least one IMAGE, and QUESTION"),
+        (["attend", "model"], 2, "required: IMAGE, QUESTION"),
+        (["demo", "--output", "{tmp}/none/x.png"], 1, "{tmp}/none is not a folder"),
+        (["demo", "--output", "{tmp}/x.abc"], 2, "x.abc: expected a file that ends in .png"),
+        (["demo", "--output", "{tmp}/x.png", "--device", "cuda:99"], 2, "device 'cuda:99' cannot be used here"),
+        (["demo", "--output", "{tmp}/x.png", "--device", "meta"], 2, "device 'meta' cannot be used here"),
+        (["demo", "--output", "{tmp}/x.png", "--device", "hpu"], 2, "device 'hpu' cannot be used here"),
+        (["demo", "--questions", "0"], 2, "expected a positive number, got '0'"),
+        (["demo", "--seed", "-1"], 2, "expected a whole number from 0 to 4294967295, got '-1'"),
+        (["demo", "--seed", "9" * 400], 2, "expected a whole number from 0 to 4294967295, got '999"),
+        (["flops", "./none"], 1, "MODEL './none' is not a folder"),
+        (["fit", "none.json", "--gpu-memory", "8GB"], 1, "MODEL 'none.json' is not a folder"),
+        (["chat", "a/b/c"], 1, "MODEL 'a/b/c' is not a folder"),
+    ],
+)
+def test_errors_name_what_is_missing_at_once(tmp_path, capsys, argv, status, message):
+    try:
+        assert main([part.format(tmp=tmp_path) for part in argv]) == status
+    except SystemExit as exit_:  # of argparse
+        assert exit_.code == status
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.format(tmp=tmp_path) in error and not error.endswith("?.")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """A test that looks anything up fails, rather than waiting for retries."""
+
+    def refuse(*arguments, **_):
+        raise AssertionError(f"the network was asked for {arguments[:2]}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def test_a_llava_is_looked_for_on_this_machine_first(tmp_path, capsys, no_network, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    assert main(["redundancy", "./none", "--images", "."]) == 1
+    assert "MODEL './none' is not a folder" in capsys.readouterr().err
+    assert main(["build", "--from-llava", "./none", "--images", ".", "out"]) == 1
+    assert "--from-llava './none' is not a folder" in capsys.readouterr().err
+
+
+def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
+    def broken(*_):
+        raise TypeError("something\nis wrong")
+
+    monkeypatch.setattr("saisa_hf.costs.flops.read_config", broken)
+    assert main(["flops", "vicuna-7b"]) == 3
+    error = capsys.readouterr().err
+    assert error == "saisa: error: TypeError: something is wrong (SAISA_TRACEBACK=1 shows where it comes from)\n"
+    monkeypatch.setenv("SAISA_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        main(["flops", "vicuna-7b"])

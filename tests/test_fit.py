@@ -94,11 +94,20 @@ def test_the_command_names_the_most_precise_way(capsys):
     assert "None of them fits into" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "GiB", "1.2.3GB", "-1GB"])
+@pytest.mark.parametrize(
+    "text", ["", "8 apples", "GiB", "1.2.3GB", "-1GB", "8", "8.5", "8I", "9" * 400 + "GB", "nanGB"]
+)
 def test_a_size_that_is_none_is_refused(text, capsys):
     assert main(["fit", "vicuna-7b", f"--gpu-memory={text}"]) == 2
     assert "expected a number with a unit, such as 8GiB" in capsys.readouterr().err
 
 
 def test_sizes_are_read_with_decimal_and_binary_units():
-    assert [bytes_of(x) for x in ("8GiB", "8 gb", "0.5k", "12")] == [2**33, 8 * 10**9, 500, 12]
+    assert [bytes_of(x) for x in ("8GiB", "8 gb", "0.5k", "12b", "0")] == [2**33, 8 * 10**9, 500, 12, 0]
+
+
+def test_a_memory_of_which_nothing_is_left_is_refused(capsys):
+    assert main(["fit", "vicuna-7b", "--gpu-memory", "8MB"]) == 2
+    assert "--gpu-memory 8MB: nothing is left of it beside --reserve 512MiB" in capsys.readouterr().err
+    assert main(["fit", "vicuna-7b", "--gpu-memory", "8GB", "--reserve", "1"]) == 2
+    assert "--reserve '1' is not a size of memory" in capsys.readouterr().err

@@ -92,7 +92,11 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models
         ValueError: the number of layers is not a multiple of `flamingo_every`, as Idefics requires.
     """
     if flamingo_every is not None and args.layers % flamingo_every:
-        raise ValueError(f"cross_every={flamingo_every}: expected a divisor of the {args.layers} layers.")
+        divisors = [number for number in range(1, args.layers + 1) if args.layers % number == 0]
+        raise ValueError(
+            f"--cross-every {flamingo_every}: with --layers {args.layers} expected {' or '.join(map(str, divisors))}; or "
+            "leave the Flamingo out, with --models."
+        )
     text, vision = _configs(args)
     parts = {"vision_config": vision, "text_config": text, "image_seq_length": visual_tokens(args)}
     torch.manual_seed(args.seed)

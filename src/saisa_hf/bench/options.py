@@ -3,7 +3,7 @@
 
 import argparse
 
-from ..common.arguments import positive
+from ..common.arguments import positive, seed
 from .names import CLOCKS, CURVE, MODELS, PRESETS, TRAINED, WORKS
 
 
@@ -62,7 +62,7 @@ def add_size_options(parser: argparse._ActionsContainer) -> None:
     add("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of all weights")
     add("--attn-implementation", default="sdpa", help="eager, sdpa, flex_attention, ...")
-    add("--seed", type=int, default=0, help="of weights and prompts")
+    add("--seed", type=seed, default=0, help="of weights and prompts")
 
 
 def with_sizes(args: argparse.Namespace) -> argparse.Namespace:

@@ -9,7 +9,7 @@ import torch
 
 from ..common.destination import check_file
 from ..common.loading import device_named
-from ..common.plots import drawing
+from ..common.plots import check_plot
 from . import measure
 from .models import build
 from .names import CURVE, MODELS, PRESETS, WITHOUT_IMAGE
@@ -23,10 +23,10 @@ from .work import Case
 def bench(args: argparse.Namespace) -> dict:
     """Measures, prints and writes what the options ask for; returns what the JSON file holds."""
     args = prepared(args)
-    for path in filter(None, (args.json, args.plot)):
-        check_file(Path(path))  # now rather than after all measurements
+    if args.json:
+        check_file(Path(args.json))  # now rather than after all measurements
     if args.plot:
-        drawing()
+        check_plot(args.plot)
     result: dict = {"machine": measure.machine(args.device), "settings": vars(args).copy()}
     print(measure.describe(result["machine"]))
     if args.targets:

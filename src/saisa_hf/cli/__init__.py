@@ -20,8 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: that of the process) and returns the exit status.
 
     0: done. 1: a file, folder, repository or optional package is missing or cannot be used. 2: the command line or
-    something in the input is not as expected. Errors are one line on stderr.
+    something in the input is not as expected. 3: what nobody foresaw. Errors are one line on stderr; with SAISA_TRACEBACK=1
+    in the environment they are raised instead.
     """
+    traceback = os.environ.get("SAISA_TRACEBACK", "") not in ("", "0")
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
         if unknown:
@@ -32,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output is gone, as with `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, ImportError) as error:
-        return _fail(error, 1)
-    except ValueError as error:
-        return _fail(error, 2)
+    except Exception as error:
+        if traceback:
+            raise
+        missing = isinstance(error, (OSError, ImportError))
+        return _fail(error, 1 if missing else 2 if isinstance(error, ValueError) else 3)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -52,5 +55,7 @@ def _fail(error: object, status: int) -> int:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
+    if status == 3:
+        text = f"{type(error).__name__}: {text} (SAISA_TRACEBACK=1 shows where it comes from)"
     print(f"saisa: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
     return status

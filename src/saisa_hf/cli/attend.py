@@ -2,6 +2,7 @@
 """`saisa attend`: where in an image each word of an answer looks."""
 
 import argparse
+from typing import NoReturn
 
 from ..common.arguments import count
 from .options import Commands, add_answering, add_command, add_model, add_placement
@@ -32,6 +33,12 @@ def add_to(commands: Commands) -> None:
     add = command.add_argument
     add("images", metavar="IMAGE", nargs="+", help="images, or their URLs; they come before the question")
     add("question", metavar="QUESTION", help="what to ask about them")
+    plain = command.error
+
+    def error(message: str) -> NoReturn:  # of one argument beside MODEL, argparse would say that it is the image
+        plain(message.replace("required: QUESTION", "required: at least one IMAGE, and QUESTION"))
+
+    command.error = error  # type: ignore[method-assign]
     files = "write PATH.png and PATH.html (default: %(default)s)"
     add("--output", metavar="PATH", default="attention", help=files)
     layers = "decoder layers to draw one by one, counted from 0, or all (default: only their mean)"

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from ..common.arguments import count, positive
+from ..common.arguments import count, positive, seed
 from .options import (
     Commands,
     Options,
@@ -53,11 +53,11 @@ def add_to(commands: Commands) -> None:
         "folders or hub ids of the language model and the vision encoder, and the folder to create; with --from-llava only "
         "the last"
     )
-    add("paths", metavar="LANGUAGE_MODEL VISION_MODEL DST", nargs="+", help=paths)
+    add("paths", metavar="LANGUAGE_MODEL VISION_MODEL DST", nargs="*", help=paths)
     add_result(command, "as in the language model, or the LLaVA")
     width = "inner width of the projectors (default: the language model's hidden size, or as in the LLaVA's)"
     add("--projector-hidden-size", metavar="N", type=positive, help=width)
-    add("--seed", metavar="N", type=count, default=0, help="of all random numbers (default: %(default)s)")
+    add("--seed", metavar="N", type=seed, default=0, help="of all random numbers (default: %(default)s)")
     parts = command.add_argument_group("from parts")
     _add_parts(parts)
     llava = command.add_argument_group("from a LLaVA")
@@ -118,13 +118,16 @@ def _check(arguments: argparse.Namespace) -> None:
     """Ends the program if options of both ways are given, or the wrong number of paths."""
     parser, from_llava = arguments.parser, arguments.from_llava is not None
     wanted = ["DST"] if from_llava else ["LANGUAGE_MODEL", "VISION_MODEL", "DST"]
+    images = " --images FOLDER" if from_llava and arguments.images is None else ""
     if len(arguments.paths) != len(wanted):
-        parser.error(f"expected {' '.join(wanted)}, got {' '.join(arguments.paths)}")
+        with_llava = f" with --from-llava {arguments.from_llava}" if from_llava else ""
+        got = " ".join(arguments.paths) or "none"
+        parser.error(f"expected {' '.join(wanted)}{images}{with_llava}, got {got}")
     for name in arguments.of_parts if from_llava else arguments.of_llava:
         if getattr(arguments, name) != parser.get_default(name):
             rule = "does not go with --from-llava" if from_llava else "only goes with --from-llava"
             parser.error(f"--{name.replace('_', '-')} {rule}")
-    if from_llava and arguments.images is None:
+    if images:
         parser.error("--from-llava needs --images FOLDER, images to fit the projectors on")
 
 

@@ -3,7 +3,7 @@
 
 import argparse
 
-from ..common.arguments import positive
+from ..common.arguments import positive, seed
 from .options import Commands, add_command
 
 
@@ -40,7 +40,7 @@ def add_to(commands: Commands) -> None:
     add = action.add_argument
     add("folder", metavar="FOLDER", help="folder to create")
     add("--pictures", metavar="N", type=positive, default=4000, help="training images (default: %(default)s)")
-    add("--seed", metavar="N", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    add("--seed", metavar="N", type=seed, default=0, help="of all random numbers (default: %(default)s)")
 
 
 def run_check(arguments: argparse.Namespace) -> int:

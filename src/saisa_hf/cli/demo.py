@@ -4,6 +4,7 @@
 import argparse
 from pathlib import Path
 
+from ..common.arguments import positive, seed
 from ..demo import CHECKPOINT
 from .options import Commands, add_command
 
@@ -19,8 +20,8 @@ def add_to(commands: Commands) -> None:
     command = add_command(commands, "demo", run, summary=summary, description=HELP)
     add = command.add_argument
     add("--checkpoint", type=Path, default=CHECKPOINT, help="folder (default: the shipped checkpoint)")
-    add("--questions", type=int, default=500, help="how many to ask (default: %(default)s)")
-    add("--seed", type=int, default=1, help="seed of images and questions (default: %(default)s)")
+    add("--questions", type=positive, default=500, help="how many to ask (default: %(default)s)")
+    add("--seed", type=seed, default=1, help="seed of images and questions (default: %(default)s)")
     add("--output", type=Path, default=Path("saisa-demo.png"), help="contact sheet (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: %(default)s)")

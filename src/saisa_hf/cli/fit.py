@@ -33,10 +33,24 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..costs.flops import read_config
-    from ..costs.memory import bytes_of, fit, show
+    from ..costs.memory import fit, show
 
-    memory = bytes_of(arguments.gpu_memory) - bytes_of(arguments.reserve)
+    memory = _bytes_of("--gpu-memory", arguments.gpu_memory) - _bytes_of("--reserve", arguments.reserve)
+    if memory <= 0:
+        raise ValueError(
+            f"--gpu-memory {arguments.gpu_memory}: nothing is left of it beside --reserve {arguments.reserve}, which CUDA "
+            "and others need. Give more memory, or a smaller reserve."
+        )
     text, images = arguments.text, arguments.images
     found = fit(read_config(arguments.model), memory, text, images, arguments.generate, arguments.batch)
     print(json.dumps(found, indent=1) if arguments.json else show(found, memory, text, images))
     return 0
+
+
+def _bytes_of(option: str, size: str) -> int:
+    from ..costs.memory import bytes_of
+
+    try:
+        return bytes_of(size)
+    except ValueError as error:
+        raise ValueError(f"{option} {error}") from error

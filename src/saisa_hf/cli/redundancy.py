@@ -4,7 +4,6 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from ..common.arguments import positive
 from .options import Commands, add_command, add_placement
@@ -38,15 +37,13 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.from_llava import load_llava, picture_files
-    from ..common.destination import check_file
     from ..common.loading import device_named
-    from ..common.plots import drawing
+    from ..common.plots import check_plot
     from ..inspection.redundancy import PROMPT, plot, redundancy, show
 
     images = picture_files(arguments.images)[: arguments.pictures]
     if arguments.plot is not None:  # now rather than after hours of work
-        check_file(Path(arguments.plot))
-        drawing()
+        check_plot(arguments.plot)
     dtype = None if arguments.dtype == "auto" else arguments.dtype
     model, processor = load_llava(arguments.model, dtype, device_named(arguments.device), named="MODEL")
 

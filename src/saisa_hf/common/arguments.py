@@ -5,17 +5,27 @@ import argparse
 import math
 
 
+DIGITS = 15  # more of them make sums and products that fit nowhere
+
+
 def positive(text: str) -> int:
     """A whole number, 1 or more."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    if not text.isdecimal() or len(text) > DIGITS or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r:.40}")
     return int(text)
 
 
 def count(text: str) -> int:
     """A whole number, 0 or more."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
+    if not text.isdecimal() or len(text) > DIGITS:
+        raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r:.40}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number that every random generator takes."""
+    if not text.isdecimal() or len(text) > DIGITS or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to {2**32 - 1}, got {text!r:.40}")
     return int(text)
 
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..images_saisa import load_image
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
-from .sources import local_folder
+from .sources import check_local, first_line
 
 
 @contextlib.contextmanager
@@ -47,14 +47,29 @@ def load_model(
         OSError: no such folder or repository.
         ValueError: it is not a SAISA, or the device cannot be used.
     """
-    checkpoint = str(local_folder(checkpoint, "MODEL") or checkpoint)
-    config, _ = PretrainedConfig.get_config_dict(checkpoint)
-    if config.get("model_type") != "saisa":
-        raise ValueError(f"MODEL {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
+    checkpoint = check_saisa("MODEL", checkpoint)
     model = SaisaForConditionalGeneration.from_pretrained(
         checkpoint, dtype=dtype, device_map=device_named(device), attn_implementation=attn_implementation
     )
     return model.eval(), SaisaProcessor.from_pretrained(checkpoint)
+
+
+def check_saisa(name: str, checkpoint: str) -> str:
+    """The folder, or hub id, `checkpoint`, of which nothing but config.json is read: seconds, where a processor would be
+    looked for on the hub for minutes.
+
+    Args:
+        name: what error messages call it.
+
+    Raises:
+        OSError: no such folder or repository.
+        ValueError: it is not a SAISA.
+    """
+    checkpoint = str(check_local(name, checkpoint) or checkpoint)
+    config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    if config.get("model_type") != "saisa":
+        raise ValueError(f"{name} {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
+    return checkpoint
 
 
 def device_named(name: str) -> str:
@@ -66,9 +81,9 @@ def device_named(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"device {name!r} cannot be used here, expected auto or cpu: {first_line(error)}") from error
     return name
 
 

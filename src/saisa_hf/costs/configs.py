@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from ..common.sources import check_local, first_line
 from ..configuration_saisa import SaisaConfig
 from .presets import CLIP_336, LANGUAGE_MODELS
 
@@ -20,11 +21,11 @@ def read_config(model: str) -> SaisaConfig:
     if model in LANGUAGE_MODELS:
         return _with_encoder(dict(LANGUAGE_MODELS[model]), dict(CLIP_336))
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(check_local("MODEL", model) or model)
     except OSError as error:
         raise OSError(
             f"{model!r} is neither a preset ({', '.join(LANGUAGE_MODELS)}) nor a folder or hub id with a config.json: "
-            f"{error}"
+            f"{first_line(error)}"
         ) from error
     if isinstance(config, SaisaConfig):
         return config

@@ -28,24 +28,22 @@ WAYS = {
     "4-bit (nf4), double quantization": (torch.bfloat16, "4-bit twice"),
 }
 BLOCK, OUTER_BLOCK = 64, 256  # weights that share a scale, and scales that share one of their own
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+UNITS = {"B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 MOST_TOKENS = 2**22
 
 
 def bytes_of(text: str) -> int:
-    """`"8GiB"`, `"8 GB"`, `"8000MB"` in bytes.
+    """`"8GiB"`, `"8 GB"`, `"8000MB"` in bytes; `"0"` needs no unit.
 
     Raises:
-        ValueError: it is not a size.
+        ValueError: it is not a size, or has no unit.
     """
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?I?)B?", text.strip().upper())
-    try:
-        number, unit = found.groups() if found else ("", "")
-        return int(float(number) * UNITS[unit])
-    except (KeyError, ValueError):
-        raise ValueError(
-            f"{text!r} is not a size of memory: expected a number with a unit, such as 8GiB or 8GB."
-        ) from None
+    found = re.fullmatch(r"(\d{1,20}|\d{0,20}\.\d{1,20})\s*(?:([KMGT]I?)B?|(B))", text.strip().upper())
+    if found:
+        return int(float(found[1]) * UNITS[found[2] or found[3]])
+    if text.strip() == "0":
+        return 0
+    raise ValueError(f"{text!r} is not a size of memory: expected a number with a unit, such as 8GiB or 8GB.")
 
 
 class Weight(NamedTuple):

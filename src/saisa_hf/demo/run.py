@@ -8,7 +8,10 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from ..common.destination import check_file
+from ..common.loading import device_named
 from . import CHECKPOINT
 from .asking import ask_model, by_kind, load, table
 from .contact_sheet import contact_sheet, terminal_images
@@ -33,6 +36,11 @@ def run_demo(
     """
     if questions < 1:
         raise ValueError(f"questions must be at least 1, got {questions}")
+    if output is not None:  # now rather than after all questions
+        check_file(Path(output))
+        if Path(output).suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"output {output}: expected a file that ends in .png, .jpg or the like.")
+    device = device_named(device)
     model, processor = load(checkpoint, dtype, device)
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{type(model).__name__} with {size:.1f} million parameters from {checkpoint}\n")

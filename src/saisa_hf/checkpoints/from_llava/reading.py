@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from ...common.sources import check_local
+
 
 LLAVAS = ("llava", "llava_next")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -26,6 +28,7 @@ def load_llava(
         ValueError: a checkpoint of another kind.
         OSError: no such folder or repository.
     """
+    source = check_local(named, source) or source
     config = AutoConfig.from_pretrained(source)
     if config.model_type not in LLAVAS:
         raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
