@@ -178,7 +178,6 @@ def chat(model, processor):
 
 FEATURES = {  # name -> (what uses the feature, whether it fails there, on which major releases)
     "AddedToken": (lambda m, p: sibling(m, "processing").add_image_token(p.tokenizer), True, "45"),
-    "httpx": (lambda m, p: sibling(m, "compat").read_url("http://127.0.0.1:1/"), True, "5"),
     "ALL_PARALLEL_STYLES": (lambda m, p: type(m).from_pretrained(m.name_or_path, tp_plan="auto"), True, "45"),
     "MultiModalData": (lambda m, p: p._get_num_multimodal_tokens([(32, 32)]), True, "45"),
     "render_jinja_template": (chat, True, "45"),
@@ -189,8 +188,6 @@ FEATURES = {  # name -> (what uses the feature, whether it fails there, on which
     "can_return_tuple": (as_tuple, False, "45"),
     "ProcessingKwargs": (chat, False, "45"),
 }
-# what `read_url` says is that the older of two clients is missing
-NAMED = {"httpx": "requests"}
 
 
 def feature_of(name: str, checkpoint) -> None:
@@ -205,8 +202,7 @@ def feature_of(name: str, checkpoint) -> None:
         use(model, processor)
     except ImportError as error:
         assert fails, f"{attribute}: a substitute was expected, not {error}"
-        named = NAMED.get(attribute, attribute)
-        assert f".{named}, which transformers {transformers.__version__} does not have" in str(error), str(error)
+        assert f".{attribute}, which transformers {transformers.__version__} does not have" in str(error), str(error)
     else:
         assert not fails, f"{attribute}: its feature works without it"
 

@@ -61,7 +61,8 @@ def texts(outputs):
     return [row["generated_text"].strip() for row in rows]
 
 
-def test_a_picture_may_be_a_path_an_address_or_an_image(address):
+def test_a_picture_may_be_a_path_an_address_or_an_image(address, monkeypatch):
+    monkeypatch.setenv("SAISA_IMAGE_ALLOW_PRIVATE_URLS", "1")
     wanted = [generated(chat(question, {"path": SCENE})) for question in QUESTIONS]
     assert wanted == ["5", "no", "orange"]
     for where in ({"path": SCENE}, {"url": f"{address}/scene.png"}, {"image": Image.open(SCENE)}, {"url": SCENE}):
@@ -98,6 +99,8 @@ def test_an_answer_joins_the_chat_and_the_chat_goes_on():
 
 
 def test_the_terminal_chat_takes_addresses_too(address, monkeypatch, capsys):
+    assert "SAISA_IMAGE_ALLOW_PRIVATE_URLS=1" in piped(monkeypatch, capsys, f"/image {address}/scene.png\n")[2]
+    monkeypatch.setenv("SAISA_IMAGE_ALLOW_PRIVATE_URLS", "1")
     lines = f"{QUESTIONS[0]}\n/clear\n/image {address}/scene.png\n{QUESTIONS[2]}\n"
     assert piped(monkeypatch, capsys, lines, "--image", f"{address}/scene.png") == (0, "5\norange\n", "")
     status, out, err = piped(monkeypatch, capsys, f"/image {address}/nowhere.png\n")

@@ -264,7 +264,9 @@ def test_the_first_error_in_a_pipe_is_one_line_and_the_exit_status(monkeypatch, 
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
     assert "There is no image 'nowhere.png'" in error(1, "--image", "nowhere.png")
-    assert "text.png' cannot be read: Unidentified" in error(1, "--image", str(tmp_path / "text.png"))
+    assert "text.png' cannot be read: it is in none of the formats PNG, " in error(
+        1, "--image", str(tmp_path / "text.png")
+    )
     assert "There is no image 'a b.png'" in error(1, lines=f"/image 'a b.png'\n{COUNT}\n")
     assert "/photo is not a command" in error(2, lines="/photo\n")
     assert "/image needs the path" in error(2, lines="/image\n")

@@ -489,9 +489,9 @@ def test_images_come_from_addresses_and_data_uris(tmp_path):
         address = f"http://127.0.0.1:{server.server_address[1]}"
         lines = base64.encodebytes((tmp_path / "picture.png").read_bytes()).decode()
         for source in (f"{address}/picture.png", f"data:image/png;base64,{data}", data, lines):
-            assert np.array_equal(pixels_of(source), np.asarray(gradient()))
+            assert np.array_equal(pixels_of(source, allow_private_urls=True), np.asarray(gradient()))
         with pytest.raises(ValueError, match=r"image 1 of 2.*missing\.png.*404"):
-            make_processor()(images=[gradient(), f"{address}/missing.png"])
+            make_processor()(images=[gradient(), f"{address}/missing.png"], allow_private_urls=True)
         server.shutdown()
     dot = "R0lGODlhAQABAPAAAP///wAAACwAAAAAAQABAAACAkQBADs="  # shorter than many a path
     assert np.array_equal(pixels_of(dot), np.full((1, 1, 3), 255))
@@ -713,6 +713,91 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
     assert processor.apply_chat_template(messages).endswith("USER: a ")
     with pytest.raises(ValueError, match="names 1 images"):
         processor.apply_chat_template([{"role": "user", "content": "<image>a"}], tokenize=True)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (
+            {"type": "input_audio", "input_audio": {"data": "AAAA"}},
+            r"part 1 of message 0 is .*input_audio.*text and images",
+        ),
+        ({"type": "audio", "url": "a.wav"}, "part 1 of message 0 is"),
+        ({"type": "video", "path": "a.mp4"}, "part 1 of message 0 is"),
+        ({"type": "video_url", "video_url": {"url": "a"}, "text": "a"}, "part 1 of message 0 is"),
+        ({"type": "file", "file": {}}, "part 1 of message 0 is"),
+        ({"type": "hologram"}, "part 1 of message 0 is"),
+        ({"type": ["image"]}, "part 1 of message 0 is"),
+        ({}, "part 1 of message 0 is"),
+        ({"type": "text"}, "part 1 of message 0 is"),
+        ({"type": "text", "text": None}, "part 1 of message 0 is"),
+        ({"type": "text", "text": 5}, "part 1 of message 0 is"),
+        (None, "part 1 of message 0 is None"),
+        (5, "part 1 of message 0 is 5"),
+        ([], r"part 1 of message 0 is \[\]"),
+        ({"type": "image_url"}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image_url", "image_url": {}}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image_url", "image_url": None}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image_url", "image_url": {"url": 5}}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image_url", "image_url": 5}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image", "url": {"url": "a"}}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image", "base64": 5}, "part 1 of message 0, an image, has no address"),
+    ],
+)
+@pytest.mark.parametrize("tokenize", [False, True])
+def test_parts_that_would_vanish_are_named(part, message, tokenize):
+    processor = make_processor(chat_template=chat_template("vicuna"))
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what"}, part]}]
+    for conversation in (chat, [chat]):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ([], r"^\[\] is no chat"),
+        ([[]], r"^\[\] is no chat"),
+        (None, "^None is no chat"),
+        ("what", "^'what' is no chat"),
+        ({"role": "user", "content": "a"}, "is no chat"),
+        ([5], "^5 is no chat"),
+        (["what"], "^'what' is no chat"),
+        ([[{"role": "user", "content": "a"}], 5], "^5 is no chat"),
+        ([{"role": "user", "content": "a"}, "b"], "^message 1 is 'b'"),
+        ([{"content": "a"}], "^message 0 is .*'role'"),
+        ([{"role": 5, "content": "a"}], "^message 0 is .*'role'"),
+        ([{"role": "user", "content": 5}], "^message 0 is .*'content'"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], "^message 0 is .*'content'"),
+    ],
+)
+def test_what_is_no_chat_is_named(conversation, message):
+    with pytest.raises(ValueError, match=message):
+        make_processor(chat_template=chat_template("vicuna")).apply_chat_template(conversation)
+
+
+def test_parts_of_other_kinds_pass_where_there_is_something_to_say_about_them():
+    processor = make_processor(chat_template=chat_template("vicuna"))
+    parts = [
+        "what",
+        {"text": " is"},
+        {"type": "input_text", "text": " in"},
+        {"type": "image", "image": None, "text": None},
+    ]
+    prompt = processor.apply_chat_template([{"role": "user", "content": parts}, {"role": "assistant", "content": None}])
+    assert "USER: what is in\n<image> ASSISTANT:" in prompt
+    template = "{% for part in messages[0].content if part.type == 'thought' %}({{ part.thought }}){% endfor %}"
+    chat = [{"role": "user", "content": [{"type": "thought", "thought": "a"}]}]
+    assert processor.apply_chat_template(chat, chat_template=template) == "(a)"
+
+
+def test_no_texts_and_texts_without_tokens_are_named():
+    processor = make_processor()
+    with pytest.raises(ValueError, match=r"`text` is \[\]. Expected a string or a list of strings, at least one"):
+        processor(text=[])
+    assert processor(text=["", "a"], add_special_tokens=False)["input_ids"][0] == []
+    with pytest.raises(ValueError, match="text 1 has no tokens"):
+        processor(text=["a", ""], add_special_tokens=False, return_tensors="pt")
 
 
 def test_decoding_drops_placeholders():

@@ -472,18 +472,6 @@ class ImageTextProcessorMixin(ProcessorMixin):
         image_processor_class, tokenizer_class = "AutoImageProcessor", "AutoTokenizer"
 
 
-def read_url(url: str, timeout: float | None = None) -> bytes:
-    """What is at an http(s) address, fetched with the client that the installed transformers itself loads images with."""
-    httpx = optional("transformers.image_utils", "httpx")
-    if httpx is not None:
-        response = httpx.get(url, timeout=timeout, follow_redirects=True)
-    else:
-        requests = needed("Images from http(s) addresses", "transformers.image_utils", "requests")
-        response = requests.get(url, timeout=timeout)
-    response.raise_for_status()
-    return response.content
-
-
 def pillow_image_processor(image_processor):
     """`image_processor`, or the one with the same settings that works with Pillow where it works with torchvision: of a
     thousand resized values one to six are off by one from Pillow's, with which CLIP and its descendants were trained. The two

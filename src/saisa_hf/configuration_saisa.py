@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .embedding_space_saisa import ThroughEveryLayer  # noqa: F401
     from .hardware_saisa import check_device_map  # noqa: F401
     from .head_saisa import chunked_cross_entropy  # noqa: F401
+    from .image_sources_saisa import ImageLimits  # noqa: F401
     from .images_saisa import load_image  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401

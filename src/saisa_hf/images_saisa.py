@@ -1,24 +1,22 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Images of any kind (PIL images, arrays, tensors, files, URLs) as upright 8-bit RGB images."""
 
-import base64
-import io
-import os
+import math
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .compat_saisa import read_url
+from .image_sources_saisa import ImageLimits, formats, open_binary
 
 
 class ImageError(ValueError):
     """A ValueError whose message names the image."""
 
 
-def load_image(image, name: str = "the image", data_format: str | None = None, timeout: float | None = None):
+def load_image(image, name: str = "the image", data_format: str | None = None, check=None, **limits):
     """Returns `image` as a PIL image: RGB, upright, on white where it is transparent. Raises ImageError if it cannot be read,
-    is empty, exceeds `PIL.Image.MAX_IMAGE_PIXELS`, or has a wrong shape or wrong values.
+    is empty, exceeds a limit, or has a wrong shape or wrong values.
 
     Args:
         image: a PIL image; a path, an http(s) URL, a data URI, base64 text, raw bytes or an open binary file; or an array
@@ -26,72 +24,73 @@ def load_image(image, name: str = "the image", data_format: str | None = None, t
             any other with values in [0, 1], [0, 255] or [0, 65535].
         name: what error messages call it.
         data_format: `"channels_first"` or `"channels_last"`, for arrays whose shape is ambiguous.
-        timeout: seconds to wait for an http(s) URL."""
-    if isinstance(image, Tensor):
-        image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
-        return _from_array(image, name, data_format, ambiguous="channels_first")
-    if isinstance(image, np.ndarray):
-        return _from_array(image, name, data_format)
+        check: a further check, `check(width, height, name)`, of an image that is not decoded yet.
+        limits: in place of the process's own: `timeout` and the others of `ImageLimits`."""
+    within = ImageLimits.of_process(**limits)
+
+    def check_sides(width: int, height: int) -> None:
+        check_size(width, height, name, within.max_image_pixels)
+        if check is not None:
+            check(width, height, name)
+
     try:
+        if isinstance(image, Tensor):
+            image = (image.float() if image.is_floating_point() else image).detach().cpu().numpy()
+            return _from_array(image, name, data_format, check_sides, ambiguous="channels_first")
+        if isinstance(image, np.ndarray):
+            return _from_array(image, name, data_format, check_sides)
         if isinstance(image, Image.Image):
+            check_sides(*image.size)
             return _upright_rgb(image, name)
-        with Image.open(_open_binary(image, timeout)) as opened:
+        with open_binary(image, within) as file, Image.open(file, formats=formats()) as opened:
+            check_sides(*opened.size)
             return _upright_rgb(opened, name)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} cannot be read: it is in none of the formats {', '.join(formats())}.") from None
     except Exception as error:  # Pillow's plug-ins and HTTP clients raise all kinds, struct.error for instance
-        raise ImageError(f"{name} cannot be read: {type(error).__name__}: {error}") from error
-
-
-def _open_binary(source, timeout: float | None):
-    """`source` (path, URL, data URI, base64 text, bytes, open file) as something that Image.open takes."""
-    if isinstance(source, str):
-        if source.startswith(("http://", "https://")):
-            source = read_url(source, timeout)
-        elif source.startswith("data:"):
-            source = base64.b64decode(source.partition(",")[2])
-        elif not os.path.exists(source):
-            source = from_base64(source) or source
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    if isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
-        return source
-    raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(source).__name__}")
-
-
-def from_base64(text: str) -> io.BytesIO | None:
-    """The image file that `text` encodes in base64, or None. A short text may be a path, so it has to encode an image."""
-    try:
-        content = base64.b64decode("".join(text.split()), validate=True)
-        if len(text) < 1000:
-            Image.open(io.BytesIO(content))
-    except (ValueError, UnidentifiedImageError):
-        return None
-    return io.BytesIO(content)
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ImageError(f"{name} cannot be read: {kind}{error!s:.300}") from error
 
 
 def _upright_rgb(image, name: str):
-    check_size(*image.size, name)
-    image = ImageOps.exif_transpose(image)
+    """A PIL image as an upright RGB one."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _from_array(np.asarray(image), name)
-    if image.mode in ("La", "RGBa"):  # premultiplied alpha: Pillow converts these to few other modes
-        image = image.convert(image.mode.upper())
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode in ("La", "LA", "PA", "RGBa", "RGBA") or "transparency" in image.info:
+        return _on_white(image)
     return image.convert("RGB")
 
 
-def check_size(width: int, height: int, name: str) -> None:
-    """Raises ImageError if an image is empty or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
+def _on_white(image):
+    """`image`, which may be transparent, on white; strip by strip, for a copy with four channels takes a lot of memory."""
+    result, rows = Image.new("RGB", image.size), math.ceil(2**20 / image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if strip.mode in ("La", "RGBa"):  # premultiplied alpha: Pillow converts these to few other modes
+            strip = strip.convert(strip.mode.upper())
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return result
+
+
+def check_size(width: int, height: int, name: str, limit: float = math.inf) -> None:
+    """Raises ImageError if an image is empty or has more pixels than `limit` or `PIL.Image.MAX_IMAGE_PIXELS`. Each row takes
+    time of its own: a side counts as 16 pixels at least."""
     if width < 1 or height < 1:
         raise ImageError(f"{name} is empty: {width} x {height} pixels.")
-    if (limit := Image.MAX_IMAGE_PIXELS) is not None and width * height > limit:
-        raise ImageError(f"{name}: {width} x {height} pixels. Shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS={limit}.")
+    if Image.MAX_IMAGE_PIXELS is not None and limit > Image.MAX_IMAGE_PIXELS:
+        limit, fix = Image.MAX_IMAGE_PIXELS, f"raise PIL.Image.MAX_IMAGE_PIXELS={Image.MAX_IMAGE_PIXELS}"
+    else:
+        fix = f"raise max_image_pixels={limit:.0f}"
+    if max(width * height, 16 * width, 16 * height) > limit:
+        raise ImageError(f"{name}: {width} x {height} pixels. Shrink it, or {fix}.")
 
 
-def _from_array(array: np.ndarray, name: str, data_format: str | None = None, ambiguous: str = "channels_last"):
+def _from_array(array: np.ndarray, name: str, data_format=None, check_sides=None, ambiguous: str = "channels_last"):
     """An array as an upright RGB image; `ambiguous` says where the channels are if they could be at either end."""
     if array.ndim == 3:
         first, last = (array.shape[end] in (1, 3, 4) for end in (0, -1))
@@ -99,9 +98,13 @@ def _from_array(array: np.ndarray, name: str, data_format: str | None = None, am
         array = np.moveaxis(array, 0, -1) if data_format == "channels_first" else array
     if array.ndim < 2 or array.shape[2:] not in [(), (1,), (3,), (4,)]:
         raise ImageError(f"{name} has shape {array.shape}. Expected (H, W), (H, W, C) or (C, H, W), C of 1, 3 or 4.")
-    check_size(array.shape[1], array.shape[0], name)
+    if array.dtype.kind not in "biuf":
+        raise ImageError(f"{name} has dtype {array.dtype}. Expected numbers: uint8, uint16, bool or a float type.")
+    if check_sides is not None:
+        check_sides(array.shape[1], array.shape[0])
     array = _to_8_bits(array[..., 0] if array.shape[2:] == (1,) else array, name)
-    return _upright_rgb(Image.fromarray(array), name)
+    image = Image.fromarray(np.ascontiguousarray(array))
+    return _on_white(image) if image.mode == "RGBA" else image.convert("RGB")
 
 
 def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
@@ -109,11 +112,15 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
     values (1 for fractions only). Fractions may overshoot by a hundredth, as they do after interpolation."""
     if array.dtype == np.uint8:
         return array
-    values, low, high = array.astype(np.float64), float(array.min()), float(array.max())
+    low, high = float(array.min()), float(array.max())
     if not ((-0.01 if high <= 1.01 else 0) <= low and high <= 65535):  # also if either is NaN
         raise ImageError(f"{name} has values {low:g} to {high:g}. Expected 0 to 1, 255 or 65535: unnormalized values.")
     white = 65535 if np.issubdtype(array.dtype, np.uint16) or high > 255 else 255 if high > 1.01 else 1
-    return np.round(np.clip(values * (255 / white), 0, 255)).astype(np.uint8)
+    result, rows = np.empty(array.shape, np.uint8), math.ceil(2**20 / array[0].size)
+    for top in range(0, len(array), rows):  # in strips: float64 has eight times the size
+        values = array[top : top + rows].astype(np.float64)
+        result[top : top + rows] = np.round(np.clip(values * (255 / white), 0, 255))
+    return result
 
 
 def pad_to_square(image, color: tuple[int, int, int], name: str):

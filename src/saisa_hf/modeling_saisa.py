@@ -57,6 +57,7 @@ from .visual_states_saisa import SaisaVisualStates, UsesVisualStates
 
 
 if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a checkpoint that each entry file names
+    from .image_sources_saisa import ImageLimits  # noqa: F401
     from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
 

@@ -23,6 +23,7 @@ from .compat_saisa import (
     portable_tokenizer_config,
     sorted_arguments,
 )
+from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
 from .vision_saisa import check_choice, reduced_length
 
@@ -128,7 +129,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             text: a text or a list of them. Each `image_token` in them stands for one image.
             visual_states: in place of `images`, the `SaisaVisualStates` that the model's `get_visual_states` made of them.
             kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
-                `return_mm_token_type_ids`. Offsets refer to the text as given; a placeholder has those of its image token."""
+                `timeout`, `allow_private_urls` and other limits of `ImageLimits`; `return_mm_token_type_ids`. Offsets
+                refer to the text as given; a placeholder has those of its image token."""
         texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
         images = self._flat_images(images, visual_states, texts)
@@ -137,16 +139,19 @@ class SaisaProcessor(ImageTextProcessorMixin):
             return BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
         pixels = self._pixels(images, **images_kwargs) if images else {}
         rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
+        if return_tensors and not all(rows.get("input_ids", ())):
+            raise ValueError(f"text {rows['input_ids'].index([])} has no tokens, of which no model makes anything.")
         return BatchFeature({**rows, **pixels}, tensor_type=return_tensors)
 
     def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None]:
         """(arguments for the texts, for the images, `return_tensors`)."""
         kwargs |= {part: dict(kwargs[part]) for part in ("text_kwargs", "images_kwargs") if part in kwargs}
+        limits = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
         marks_visual = kwargs.pop("return_mm_token_type_ids", False)
         marks_visual = kwargs.get("text_kwargs", {}).pop("return_mm_token_type_ids", marks_visual)
         asked = {*kwargs, *kwargs.get("text_kwargs", ())}  # in front of the merging: 4.57's empties the dicts
         merged = sorted_arguments(self, kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs)
-        text_kwargs, images_kwargs = merged["text_kwargs"], merged["images_kwargs"]
+        text_kwargs, images_kwargs = merged["text_kwargs"], {**merged["images_kwargs"], **limits}
         if not asked & {"max_length", "truncation", "padding"} and text_kwargs.get("padding") != "max_length":
             text_kwargs.pop("max_length", None)  # this call did not ask for it: it was saved in tokenizer.json
         text_kwargs["return_mm_token_type_ids"] = marks_visual
@@ -170,14 +175,27 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError(f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in `text`. {fix}")
         return flat
 
-    def _pixels(self, images: list, *, input_data_format=None, timeout=None, **kwargs) -> dict:
+    def _pixels(self, images: list, *, input_data_format=None, **kwargs) -> dict:
         """The image processor's output for `images`."""
+        limits = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
         names = [f"image {i} of {len(images)}" for i in range(len(images))]
         sources = [f" ({one!s:.120})" if isinstance(one, (str, Path)) else "" for one in images]
-        loaded = [load_image(one, n + s, input_data_format, timeout) for one, n, s in zip(images, names, sources)]
         settings = {"do_rescale": True, "do_resize": False, "image_mean": None, "size": None}
         settings = {name: getattr(self.image_processor, name, default) for name, default in settings.items()}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
+        edge = settings["size"] if settings["do_resize"] else None  # the shortest: a thin image becomes very long
+        if edge is not None and not isinstance(edge, int):
+            edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
+
+        def check(width: int, height: int, name: str) -> None:  # of the image as it will be; nothing is decoded yet
+            if self.pad_to_square:
+                check_size(max(width, height), max(width, height), f"{name} padded to a square")
+            elif edge:
+                scale = edge / min(width, height)
+                check_size(math.ceil(width * scale), math.ceil(height * scale), f"{name} resized")
+
+        named = zip(images, names, sources)
+        loaded = [load_image(one, n + s, input_data_format, check, **limits) for one, n, s in named]
         dtypes = [getattr(one, "dtype", None) for one in images]
         fractions = all(getattr(d, "kind", "") == "f" or getattr(d, "is_floating_point", False) for d in dtypes)
         if fractions and not settings["do_rescale"]:
@@ -187,12 +205,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
             color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
             loaded = [pad_to_square(image, color, name) for image, name in zip(loaded, names)]
-        elif settings["do_resize"]:  # to the shortest edge, which makes a thin image very long
-            edge = settings["size"]
-            if edge is not None and not isinstance(edge, int):
-                edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
-            for image, name in zip(loaded, names if edge else ()):
-                check_size(*(math.ceil(side * edge / min(image.size)) for side in image.size), f"{name} resized")
         image_processor = self.image_processor
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)
@@ -361,10 +373,13 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError("continue_final_message excludes add_generation_prompt and return_assistant_tokens_mask.")
         if wants_masks and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: slow ones give no offsets.")
-        is_batch = bool(conversation) and not isinstance(conversation[0], dict)
-        conversations = [[_readable(one) for one in chat] for chat in (conversation if is_batch else [conversation])]
+        is_batch = (
+            isinstance(conversation, (list, tuple)) and bool(conversation) and not isinstance(conversation[0], dict)
+        )
+        template = self._template(chat_template)
+        conversations = [_readable(chat, template) for chat in (conversation if is_batch else [conversation])]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
-        variables = {"chat_template": self._template(chat_template), **self.tokenizer.special_tokens_map, **kwargs}
+        variables = {"chat_template": template, **self.tokenizer.special_tokens_map, **kwargs}
         prompts, spans = render(conversations=conversations, **variables)
         if not tokenize:
             return prompts if is_batch else prompts[0]
@@ -478,8 +493,8 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
     if text is None:
         return None
     texts = [text] if isinstance(text, str) else text
-    if not (isinstance(texts, (list, tuple)) and all(isinstance(one, str) for one in texts)):
-        raise ValueError(f"`text` is {text!r:.80}. Expected a string or a list of strings.")
+    if not (isinstance(texts, (list, tuple)) and texts and all(isinstance(one, str) for one in texts)):
+        raise ValueError(f"`text` is {text!r:.80}. Expected a string or a list of strings, at least one.")
     for index, one in enumerate(texts):
         if not one.isascii() and (half := re.search("[\ud800-\udfff]", one)):
             raise ValueError(f"text {index} has half a character, {half[0]!r} at {half.start()}: a lone surrogate.")
@@ -506,14 +521,36 @@ def _pop_call_arguments(kwargs: dict) -> dict:
     return call
 
 
-def _readable(message: dict) -> dict:
-    """A copy of `message` without empty keys, whose parts are dicts, with image parts for OpenAI's `image_url` ones."""
-    message = {key: value for key, value in message.items() if value is not None}
-    if isinstance(message.get("content"), (list, tuple)):
-        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in message["content"]]
-        for i, part in enumerate(parts):
-            if part.get("type") == "image_url":
-                url = part["image_url"]
-                parts[i] = {"type": "image", "url": url["url"] if isinstance(url, dict) else url}
-        message["content"] = parts
-    return message
+def _readable(chat, template: str) -> list[dict]:
+    """A copy of `chat` without empty keys, whose parts are dicts. Raises ValueError naming what the model would not see."""
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"{chat!r:.80} is no chat. Expected a list of messages, or a list of such lists.")
+    messages = []
+    for i, message in enumerate(chat):
+        content = message.get("content") if isinstance(message, dict) and isinstance(message.get("role"), str) else 0
+        if isinstance(content, (list, tuple)):
+            content = [_part(part, template, f"part {n} of message {i}") for n, part in enumerate(content)]
+        elif content is not None and not isinstance(content, str):
+            what = "a dict with 'role', a string, and 'content', a string or a list of parts"
+            raise ValueError(f"message {i} is {message!r:.80}. Expected {what}.")
+        messages.append({key: value for key, value in {**message, "content": content}.items() if value is not None})
+    return messages
+
+
+def _part(part, template: str, name: str) -> dict:
+    """A part of a message as a dict of type `"text"` or `"image"`, or of another that the chat `template` knows."""
+    part = {"type": "text", "text": part} if isinstance(part, str) else part
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind == "image_url":
+        url = part.get("image_url")
+        part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url or ""}
+    if kind in ("image", "image_url"):
+        wrong = [key for key in ("url", "path", "base64") if not isinstance(part.get(key), (str, Path, type(None)))]
+        if wrong or (kind == "image_url" and not part["url"]):
+            raise ValueError(f"{name}, an image, has no address as a string, but {part!r:.120}.")
+        return part
+    is_media = re.search("audio|video|file", str(kind)) is not None
+    if is_media or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or f"'{kind}'" in template):
+        forms = "a string, {'type': 'text', 'text': '...'}, {'type': 'image', ...} or {'type': 'image_url', ...}"
+        raise ValueError(f"{name} is {part!r:.80}. SAISA takes text and images. Expected {forms}.")
+    return part

@@ -4,7 +4,8 @@
 import os
 from typing import Any
 
-from ..images_saisa import from_base64, load_image
+from ..image_sources_saisa import from_base64
+from ..images_saisa import load_image
 
 
 IMAGE = "<image>"  # LLaVA's placeholder of an image
