@@ -87,6 +87,9 @@ def test_wrong_options_are_named_with_what_is_right(given, message, tmp_path):
 def test_the_command_line_comes_before_the_file_and_knows_every_option(tmp_path, monkeypatch, capsys):
     path = tmp_path / "c.yaml"
     path.write_text("model: m\ndata: d.json\noutput: o\nlearning_rate: 1e-3\ncaptions: true\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
     seen = []
     monkeypatch.setattr("saisa_hf.training.run.train", seen.append)
     command = ["train", str(path), "--learning-rate", "2e-5", "--data", "a.json", "b.json", "--captions", "false"]

@@ -44,10 +44,14 @@ def add_to(commands: Commands) -> None:
 
 
 def run_check(arguments: argparse.Namespace) -> int:
-    from ..training.check import check
+    from ..training.inputs import check_inputs
     from ..training.options import load_options
 
-    checked, bad = check(load_options(arguments.config), arguments.samples, arguments.limit or 0)
+    options = load_options(arguments.config)
+    check_inputs(options)  # before torch is loaded
+    from ..training.check import check
+
+    checked, bad = check(options, arguments.samples, arguments.limit or 0)
     if bad:
         raise ValueError(f"{bad} of {checked} samples cannot be used")
     return 0

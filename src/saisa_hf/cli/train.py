@@ -2,6 +2,7 @@
 """`saisa train`: a training run, by a YAML file and options."""
 
 import argparse
+import os
 
 from ..training.options import add_arguments, unknown_argument
 from .options import Commands, add_command, given
@@ -16,7 +17,7 @@ Trains a model: the paper's two stages, or fine-tuning.
 
 CONFIG is a YAML file of lines `option: value`; the options are those below, with _ instead of -. Options on the
 command line override the file. To resume a run that was stopped, give the same command again: it continues from its
-newest checkpoint.
+newest checkpoint. A run that is finished is left as it is, and so is an output with another run.
 """
 
 
@@ -42,9 +43,16 @@ def _refuse(arguments: argparse.Namespace, unknown: list[str]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..training.inputs import finished_already
     from ..training.options import load_options
-    from ..training.run import train
 
     overrides = given(arguments)
-    train(load_options(overrides.pop("config"), overrides))
+    options = load_options(overrides.pop("config"), overrides)
+    if (told := finished_already(options)) is not None:  # known without torch
+        if os.environ.get("RANK", "0") == "0":
+            print(told)
+        return 0
+    from ..training.run import train
+
+    train(options)
     return 0

@@ -4,9 +4,10 @@
 from collections.abc import Callable, Iterator
 
 from ..processing_saisa import SaisaProcessor
-from .dataset import ConversationDataset, StreamedConversations
+from .dataset import ConversationDataset, StreamedConversations, records_of
+from .inputs import check_inputs
 from .options import TrainingOptions
-from .run import training_data
+from .run import open_sources, training_data
 from .samples import BadSample
 
 
@@ -21,8 +22,10 @@ def check(
     Returns:
         (samples checked, bad ones among them).
     """
+    check_inputs(options)
+    sources = open_sources(options)
     processor = SaisaProcessor.from_pretrained(options.model)
-    dataset, _ = training_data(options, processor)
+    dataset, _ = training_data(options, processor, sources)
     bad: list[BadSample] = []
     lengths: list[int] = []
     learned = images = cut = 0
@@ -52,7 +55,7 @@ def _each(dataset: ConversationDataset | StreamedConversations, limit: int) -> I
     """The samples of `dataset`; instead of a bad one its `BadSample`."""
     if isinstance(dataset, StreamedConversations):
         for source in dataset.sources:
-            for index, record in zip(range(limit or 1000), source.records):
+            for index, record in zip(range(limit or 1000), records_of(source)):
                 try:
                     yield {**dataset.encoded(source, index, record), "sample_index": index}
                 except BadSample as error:

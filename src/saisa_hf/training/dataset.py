@@ -10,11 +10,46 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .samples import IMAGE, BadSample, open_images, read_sample
+from ..common.shown import shown
+from ..common.sources import first_line
+from .samples import IMAGE, BadSample, is_image, open_images, read_sample
 from .sources import Source
 
 
 logger = logging.getLogger(__name__)
+
+
+def record_at(source: Source, index: int) -> Any:
+    """Record `index` of a source.
+
+    Raises:
+        BadSample: it cannot be read; `datasets` decodes while it reads.
+    """
+    try:
+        return source.records[index]
+    except Exception as error:  # of `datasets`, PyArrow or the user's own sequence
+        raise BadSample(f"{source.name}, sample {index} cannot be read: {_what(error)}") from error
+
+
+def records_of(source: Source) -> Iterator:
+    """The records of a streamed source.
+
+    Raises:
+        OSError, ValueError: they cannot be read, or not to the end.
+    """
+    count = 0
+    try:
+        for record in source.records:
+            count += 1
+            yield record
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{source.name} cannot be read beyond its first {count} samples: {_what(error)}") from error
+
+
+def _what(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class _Reader:
@@ -57,7 +92,7 @@ class _Reader:
         """
         name = f"{source.name}, sample {index}"
         if isinstance(record, dict) and record.get("id") is not None:
-            name += f" (id {record['id']})"
+            name += f" (id {shown(record['id'])})"
         sample = read_sample(record, name, folder=source.folder, image_token=self.image_token, captions=self.captions)
         return self.encode(open_images(sample))
 
@@ -97,11 +132,7 @@ class ConversationDataset(_Reader, Dataset):
     def sample(self, index: int) -> dict:
         """Sample `index`, whatever `bad_samples` says."""
         source, place = self._place(index)
-        try:
-            record = source.records[place]
-        except (OSError, ValueError) as error:  # `datasets` may decode images while it reads
-            raise BadSample(f"{self.name(index)} cannot be read: {type(error).__name__}: {error}") from error
-        return {**self.encoded(source, place, record), "sample_index": index}
+        return {**self.encoded(source, place, record_at(source, place)), "sample_index": index}
 
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < len(self):
@@ -135,15 +166,20 @@ def _estimate(record: Any, tokens_per_image: int, has_images: bool) -> tuple[int
     if isinstance(record, dict):
         own = record.get("images", record.get("image"))
         images = max(images, len(own) if isinstance(own, (list, tuple)) else int(own is not None))
-        turns = record.get("conversations") or record.get("messages") or [record.get("caption") or record.get("text")]
-        for turn in turns if isinstance(turns, (list, tuple)) else []:
-            content = (turn.get("value") or turn.get("content")) if isinstance(turn, dict) else turn
+        for turn in _first(record, (list, tuple), "conversations", "messages") or [record]:
+            keys = ("caption", "text") if turn is record else ("value", "content")
+            content = _first(turn, (str, list, tuple), *keys) if isinstance(turn, dict) else turn
             if isinstance(content, (list, tuple)):
-                inside = sum(isinstance(part, dict) and str(part.get("type")).startswith("image") for part in content)
-                images = max(images, inside)
-                content = " ".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+                parts = [part for part in content if isinstance(part, dict)]
+                images = max(images, sum(is_image(part) for part in parts))
+                content = " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))
             text += len(content) if isinstance(content, str) else 0
     return text // 4 + images * tokens_per_image, images > 0
+
+
+def _first(record: dict, kinds: tuple[type, ...], *keys: str) -> Any:
+    """The first value of `keys` that is one of `kinds` and not empty, or None."""
+    return next((record[key] for key in keys if isinstance(record.get(key), kinds) and len(record[key])), None)
 
 
 class StreamedConversations(_Reader, IterableDataset):
@@ -165,7 +201,7 @@ class StreamedConversations(_Reader, IterableDataset):
             before, good = index, 0
             for source in self.sources:
                 sharded = hasattr(source.records, "n_shards") or hasattr(source.records, "num_shards")
-                for record in source.records:
+                for record in records_of(source):
                     index += 1
                     if index % every != own and not sharded:
                         continue

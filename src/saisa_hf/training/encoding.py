@@ -77,8 +77,13 @@ class ConversationEncoder:
                 closed = answered.rstrip()
                 end = len(closed) if closed.endswith(self._special) and len(closed) > len(asked) else len(answered)
                 spans.append((len(asked), end))
+        except BadSample:
+            raise
         except TemplateError as error:
             raise BadSample(f"{name}: the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # of a template that expects other values than a sample has
+            what = f"{type(error).__name__}: {error}"
+            raise BadSample(f"{name}: the chat template fails at the conversation: {what}") from error
         return whole, spans
 
     def __call__(self, sample: dict) -> dict:

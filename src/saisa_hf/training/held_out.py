@@ -7,6 +7,7 @@ import torch
 
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
+from .dataset import record_at
 from .encoding import template_source
 from .options import TrainingOptions
 from .samples import BadSample, open_images, read_sample, words
@@ -62,7 +63,7 @@ def held_out_samples(options: TrainingOptions, processor: SaisaProcessor) -> Ite
         name = f"{source.name}, sample {index}"
         try:
             how = {"folder": source.folder, "image_token": processor.image_token}
-            sample = open_images(read_sample(source.records[index], name, **how))
+            sample = open_images(read_sample(record_at(source, index), name, **how))
             if [message["role"] for message in sample["messages"][-2:]] != ["user", "assistant"]:
                 raise BadSample(f"{name}: expected a question and its answer as the last two turns.")
         except BadSample:

@@ -5,10 +5,13 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ..common.shown import shown
 
 
 TRAINED = {
@@ -25,6 +28,8 @@ POSITIVE += ["logging_steps", "questions_limit"]
 NOT_NEGATIVE = ["max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"]
 NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed"]
 SHARES = ("warmup_ratio", "lora_dropout")
+AT_MOST = {"workers": 256, "seed": 2**32 - 1}
+PATHS = ("model", "output", "images", "questions", "chat_template")
 
 
 def _option(default, text: str, choices: tuple[str, ...] | None = None):
@@ -106,6 +111,7 @@ class TrainingOptions:
     save_steps: int = _option(500, "steps between checkpoints (0: only at the end)")
     save_total_limit: int = _option(2, "checkpoints to keep (0: all)")
     resume: bool = _option(True, "resume from the newest checkpoint in output, if there is one")
+    overwrite: bool = _option(False, "start over, and delete the run that output has")
     logging_steps: int = _option(10, "steps between reports")
     report_to: list[str] = field(
         default_factory=list, metadata=_described("tensorboard, wandb ...: any tracker of transformers")
@@ -123,7 +129,7 @@ class TrainingOptions:
             value = _checked(option.name, getattr(self, option.name), kinds[option.name])
             choices = option.metadata["choices"]
             if choices and value not in choices:
-                raise ValueError(f"{option.name}={value!r}: expected one of {', '.join(choices)}.")
+                raise ValueError(f"{option.name}={shown(value)}: expected one of {', '.join(choices)}.")
             setattr(self, option.name, value)
         for name in ("model", "output", "data"):
             if not getattr(self, name):
@@ -136,6 +142,12 @@ class TrainingOptions:
             for name in names:
                 if not fits(getattr(self, name)):
                     raise ValueError(f"{name}={getattr(self, name)}: expected {wanted}.")
+        for name, most in AT_MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name):.10g}: expected at most {most}.")
+        for name in PATHS:
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
+        self.data = [os.path.expanduser(path) for path in self.data]
         if self.max_steps == 0 and (self.streaming or self.epochs <= 0):
             raise ValueError(
                 f"max_steps=0 with streaming={self.streaming} and epochs={self.epochs}: give max_steps, since the length of "
@@ -169,8 +181,13 @@ def load_options(path: str | Path | None, overrides: dict | None = None) -> Trai
     given: dict = {}
     if path is not None:
         try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+            given = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig")) or {}
+        except (
+            yaml.YAMLError,
+            ValueError,
+            RecursionError,
+            AttributeError,
+        ) as error:  # of numbers, dates, other encodings
             raise ValueError(f"{path} is not a YAML file: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected lines `option: value`, got a {type(given).__name__}.")
@@ -178,7 +195,8 @@ def load_options(path: str | Path | None, overrides: dict | None = None) -> Trai
     known = {option.name for option in dataclasses.fields(TrainingOptions)}
     for key in given:
         if key not in known:
-            raise ValueError(f"{path}: {key!r} is not an option{_nearest(str(key), known)}.")
+            near = _nearest(key if isinstance(key, str) else shown(key), known)
+            raise ValueError(f"{path}: {shown(key)} is not an option{near}.")
     return TrainingOptions(**given)
 
 
@@ -219,9 +237,9 @@ def _help(name: str) -> str:
 def _checked(name: str, value, kind):
     """`value` as a `kind`: YAML reads 1e-3 as text, and the command line reads everything as text."""
     if kind is bool:
-        truth = {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower())
-        if truth is not None:
-            return truth
+        words = {"true": True, "yes": True, "false": False, "no": False}
+        if isinstance(value, (bool, str)) and str(value).lower() in words:
+            return words[str(value).lower()]
     elif kind == list[str]:
         values = [value] if isinstance(value, str) else value
         if isinstance(values, (list, tuple)) and all(isinstance(part, str) for part in values):
@@ -234,9 +252,9 @@ def _checked(name: str, value, kind):
     elif not isinstance(value, bool) and value is not None:
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is not None and math.isfinite(number) and (kind is float or number == int(number)):
             return kind(number)
     wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, "a list of texts")
-    raise ValueError(f"{name}={value!r}: expected {wanted}.")
+    raise ValueError(f"{name}={shown(value)}: expected {wanted}.")

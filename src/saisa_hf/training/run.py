@@ -1,12 +1,15 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """`saisa train`: from options to a trained model."""
 
+import contextlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..modeling_saisa import SaisaDecoderLayer, SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
@@ -15,23 +18,25 @@ from .curve import loss_curve
 from .dataset import ConversationDataset, StreamedConversations
 from .encoding import ConversationEncoder, SaisaCollator, template_source
 from .held_out import ask_held_out, held_out_samples
+from .inputs import finished_already
 from .options import ADAPTED, TrainingOptions
+from .record import PARTIAL, RECORD, begin, checkpoints, finish, has_record, held, put_in_place
 from .samples import BadSample
-from .sources import open_source
+from .sources import Source, open_source
 from .stages import add_lora, freeze_all_but, in_4_bits
-from .trainer import SaisaTrainer, StopOnSignal, checkpoints
+from .trainer import SaisaTrainer, StopOnSignal
 
 
 def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     """Trains as `options` say, from the newest checkpoint in `options.output` if there is one, and saves the trained model,
     with processor and code, to that folder. With adapters (`lora`, `qlora`) it saves the merged model, and the adapters alone
-    to the folder `adapter` in it.
+    to the folder `adapter` in it. A run that is finished already is left as it is.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: an option, the data or the model is not as expected; a loss is not finite.
+        ValueError: an option, the data or the model is not as expected; the folder has another run; a loss is not finite.
         OSError, ImportError: something cannot be read, or is not installed.
         SystemExit: the run was stopped by SIGTERM (status 143); it can be resumed.
     """
@@ -41,9 +46,14 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
             f"{torch.cuda.device_count()} -m saisa_hf train ...`, or one with CUDA_VISIBLE_DEVICES=0."
         )
     accumulation = options.accumulation(int(os.environ.get("WORLD_SIZE", "1")))
+    if (told := finished_already(options)) is not None:
+        if os.environ.get("RANK", "0") == "0":
+            log(told)
+        return Path(options.output)
     set_seed(options.seed)
+    sources = open_sources(options)
     processor = SaisaProcessor.from_pretrained(options.model)
-    dataset, collate = training_data(options, processor)
+    dataset, collate = training_data(options, processor, sources)
     if options.questions:
         for _ in held_out_samples(options, processor):  # errors in them are to be found before the training
             pass
@@ -51,10 +61,31 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         processor.chat_template = template_source(options.chat_template, processor)
     model = load_model(options)
     trainer = _trainer(model, processor, dataset, collate, accumulation, options)
-    newest = checkpoints(options.output)[-1:] if options.resume else []
     main = trainer.is_world_process_zero()
+    trainer.accelerator.wait_for_everyone()  # all have looked at the output as it was
+    with held(options.output) if main else contextlib.nullcontext():
+        _train_and_save(trainer, options, processor, log)
+    if main and options.questions:
+        ask_held_out(_trained_model(trainer, options), processor, options, log)
+    return Path(options.output)
+
+
+def _train_and_save(
+    trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProcessor, log: Callable[[str], None]
+) -> None:
+    """The run itself, from what the output has to what it shall have.
+
+    Raises:
+        SystemExit: see `train`.
+    """
+    main, dataset = trainer.is_world_process_zero(), trainer.train_dataset
+    unknown = not has_record(options.output)
     if main:
-        _announce(model, dataset, newest, log)
+        begin(options)
+    trainer.accelerator.wait_for_everyone()
+    newest = checkpoints(options.output)[-1:]
+    if main:
+        _announce(trainer.model, dataset, newest, unknown, log)
     stopped = _run(trainer, newest)
     if main and dataset.skipped:
         log(f"left out {dataset.skipped} bad samples")
@@ -62,14 +93,10 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
         if main:
             log(f"stopped by SIGTERM after step {trainer.state.global_step}; the same command resumes the run")
         raise SystemExit(143)
-    trainer.save_state()
     _save(trainer, options, processor)
     if main:
-        loss_curve(trainer.state.log_history, Path(options.output) / "loss.png")
+        finish(options, trainer.state.global_step)
         log(f"wrote {options.output}")
-        if options.questions:
-            ask_held_out(_trained_model(trainer, options), processor, options, log)
-    return Path(options.output)
 
 
 def _trainer(
@@ -102,13 +129,14 @@ def _trainer(
     )
 
 
-def _announce(model: torch.nn.Module, dataset, newest: list[Path], log: Callable[[str], None]) -> None:
+def _announce(model: torch.nn.Module, dataset, newest: list[Path], unknown: bool, log: Callable[[str], None]) -> None:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
     size = f"{len(dataset)} samples" if isinstance(dataset, ConversationDataset) else "a stream of samples"
     log(f"training {trained:,} of {whole:,} parameters on {size}")
     if newest:
-        log(f"resuming from {newest[0]}")
+        doubt = f"; nothing tells whether its settings were the same, as it has no {RECORD}" if unknown else ""
+        log(f"resuming from {newest[0]}{doubt}")
 
 
 def _run(trainer: SaisaTrainer, newest: list[Path]) -> bool:
@@ -159,12 +187,8 @@ def prepare_model(model: SaisaForConditionalGeneration, options: TrainingOptions
     return model
 
 
-def training_data(
-    options: TrainingOptions, processor: SaisaProcessor
-) -> tuple[ConversationDataset | StreamedConversations, SaisaCollator]:
-    """The data set that `options` name, and a collator for it."""
-    template = template_source(options.chat_template, processor, options.captions)
-    encode = ConversationEncoder(processor, options.max_length or None, template)
+def open_sources(options: TrainingOptions) -> list[Source]:
+    """The data that `options` name, without anything of the model; streams are shuffled."""
     sources = [
         open_source(path, images=options.images, split=options.split, streaming=options.streaming)
         for path in options.data
@@ -172,6 +196,20 @@ def training_data(
     if options.streaming:
         for source in sources:
             source.records = source.records.shuffle(seed=options.seed, buffer_size=1000)
+    return sources
+
+
+def training_data(
+    options: TrainingOptions, processor: SaisaProcessor, sources: list[Source] | None = None
+) -> tuple[ConversationDataset | StreamedConversations, SaisaCollator]:
+    """The data set that `options` name, and a collator for it.
+
+    Args:
+        sources: of `open_sources`, if they are open already.
+    """
+    template = template_source(options.chat_template, processor, options.captions)
+    encode = ConversationEncoder(processor, options.max_length or None, template)
+    sources = open_sources(options) if sources is None else sources
     dataset_class = StreamedConversations if options.streaming else ConversationDataset
     dataset = dataset_class(
         sources,
@@ -184,10 +222,27 @@ def training_data(
 
 
 def _save(trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProcessor) -> None:
+    """Puts the result into the output, when it is complete."""
+    partial = Path(options.output) / PARTIAL
+    staged = partial / "result"
+    if trainer.args.should_save:
+        shutil.rmtree(partial, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    _save_model(trainer, staged, options, processor)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        trainer.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        loss_curve(trainer.state.log_history, staged / "loss.png")
+        put_in_place(staged, Path(options.output))
+        shutil.rmtree(partial)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _save_model(trainer: SaisaTrainer, folder: Path, options: TrainingOptions, processor: SaisaProcessor) -> None:
     if options.train not in ADAPTED:
-        trainer.save_model(options.output)
+        trainer.save_model(str(folder))
         return
-    adapter = os.path.join(options.output, "adapter")
+    adapter = str(folder / "adapter")
     trainer.save_model(adapter)
     if not trainer.args.should_save:
         return
@@ -201,8 +256,8 @@ def _save(trainer: SaisaTrainer, options: TrainingOptions, processor: SaisaProce
             trained.unshare_projectors()
         trained = PeftModel.from_pretrained(trained, adapter).to(trainer.args.device)
     merged = trained.merge_and_unload()
-    merged.save_pretrained(options.output)
-    processor.save_pretrained(options.output)
+    merged.save_pretrained(str(folder))
+    processor.save_pretrained(str(folder))
 
 
 def _reloaded(checkpoint: str, options: TrainingOptions, trainer: SaisaTrainer) -> SaisaForConditionalGeneration:

@@ -4,6 +4,7 @@
 import os
 from typing import Any
 
+from ..common.shown import printable, shown
 from ..image_sources_saisa import from_base64
 from ..images_saisa import load_image
 
@@ -15,6 +16,10 @@ IMAGE_KEYS = ("image", "path", "url", "image_url", "base64")
 
 class BadSample(ValueError):
     """A sample that cannot be used for training; the message names it and says why."""
+
+    def __init__(self, message: str):
+        message = printable(message)
+        super().__init__(message if len(message) <= 1000 else f"{message[:500]} [...] {message[-400:]}")
 
 
 def read_sample(
@@ -71,7 +76,7 @@ def _messages(record: dict, name: str, image_token: str) -> tuple[list[dict], li
     caption = record.get("caption", record.get("text"))
     turns = record.get("conversations", record.get("messages", []))
     if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadSample(f"{name}: its turns are {turns!r:.100}: expected a list of mappings.")
+        raise BadSample(f"{name}: its turns are {shown(turns)}: expected a list of mappings.")
     if "conversations" in record:
         messages = [_llava_turn(turn, name, image_token) for turn in turns]
     elif "messages" in record:
@@ -81,24 +86,25 @@ def _messages(record: dict, name: str, image_token: str) -> tuple[list[dict], li
     else:
         raise BadSample(
             f"{name}: expected one of the keys 'conversations', 'messages', and 'caption' or 'text' beside an image, got "
-            f"{', '.join(map(repr, record)) or 'none'}."
+            f"{', '.join(shown(key) for key in list(record)[:20]) or 'none'}."
         )
     places: list = []
     for message in messages:
-        if message.get("role") not in ROLES.values():
-            raise BadSample(f"{name}: role {message.get('role')!r}: expected one of 'system', 'user', 'assistant'.")
+        role = message.get("role")
+        if not isinstance(role, str) or role not in ROLES.values():
+            raise BadSample(f"{name}: role {shown(role)}: expected one of 'system', 'user', 'assistant'.")
         message["content"] = _content(message.get("content"), name, image_token, places)
     return messages, places
 
 
 def _llava_turn(turn: dict, name: str, image_token: str) -> dict:
-    if not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
-        raise BadSample(f"{name}: expected turns {{'from': 'human' or 'gpt', 'value': text}}, got {turn!r:.200}.")
-    text = turn["value"]
+    text, speaker = turn.get("value"), turn.get("from")
+    if not isinstance(text, str) or not isinstance(speaker, str) or speaker not in ROLES:
+        raise BadSample(f"{name}: expected turns {{'from': 'human' or 'gpt', 'value': text}}, got {shown(turn)}.")
     if text.count(IMAGE) == 1:
         rest = text.replace(IMAGE, "").strip()
         text = f"{IMAGE}\n{rest}" if rest else IMAGE
-    return {"role": ROLES[turn["from"]], "content": text}
+    return {"role": ROLES[speaker], "content": text}
 
 
 def _content(content: Any, name: str, image_token: str, places: list) -> str | list[dict]:
@@ -109,10 +115,10 @@ def _content(content: Any, name: str, image_token: str, places: list) -> str | l
         places += [None] * content.count(image_token)
         return content
     if not isinstance(content, (list, tuple)):
-        raise BadSample(f"{name}: a turn's content is {content!r:.100}: expected text, or a list of parts.")
+        raise BadSample(f"{name}: a turn's content is {shown(content)}: expected text, or a list of parts.")
     parts = []
     for part in content:
-        if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+        if isinstance(part, dict) and is_image(part):
             own = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
             places.append(own["url"] if isinstance(own, dict) and "url" in own else own)
             parts.append({"type": "image"})
@@ -121,8 +127,14 @@ def _content(content: Any, name: str, image_token: str, places: list) -> str | l
             places += [None] * text.count(image_token)
             parts.append({"type": "text", "text": text})
         else:
-            raise BadSample(f"{name}: part {part!r:.100} of a turn: expected type 'text' or 'image'.")
+            raise BadSample(f"{name}: part {shown(part)} of a turn: expected type 'text' or 'image'.")
     return parts
+
+
+def is_image(part: dict) -> bool:
+    """Whether a part of a turn is an image."""
+    kind = part.get("type")
+    return isinstance(kind, str) and kind in ("image", "image_url")
 
 
 def words(content: str | list[dict]) -> str:

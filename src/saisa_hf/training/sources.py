@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Where training data comes from: files, folders, data sets of the hub."""
 
+import codecs
 import json
 import os
 from dataclasses import dataclass
@@ -8,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..common.extras import needs
+from ..common.shown import shown
+from ..common.sources import check_local, first_line
+
+
+FORMATS = (".json", ".jsonl", ".parquet")
 
 
 @dataclass
@@ -17,6 +23,21 @@ class Source:
     records: Any  # a sequence, or an iterable to be streamed
     name: str = "data"
     folder: str = ""
+
+
+def check_source(name: str, path: str) -> None:
+    """Whether `path` may be training data: a file of a known format, a folder, or the id of a data set on the hub.
+
+    Args:
+        name: what error messages call it.
+
+    Raises:
+        FileNotFoundError: it looks like a path, and is not there.
+        ValueError: it is a file of another format.
+    """
+    found = check_local(name, path, files=True)
+    if found is not None and found.is_file() and found.suffix.lower() not in FORMATS:
+        raise ValueError(f"{name} {path!r}: expected a file whose name ends in {', '.join(FORMATS)}.")
 
 
 def open_source(path: str, *, images: str = "", split: str = "train", streaming: bool = False) -> Source:
@@ -33,28 +54,41 @@ def open_source(path: str, *, images: str = "", split: str = "train", streaming:
         ImportError: `datasets` is not installed.
         OSError: it cannot be read.
     """
+    check_source("data", path)
     folder = images or (os.path.dirname(path) if os.path.isfile(path) else path if os.path.isdir(path) else "")
-    suffix = Path(path).suffix.lower()
+    suffix = Path(path).suffix.lower() if os.path.isfile(path) else ""
     if suffix in (".json", ".jsonl"):
         if streaming:
             raise ValueError(f"streaming=True: {path} is read as a whole. Stream Parquet files or hub data sets.")
-        records = _json_records(Path(path))
+        records = read_json(path)
     else:
-        datasets = needs("datasets", f"reading {path}", extra="datasets")
         if suffix == ".parquet":
             where = {"path": "parquet", "data_files": path, "split": "train"}
         elif os.path.isdir(path):
             where = {"path": "imagefolder", "data_dir": path, "split": split}
         else:
             where = {"path": path, "split": split}
-        records = _undecoded(datasets.load_dataset(**where, streaming=streaming))
+        records = _loaded(path, where, streaming)
     if not streaming and len(records) == 0:
         raise ValueError(f"{path} has no samples.")
     return Source(records, path, folder)
 
 
-def _undecoded(records: Any) -> Any:
+def _loaded(path: str, where: dict[str, str], streaming: bool) -> Any:
     """A data set of `datasets` whose image columns give paths and bytes, so that a broken image affects only its sample."""
+    datasets = needs("datasets", f"reading {path}", extra="datasets")
+    try:
+        return _undecoded(datasets.load_dataset(**where, streaming=streaming))
+    except OSError:
+        raise
+    except Exception as error:  # of `datasets`, PyArrow, pandas, HTTP libraries
+        cause = (
+            error.__cause__ or error
+        )  # it wraps what went wrong into "An error occurred while generating the dataset"
+        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {first_line(cause)}") from error
+
+
+def _undecoded(records: Any) -> Any:
     from datasets import Image
 
     for name, feature in (records.features or {}).items():
@@ -66,15 +100,55 @@ def _undecoded(records: Any) -> Any:
     return records
 
 
-def _json_records(path: Path) -> list:
-    text = path.read_text(encoding="utf-8")
+def read_json(path: str | Path) -> list:
+    """The samples in a JSON file, a list, or in a JSON lines file; UTF-8, with or without byte order mark. Whole numbers of
+    thousands of digits become floats.
+
+    Raises:
+        ValueError: it is not such a file; the message has file and line.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    text = _text(path)
+    if path.suffix.lower() == ".jsonl":
+        # not at all of Unicode's line breaks: JSON may contain them
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        return [_parsed(line, f"{path}, line {number}") for number, line in lines]
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected a list of samples.")
+    records = _parsed(text, str(path))
+    if not isinstance(records, list):
+        raise ValueError(f"{path}: expected a list of samples, got {shown(records)}.")
+    return records
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
+        raise ValueError(f"{path} is in UTF-16 or UTF-32, or is not a text: expected UTF-8.")
     try:
-        if path.suffix.lower() == ".json":
-            records = json.loads(text)
-            if not isinstance(records, list):
-                raise ValueError(f"{path}: expected a list of samples, got a {type(records).__name__}.")
-            return records
-        lines = text.split("\n")  # not at all of Unicode's line breaks: JSON may contain them
-        return [json.loads(line) for line in lines if line.strip()]
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        byte = content[error.start]
+        raise ValueError(
+            f"{path}, line {line}: byte {byte:#04x} at {error.start} is not UTF-8, as expected."
+        ) from error
+
+
+def _parsed(text: str, name: str) -> Any:
+    """The value that `text` is in JSON."""
+    try:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python reads no whole numbers of more than some thousand digits
+            return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON{'' if path.suffix == '.json' else ' lines'} file: {error}") from error
+        lines = ""
+        if error.msg == "Extra data" and text[error.pos - 1 :].lstrip().startswith("{"):
+            lines = " One value per line is JSON lines: call the file .jsonl."
+        raise ValueError(f"{name}: not JSON: {error}.{lines}") from error
+    except RecursionError as error:
+        raise ValueError(f"{name}: lists or mappings are nested too deeply.") from error

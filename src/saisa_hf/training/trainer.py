@@ -3,7 +3,6 @@
 
 import dataclasses
 import os
-import re
 import shutil
 import signal
 import sys
@@ -16,13 +15,11 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .record import PARTIAL, checkpoints, discard
 from .sampler import GroupedSampler, ShuffledSampler
 from .stages import is_projector
 from .throughput import StepFlops
 from .throughput import peak_tflops as known_peak_tflops
-
-
-PARTIAL = ".partial"
 
 
 class NonFiniteLoss(ValueError):
@@ -132,6 +129,13 @@ class SaisaTrainer(Trainer):
 
     # --- data ---
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers, but nothing more when all steps are done: a run that is resumed from its last checkpoint would
+        do one step too many."""
+        if 0 < self.state.max_steps <= self.state.global_step:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if dataset is None or not hasattr(dataset, "__len__"):
@@ -196,10 +200,7 @@ class SaisaTrainer(Trainer):
             os.replace(partial / name, folder / name)
             shutil.rmtree(partial)
             for old in self._superfluous(checkpoints(folder)):
-                discarded = folder / f"{PARTIAL}-{old.name}"
-                shutil.rmtree(discarded, ignore_errors=True)
-                os.replace(old, discarded)  # a half-deleted folder is not a checkpoint
-                shutil.rmtree(discarded)
+                discard(old)
         self.accelerator.wait_for_everyone()
 
     def _superfluous(self, found: list[Path]) -> list[Path]:
@@ -216,12 +217,6 @@ def _peak_memory() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
 class StopOnSignal(TrainerCallback):

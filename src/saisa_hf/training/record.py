@@ -1,0 +1,292 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""What the output folder of a run knows about it: what was asked for, and whether it is finished.
+
+The file `training_run.json` is written when a run begins, and again when its result is complete. A run whose output has one
+resumes only if the same is asked for; a finished run is left as it is.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .options import ADAPTED, TrainingOptions
+
+
+RECORD = "training_run.json"
+PARTIAL = ".partial"  # what is not complete yet, or not any more, has a name that begins so
+NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
+
+# options that may change while a run goes on: the result stays the same, but for rounding
+FREE = {"output", "resume", "overwrite", "save_steps", "save_total_limit", "logging_steps", "report_to", "peak_tflops"}
+FREE |= {"questions", "questions_limit", "bad_samples", "workers", "device", "per_device_batch_size", "torch_compile"}
+FREE |= {"compile_backend", "attn_implementation", "gradient_checkpointing", "use_reentrant"}
+
+WEIGHTS_AND_SETTINGS = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
+BLOCK, MEGABYTE = 4096, 2**20
+LOCK_TRIES, LOCK_PAUSE = 20, 0.5  # the workers of a run that was killed live on for some seconds
+
+
+# --- what is asked for ---
+
+
+def request(options: TrainingOptions) -> dict[str, Any]:
+    """What the result of a run depends on: `model` and `data` by path and contents, and the other options as `settings`."""
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in FREE}
+    model, data = settings.pop("model"), settings.pop("data")
+    if options.max_steps:
+        del settings["epochs"]
+    if options.train not in ADAPTED:
+        settings = {key: value for key, value in settings.items() if not key.startswith("lora_")}
+    if options.images:
+        settings["images"] = os.path.abspath(options.images)
+    if os.path.isfile(options.chat_template):
+        settings["chat_template"] = "contents " + _digest(options.chat_template)
+    known = {"path": model, "contents": _of_folder(model, weights=True) if os.path.isdir(model) else _commit(model)}
+    return {"model": known, "data": [_data(path) for path in data], "settings": settings}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two requests, in words. What one of them does not know is not compared."""
+    found = []
+    if not _same(old["model"], new["model"]):
+        found.append(_change("model", [old["model"]], [new["model"]]))
+    if len(old["data"]) != len(new["data"]) or not all(map(_same, old["data"], new["data"])):
+        found.append(_change("data", old["data"], new["data"]))
+    before, now = old["settings"], new["settings"]
+    for key in [key for key in ("epochs", "max_steps") if (key in before) != (key in now)]:
+        before, now = {key: "not given", **before}, {key: "not given", **now}
+    found += [f"{key} was {before[key]!r}, is {now[key]!r}" for key in before if key in now and before[key] != now[key]]
+    return found
+
+
+def _same(one: dict[str, str], other: dict[str, str]) -> bool:
+    key = "contents" if one["contents"] and other["contents"] else "path"
+    return one[key] == other[key]
+
+
+def _change(name: str, old: list[dict[str, str]], new: list[dict[str, str]]) -> str:
+    before, now = (", ".join(repr(part["path"]) for part in parts) for parts in (old, new))
+    return f"the contents of {name} {now} have changed" if before == now else f"{name} was {before}, is {now}"
+
+
+def _data(path: str) -> dict[str, str]:
+    contents = _of_folder(path) if os.path.isdir(path) else _digest(path) if os.path.isfile(path) else ""
+    return {"path": path, "contents": contents}
+
+
+def _of_folder(folder: str, weights: bool = False) -> str:
+    """A digest of a folder: of the names and sizes of all files in it, and of the contents of those that describe them; with
+    `weights`, of the contents of weights and settings, those of a run left out."""
+    digest = hashlib.sha256()
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        if weights:
+            folders.clear()
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            if not os.path.isfile(path) or (weights and Path(name).suffix not in WEIGHTS_AND_SETTINGS):
+                continue
+            if weights and name in (RECORD, "trainer_state.json"):
+                continue
+            read = weights or name.startswith("metadata.")
+            about = [os.path.relpath(path, folder), os.path.getsize(path), _digest(path) if read else ""]
+            digest.update(json.dumps(about).encode())
+    return digest.hexdigest()[:32]
+
+
+def _digest(path: str) -> str:
+    """A digest of a file's contents; of large files that are not JSON, of its size and the beginning of each megabyte."""
+    about = os.stat(path)
+    whole = about.st_size <= 64 * MEGABYTE or path.endswith((".json", ".jsonl"))
+    return _digest_of(os.path.realpath(path), about.st_size, about.st_mtime_ns, whole)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_of(path: str, size: int, changed: int, whole: bool) -> str:
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in range(0, size, MEGABYTE):
+            file.seek(start)
+            digest.update(file.read(MEGABYTE if whole else BLOCK))
+    return digest.hexdigest()[:32]
+
+
+def _commit(repository: str) -> str:
+    """The commit of a repository of the hub that is in the cache, or empty."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    reference = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "refs", "main")
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+
+
+# --- what the output has ---
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(folder).glob("checkpoint-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+
+
+def look(options: TrainingOptions) -> str:
+    """What `options.output` has of the run that is asked for. Changes nothing.
+
+    Returns:
+        NEW: nothing, or nothing that is worth keeping; UNFINISHED: checkpoints to resume from; FINISHED: the result.
+
+    Raises:
+        ValueError: it has another run, or a model that no run wrote.
+    """
+    output = Path(options.output)
+    if options.overwrite or not output.is_dir():
+        return NEW
+    found, result = _read(output), (output / "config.json").is_file()
+    finished = result and (_finished_without_record(output) if found is None else bool(found["finished"]))
+    if not finished and not checkpoints(output):
+        if result and found is None:
+            raise ValueError(
+                f"output {options.output!r} has a model already, which this run would replace: choose another folder, or "
+                "replace it with overwrite."
+            )
+        return NEW
+    if not options.resume:
+        raise ValueError(
+            f"resume=False: output {options.output!r} has a run already. Choose another folder, or delete that run with "
+            "overwrite."
+        )
+    differing = _differing_steps(output, options) if found is None else differences(found, request(options))
+    if differing:
+        further = f" To train its result further, start from it (model: {options.output}) with another output."
+        raise ValueError(
+            f"output {options.output!r} has {'the result' if finished else 'checkpoints'} of a run with other settings: "
+            f"{'; '.join(differing)}. Choose another folder, {'' if finished else 'resume it with its own settings, '}or "
+            f"delete that run with overwrite.{further if finished else ''}"
+        )
+    return FINISHED if finished else UNFINISHED
+
+
+def has_record(output: str | Path) -> bool:
+    """Whether it is known what the run in `output` was asked for."""
+    return Path(output, RECORD).is_file()
+
+
+def _read(output: Path) -> dict[str, Any] | None:
+    path = output / RECORD
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        complete = isinstance(found["finished"], bool) and isinstance(found["settings"], dict)
+        parts = [found["model"], *found["data"]]
+        complete = complete and all(isinstance(part[key], str) for part in parts for key in ("path", "contents"))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        complete = False
+    if not complete:
+        raise ValueError(
+            f"{path} is damaged, so that it is not known what the run in this folder was asked for. Choose another output, "
+            "or delete that run with overwrite."
+        )
+    return found
+
+
+def _state(output: Path) -> dict[str, Any]:
+    """Transformers' record of a run, which it writes in the end; empty if there is none."""
+    try:
+        state = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))
+        return {key: int(state[key]) for key in ("global_step", "max_steps")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+
+
+def _finished_without_record(output: Path) -> bool:
+    state = _state(output)
+    return bool(state) and state["global_step"] >= state["max_steps"] > 0
+
+
+def _differing_steps(output: Path, options: TrainingOptions) -> list[str]:
+    """All that can be compared without a record."""
+    newest = checkpoints(output)[-1:]
+    steps = (_state(output) or (_state(newest[0]) if newest else {})).get("max_steps", options.max_steps)
+    return [f"max_steps was {steps}, is {options.max_steps}"] if options.max_steps not in (0, steps) else []
+
+
+# --- the course of a run ---
+
+
+@contextlib.contextmanager
+def held(output: str | Path) -> Iterator[None]:
+    """Keeps other runs from writing to `output`, which is made, while the block runs.
+
+    Raises:
+        OSError: another run does, or the folder cannot be made.
+    """
+    Path(output).mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        for tries_left in reversed(range(LOCK_TRIES)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if not tries_left:
+                    raise BlockingIOError(f"Another run writes to {output}: wait for its end, or stop it.") from error
+                time.sleep(LOCK_PAUSE)
+            except OSError:
+                break  # some network file systems have no locks
+        yield
+    finally:
+        os.close(handle)
+
+
+def begin(options: TrainingOptions) -> None:
+    """Removes what dead runs left in the output, and with `overwrite` the run that it has, and records this one."""
+    output = Path(options.output)
+    if look(options) == NEW:  # last: a run that is half deleted is still the old one
+        for old in checkpoints(output):
+            discard(old)
+    for left in output.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    _write(output, {**request(options), "finished": False})
+
+
+def finish(options: TrainingOptions, steps: int) -> None:
+    """Records that the result of a run of `steps` steps is in its output."""
+    output = Path(options.output)
+    _write(output, {**(_read(output) or request(options)), "finished": True, "steps": steps})
+
+
+def discard(folder: Path) -> None:
+    """Deletes a checkpoint. It loses its name first: a half-deleted folder is not a checkpoint."""
+    nameless = folder.parent / f"{PARTIAL}-{folder.name}"
+    shutil.rmtree(nameless, ignore_errors=True)
+    os.replace(folder, nameless)
+    shutil.rmtree(nameless)
+
+
+def put_in_place(staged: Path, output: Path) -> None:
+    """Moves the finished result from the folder `staged` to `output`. Until the end `output` has no config.json, so that no
+    mixture of an old and a new model can be loaded."""
+    (output / "config.json").unlink(missing_ok=True)
+    for old in output.glob("model*.safetensors*"):
+        old.unlink()
+    for path in sorted(staged.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        target = output / path.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        os.replace(path, target)
+
+
+def _write(output: Path, record: dict[str, Any]) -> None:
+    partial = output / f"{PARTIAL}-{RECORD}"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, output / RECORD)
