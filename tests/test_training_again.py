@@ -307,3 +307,10 @@ def test_what_is_missing_is_named_at_once_and_data_first(name, command, start, t
 def test_so_many_workers_are_refused(workers, start, tmp_path):
     with pytest.raises(ValueError, match=r"workers=.*: expected at most 256|expected a whole number"):
         options(start, tmp_path / "run", workers=workers)
+
+
+def test_so_many_threads_are_refused(capsys):
+    for number in ("257", "1000000", "9" * 5000):
+        with pytest.raises(SystemExit):
+            main(["bench", "--threads", number])
+        assert "expected a whole number from 1 to 256" in capsys.readouterr().err

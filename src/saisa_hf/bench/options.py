@@ -3,7 +3,7 @@
 
 import argparse
 
-from ..common.arguments import positive, seed
+from ..common.arguments import positive, seed, started
 from .names import CLOCKS, CURVE, MODELS, PRESETS, TRAINED, WORKS
 
 
@@ -43,7 +43,7 @@ def _add_measurement(group: argparse._ArgumentGroup) -> None:
     add("--repeats", type=positive, metavar="N", default=9, help="timed rounds (default: 9)")
     clock = "clock for ratios: wall, or processor (all threads of the process), which is less affected by other load"
     add("--clock", choices=tuple(CLOCKS), default="wall", help=clock + " (default: wall; the JSON has both)")
-    add("--threads", type=positive, metavar="N", help="PyTorch's threads on a CPU (default: PyTorch's choice)")
+    add("--threads", type=started, metavar="N", help="PyTorch's threads on a CPU (default: PyTorch's choice)")
     keep = "make the C library (glibc) keep freed memory, so that no model waits for the system to clear pages"
     add("--keep-memory", action="store_true", help=keep)
     memory = "also measure peak memory (default: yes)"

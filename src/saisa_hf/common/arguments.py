@@ -6,6 +6,7 @@ import math
 
 
 DIGITS = 15  # more of them make sums and products that fit nowhere
+MOST_STARTED = 256  # processes or threads; a machine stands no arbitrary number of them
 
 
 def positive(text: str) -> int:
@@ -19,6 +20,13 @@ def count(text: str) -> int:
     """A whole number, 0 or more."""
     if not text.isdecimal() or len(text) > DIGITS:
         raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r:.40}")
+    return int(text)
+
+
+def started(text: str) -> int:
+    """A number of processes or threads to start."""
+    if not text.isdecimal() or len(text) > DIGITS or not 0 < int(text) <= MOST_STARTED:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {MOST_STARTED}, got {text!r:.40}")
     return int(text)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..common.arguments import MOST_STARTED
 from ..common.shown import shown
 
 
@@ -28,7 +29,7 @@ POSITIVE += ["logging_steps", "questions_limit"]
 NOT_NEGATIVE = ["max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"]
 NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed"]
 SHARES = ("warmup_ratio", "lora_dropout")
-AT_MOST = {"workers": 256, "seed": 2**32 - 1}
+AT_MOST = {"workers": MOST_STARTED, "seed": 2**32 - 1}
 PATHS = ("model", "output", "images", "questions", "chat_template")
 
 
@@ -87,7 +88,7 @@ class TrainingOptions:
     packing: bool = _option(
         False, "put the samples of a device's batch into one row, without padding; they do not see each other"
     )
-    workers: int = _option(4, "processes that read and prepare samples; 0: the training process itself")
+    workers: int = _option(4, "processes that read and prepare samples, at most 256; 0: the training process itself")
 
     # --- optimisation ---
     learning_rate: float = _option(2e-5, "largest learning rate")
