@@ -3,14 +3,31 @@ disk."""
 
 import copy
 import os
+import signal
 
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.utils.prune as prune
 from implementations import IMPLEMENTATIONS, runnable
-from tiny_models import BOS, PAD, TEXT_CONFIGS, VOCAB_SIZE, prompts_from_rows, random_prompts, tiny_model
+from tiny_models import (
+    BOS,
+    OTHER_VISION_CONFIGS,
+    PAD,
+    TEXT_CONFIGS,
+    VOCAB_SIZE,
+    prompts_from_rows,
+    random_prompts,
+    tiny_model,
+)
 
-from saisa_hf import SaisaForConditionalGeneration, SaisaVisualStates, token_layout_saisa
+from saisa_hf import (
+    SaisaForConditionalGeneration,
+    SaisaVisualStates,
+    hardware_saisa,
+    token_layout_saisa,
+    visual_states_saisa,
+)
 
 
 STORES = ["keys_values", "features"]
@@ -443,6 +460,85 @@ def test_files_that_hold_no_states_are_named(states, tmp_path):
         SaisaVisualStates.load(tmp_path / "cut")
 
 
+def test_a_file_without_an_images_layer_is_refused(tmp_path):
+    """Of a model with a layer that sees no image: its file says so, and one from before that did can lack whole layers."""
+    model, path = tiny_model("llama", visual_layers=[0, 2]), tmp_path / "states"
+    model.get_visual_states(pictures(2)).save(path)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    earlier = {name: x for name, x in metadata.items() if name != "image_layers"}
+    for name in tensors:
+        others = {key: x for key, x in tensors.items() if key != name}
+        for given in (metadata, earlier):
+            safetensors.torch.save_file(others, path, given)
+            with pytest.raises(ValueError, match=f"{path} lacks '{name}'"):
+                SaisaVisualStates.load(path)
+    whole = {name: x for name, x in tensors.items() if "0" in name}
+    safetensors.torch.save_file(whole, path, earlier)
+    assert SaisaVisualStates.load(path).stored.keys_values[2] is None
+    safetensors.torch.save_file(whole, path, metadata)
+    with pytest.raises(ValueError, match=r"lacks 'keys\.2'"):
+        SaisaVisualStates.load(path)
+
+
+def test_numbers_that_are_none_are_neither_saved_nor_loaded(states, tmp_path):
+    states.save(tmp_path / "states")
+    tensors = safetensors.torch.load_file(tmp_path / "states")
+    with safetensors.safe_open(tmp_path / "states", "pt") as file:
+        metadata = file.metadata()
+    for number in (float("nan"), float("inf"), -float("inf")):
+        broken = {**tensors, "values.1": tensors["values.1"].clone()}
+        broken["values.1"][-1, -1, -1] = number
+        safetensors.torch.save_file(broken, tmp_path / "broken", metadata)
+        with pytest.raises(ValueError, match=r"broken: values\.1 .* NaN or infinity"):
+            SaisaVisualStates.load(tmp_path / "broken")
+    states = states[:1].to(torch.float64)
+    states.stored.keys_values[0][0][0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"new: keys\.0 .* NaN or infinity"):
+        states.save(tmp_path / "new")
+    assert sorted(os.listdir(tmp_path)) == ["broken", "states"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_other_dtypes_and_no_pictures_at_all_come_back(states, tmp_path, dtype):
+    for some in (states, states[:0]):
+        some.to(dtype).save(tmp_path / "states")
+        again = SaisaVisualStates.load(tmp_path / "states")
+        assert again.dtype == dtype and again.lengths == some.lengths and again.num_layers == 3
+
+
+def test_what_a_killed_save_leaves_goes_with_the_next(states, tmp_path):
+    (path := tmp_path / "states [1]").write_text("before")
+    (tmp_path / ".other.host-1.0123abcd").touch()
+    child = os.fork()
+    if not child:
+
+        def save_file(_tensors, part, **_options):
+            part.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        visual_states_saisa.save_file = save_file
+        states.save(path)
+    os.waitpid(child, 0)
+    assert path.read_text() == "before" and len(os.listdir(tmp_path)) == 3
+    living = next(name for name in os.listdir(tmp_path) if "states" in name and name != path.name)
+    living = living.replace(f"-{child}.", f"-{os.getpid()}.")
+    (tmp_path / living).touch()  # of one that is still at work
+    states.save(path)
+    assert sorted(os.listdir(tmp_path)) == sorted([".other.host-1.0123abcd", living, path.name])
+    assert len(SaisaVisualStates.load(path)) == 5
+
+
+def test_its_permissions_are_those_of_any_new_file(states, tmp_path):
+    before = os.umask(0o027)
+    try:
+        states.save(tmp_path / "states")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "states").stat().st_mode & 0o777 == 0o640
+
+
 # --- the weights they belong to ---------------------------------------------------------------------------------------
 
 
@@ -468,6 +564,225 @@ def test_states_from_before_training_are_refused(model, part):
     with pytest.raises(ValueError, match="other weights"):
         use(model, states)
     use(model, model.get_visual_states(pictures(1)))
+
+
+def nudge(weight):
+    weight.view(-1)[-1] += 1.0
+
+
+CHANGES = {
+    "through .data": lambda w, m: nudge(w.data),
+    "another .data": lambda w, m: setattr(w, "data", w.data + 1),
+    "rows that change places": lambda w, m: w.data.copy_(w.data.flip(0).clone()),
+    "columns that change places": lambda w, m: w.data.copy_(w.data.flip(1).clone()),
+    "other signs": lambda w, m: w.data.neg_(),
+    "without gradients": torch.no_grad()(lambda w, m: nudge(w)),
+    "copied in": torch.no_grad()(lambda w, m: w.copy_(w + 1)),
+    "in inference mode": torch.inference_mode()(lambda w, m: nudge(w.data)),
+    "through NumPy": lambda w, m: nudge(torch.from_numpy(w.detach().numpy())),
+    "a state dict": lambda w, m: m.load_state_dict({name: x + 0.5 for name, x in m.state_dict().items()}),
+    "an assigned one": lambda w, m: m.load_state_dict({k: x + 0.5 for k, x in m.state_dict().items()}, assign=True),
+    "another parameter": lambda w, m: setattr(m, "weight", torch.nn.Parameter(w.detach() + 1)),
+    "a parametrization": lambda w, m: torch.nn.utils.parametrize.register_parametrization(m, "weight", Doubled()),
+    "pruning": lambda w, m: prune.l1_unstructured(m, "weight", 0.5),
+    "weight norm": lambda w, m: torch.nn.utils.parametrizations.weight_norm(m).parametrizations.weight[0].register_buffer(
+        "unused", torch.zeros(1)
+    ) or m.parametrizations.weight.original0.data.mul_(2),
+}  # fmt: skip
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_however_weights_change_states_from_before_are_refused(model, change, store):
+    """Or give the same logits."""
+    encoder = next(m for name, m in model.model.vision_tower.named_modules() if name.endswith("fc1"))
+    for module in (
+        encoder,
+        model.model.language_model.layers[1].self_attn.k_proj,
+        model.model.language_model.layers[2].visual_projector.linear_1,
+    ):
+        states = model.get_visual_states(pictures(1), store)
+        with torch.no_grad():
+            before = use(model, states).logits
+            CHANGES[change](module.weight, module)
+            again = model.get_visual_states(pictures(1), store)
+            assert (use(model, again).logits - before).abs().max() > 1e-4
+            if store == "keys_values" or module is encoder:
+                with pytest.raises(ValueError, match="other weights"):
+                    use(model, states)
+                with pytest.raises(ValueError, match="other weights"):
+                    model.generate(torch.tensor([[BOS, *[96] * 4, 5]]), visual_states=states, max_new_tokens=1)
+            else:  # features do not depend on it, and are projected anew
+                close(use(model, states).logits, use(model, again).logits)
+
+
+def test_a_change_back_makes_states_valid_again_and_costs_no_second_digest(model, monkeypatch):
+    states, weight = model.get_visual_states(pictures(1)), model.model.language_model.layers[0].self_attn.v_proj.weight
+    weight.data += 1
+    with pytest.raises(ValueError, match="other weights"):
+        use(model, states)
+    weight.data -= 1
+    weight.data.copy_(weight.data.to(torch.bfloat16).float())
+    use(model, model.get_visual_states(pictures(1)))
+    monkeypatch.setattr(hardware_saisa, "_pieces", None)
+    use(model, model.get_visual_states(pictures(1)))
+
+
+def test_buffers_that_are_saved_count():
+    """The running statistics of an encoder's batch norms."""
+    model = tiny_model("llama", vision=OTHER_VISION_CONFIGS["resnet"]())
+    shape = model.get_image_features(pixels := torch.randn(1, 3, 32, 32)).pooler_output
+    states = model.get_visual_states(pixels, "features")
+    norm = next(m for m in model.model.vision_tower.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    norm.running_mean.data += 1
+    again = model.get_image_features(pixels).pooler_output
+    assert not torch.equal(shape[0], again[0])
+    with pytest.raises(ValueError, match="other weights"):
+        model.model.check_visual_states(states)
+
+
+def test_of_a_large_encoder_a_sample_is_looked_at(model, monkeypatch):
+    """Whole rows of its weights, where these are long, and all of the decoder's."""
+    monkeypatch.setattr(hardware_saisa, "SAMPLED_FROM", 1)
+    model.model.vision_tower.wide = torch.nn.Linear(8192, 7)
+    states = model.get_visual_states(pictures(1))
+    weight = model.model.vision_tower.wide.weight.data
+    before = weight.clone()
+    for change in (slice(3, 4), (slice(None), slice(5, 6))):
+        weight[change] += 1
+        with pytest.raises(ValueError, match="other weights"):
+            use(model, states)
+        weight.copy_(before)
+    weight.view(-1)[1000] += 1
+    use(model, states)  # what the page about them warns of
+    model.model.language_model.layers[0].self_attn.k_proj.weight.data[3, 5] += 1
+    with pytest.raises(ValueError, match="other weights"):
+        use(model, states)
+
+
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+TARGETS = r".*language_model.*\.(k_proj|v_proj)|.*visual_projector\.linear_[12]|.*vision_tower.*(q_proj|fc1)"
+
+
+def adapted(**settings):
+    """A model with adapters a and b, of which a is active."""
+    peft = pytest.importorskip("peft")
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | settings
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings), adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(**settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ("lora_" in name and "magnitude" not in name) or "modules_to_save" in name:
+                p.copy_(torch.randn_like(p) * 0.3)
+    return model.eval()
+
+
+def of_layers(model, method, *arguments):
+    for module in model.modules():
+        if hasattr(module, "merged_adapters") and hasattr(module, method):
+            getattr(module, method)(*arguments)
+
+
+SETTINGS = {
+    "as it was": lambda model: None,
+    "another": lambda model: model.set_adapter("b"),
+    "both": lambda model: model.base_model.set_adapter(["a", "b"]),
+    "disabled": lambda model: of_layers(model, "enable_adapters", False),
+    "scaled": lambda model: of_layers(model, "scale_layer", 0.5),
+    "set to a scale": lambda model: of_layers(model, "set_scale", "a", 3.0),
+    "merged": lambda model: model.merge_adapter(["a"]),
+    "another merged": lambda model: model.merge_adapter(["b"]),
+    "merged and disabled": lambda model: (model.merge_adapter(["a"]), of_layers(model, "enable_adapters", False)),
+    "a mixture": lambda model: (
+        model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "c", combination_type="linear"), model.set_adapter("c")
+    ),
+    "trained": lambda model: [p.data.add_(0.1) for name, p in model.named_parameters() if "lora_A.a" in name],
+    "merged for good": lambda model: model.merge_and_unload(),
+    "taken off": lambda model: model.unload(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("kind", ["lora", "dora", "a copy of the projectors"])
+def test_states_are_those_of_the_adapters_that_are_active(kind, setting):
+    """Whatever is done to adapters: states are refused, or give the logits of new ones."""
+    options = {"lora": {}, "dora": {"use_dora": True}}
+    copies = {"target_modules": r".*self_attn\.[kv]_proj", "modules_to_save": ["linear_2"]}
+    if (kind == "dora" and setting == "a mixture") or (kind not in options and setting in ("both", "a mixture")):
+        pytest.skip("PEFT knows no such thing")
+    model = adapted(**options.get(kind, copies))
+    core = model.base_model.model
+    with torch.no_grad():
+        states = {"a": core.get_visual_states(pictures(1))}
+        model.set_adapter("b")
+        states["b"] = core.get_visual_states(pictures(1))
+        with model.disable_adapter():
+            states["none"] = core.get_visual_states(pictures(1))
+        model.set_adapter("a")
+        for _ in range(2):  # the second time with what was remembered
+            use(core, states["a"])
+        SETTINGS[setting](model)
+        expected, accepted = None, set()
+        for name, given in states.items():
+            try:
+                found = use(core, given).logits
+                accepted.add(name)
+            except ValueError as error:
+                assert "other weights" in str(error)
+                continue
+            expected = use(core, core.get_visual_states(pictures(1))).logits
+            close(found, expected)
+    wanted = {"as it was": {"a"}, "another": {"b"}, "disabled": {"none"}, "taken off": {"none"}}
+    if kind in options or setting != "taken off":  # which keeps PEFT's copies
+        assert accepted == wanted.get(setting, set())
+
+
+def test_adapters_that_are_not_active_do_not_count():
+    model = adapted()
+    core = model.base_model.model
+    states = core.get_visual_states(pictures(1))
+    for name, p in model.named_parameters():
+        p.data += 1.0 if ".b." in name else 0.0
+    model.delete_adapter("b")
+    use(core, states)
+
+
+def test_adapters_that_transformers_adds(model):
+    peft = pytest.importorskip("peft")
+    plain = model.get_visual_states(pictures(1))
+    config = peft.LoraConfig(target_modules=r".*self_attn\.[kv]_proj", init_lora_weights=False)
+    try:
+        model.add_adapter(config, "a")
+    except ValueError as error:
+        pytest.skip(str(error))  # the newest transformers want the newest PEFT
+    states = model.get_visual_states(pictures(1))
+    for given, other, switch in ((states, plain, "disable_adapters"), (plain, states, "enable_adapters")):
+        use(model, given)
+        with pytest.raises(ValueError, match="other weights"):
+            use(model, other)
+        getattr(model, switch)()
+
+
+def test_adapters_that_differ_between_samples_take_features():
+    model = adapted(target_modules=r".*language_model.*\.[kv]_proj")
+    core, rows = model.base_model.model, [["image", 5], ["image", 5]]
+    states = core.get_visual_states(pictures(1)).expand(2)
+    prompts = prompts_from_rows([[BOS, *row] for row in rows])
+    given = without_pixels(prompts.inputs)
+    with pytest.raises(ValueError, match="adapters that differ between samples: use store='features'"):
+        model(**given, visual_states=states, adapter_names=["a", "b"])
+    options = {"adapter_names": ["a", "b"], "max_new_tokens": 3, "do_sample": False}
+    pixels = {"pixel_values": pictures(1).repeat(2, 1, 1, 1)}
+    expected = model.generate(**{**prompts.prompt, **pixels}, **options)
+    features = core.get_visual_states(pictures(1), "features").expand(2)
+    assert torch.equal(model.generate(**without_pixels(prompts.prompt), visual_states=features, **options), expected)
 
 
 def test_training_what_they_do_not_depend_on_keeps_them(model):

@@ -172,38 +172,103 @@ def _codes_and_scales(weight: Tensor, state) -> tuple[Tensor, Tensor]:
     return weight.data, state.absmax.flatten().float()
 
 
+@torch.compiler.disable
 def weights_fingerprint(owner: nn.Module, name: str, parts: dict[str, nn.Module], settings: list) -> str:
-    """A digest of all parameters of `parts` and of `settings`, remembered on `owner` under `name` until one of them changes.
+    """A digest of all that `parts` compute with and of `settings`, remembered on `owner` under `name` for its last states.
     Floating-point weights count as bfloat16, so that a cast keeps it. Raises ValueError if values are nowhere to be found."""
-    state = ([_identities(module) for module in parts.values()], settings)
+    weights = [one for part, module in parts.items() for one in _weights(module, part)]
+    state = (name, json.dumps(settings), *_state(weights))
     remembered = owner.__dict__.setdefault("_weights_fingerprints", {})
-    if name not in remembered or remembered[name][0] != state:
-        pieces = [piece for part, module in parts.items() for piece in _pieces(part, module)]
-        remembered[name] = (state, hashlib.sha256(json.dumps(settings).encode() + b"".join(pieces)).hexdigest())
-    return remembered[name][1]
+    for oldest in list(remembered)[:-8]:
+        remembered.pop(oldest, None)
+    if (digest := remembered.get(state)) is None:
+        digest = hashlib.sha256(json.dumps(settings).encode() + b"".join(_pieces(weights))).hexdigest()
+        remembered[state] = digest
+    return digest
 
 
-def _identities(module: nn.Module) -> list[tuple]:
-    """What changes when parameters get other values. By hand: each use of visual states asks, and iterators are slow."""
-    found = [
-        (id(p), 0 if hasattr(p, "__tensor_flatten__") else p.data_ptr(), 0 if p.is_inference() else p._version)
-        for p in module._parameters.values()
-        if p is not None and not p.is_meta  # one that is kept elsewhere has a new stand-in at each use
-    ]
-    for child in module._modules.values():
-        found += () if child is None else _identities(child)
+def _weights(module: nn.Module, name: str, only: list[str] | None = None) -> list[tuple]:
+    """What `module` computes with, as (name, owner, tensor or setting): parameters, floating-point buffers that are saved,
+    active adapters; of a container, `only` what has these names. By hand: each use asks, and iterators are slow."""
+    found, children = [], module._modules
+    wrapped = children.get("base_layer", children.get("original_module"))
+    if wrapped is not None and hasattr(module, "active_adapters"):  # one of PEFT's layers
+        return _weights(wrapped, name) + _adapters(module, wrapped, name)
+    for key in children.get("parametrizations", ()):
+        found.append((f"{name}.{key}", None, getattr(module, key)))
+    for key, x in (*module._parameters.items(), *module._buffers.items()):
+        counts = x is not None and (key in module._parameters or x.is_floating_point())
+        if counts and key not in module._non_persistent_buffers_set and (only is None or key in only):
+            found.append((f"{name}.{key}", module, x))
+    for key, child in children.items():
+        if child is not None and key != "parametrizations" and (only is None or key in only):
+            found += _weights(child, f"{name}.{key}")
     return found
 
 
-def _pieces(part: str, module: nn.Module) -> list[bytes]:
+def _adapters(layer: nn.Module, wrapped: nn.Module, name: str) -> list[tuple]:
+    """What `layer` adds to `wrapped`: what it holds by the names of active adapters. Merged ones are in the weights of
+    `wrapped`, and are taken out of them at the next call if they are disabled."""
+    off, merged = layer.disable_adapters, bool(getattr(layer, "merged_adapters", ()))
+    active = [] if off or merged else list(layer.active_adapters)
+    found = [(name, None, f"{active} {off and merged}")] if active or (off and merged) else []
+    for key, held in vars(layer).items():
+        of_active = [held.get(adapter) for adapter in active] if isinstance(held, dict) and key[0] != "_" else []
+        found += [(f"{name}.{key}", None, str(one)) for one in of_active if isinstance(one, (int, float, str))]
+    for key, child in layer._modules.items():
+        found += () if child is wrapped else _weights(child, f"{name}.{key}", active)
+    return found
+
+
+ROW, SAMPLE = 61 * 32, 32  # words of 64 bits; rows begin in any column of a weight
+SAMPLED_FROM = 2**26  # bytes
+
+
+def _state(weights: list[tuple]) -> list:
+    """What changes when `weights` do: identities and versions; and contents, as PyTorch counts no writes through `.data`, but
+    of a large encoder on a CPU only a sample, which costs less than a question."""
+    found, groups = [], {}
+    for name, module, x in weights:
+        found.append((name, x) if isinstance(x, str) else name)
+        if isinstance(x, str) or x.is_meta:  # one that is kept elsewhere has a new stand-in at each use
+            continue
+        if module is not None:
+            found.append((id(x), 0 if x.is_inference() else x._version))
+        if not hasattr(type(x), "full_tensor"):  # processes that share one out have to come to the same result
+            as_it_is = type(x) in (Tensor, nn.Parameter) or getattr(x, "quant_state", None) is not None
+            group = groups.setdefault((x.device, x.is_cpu and name.startswith("vision_tower.")), [])
+            group += [x] if as_it_is else _stored_tensors(x, module, name)
+    for (device, may_sample), tensors in groups.items():
+        is_sampled = may_sample and sum(x.nbytes for x in tensors) > SAMPLED_FROM
+        found.append((str(device), _checksum(tensors, SAMPLE if is_sampled else ROW)))
+    return found
+
+
+def _checksum(tensors: list[Tensor], width: int) -> int:
+    """A number that a change of any bit changes, in the first `width` words of each row of `ROW` and behind the last row."""
+    sums = []
+    for x in tensors:
+        words = x.detach().flatten()
+        if words.nbytes % 8 or words.storage_offset() * words.itemsize % 8:
+            words = nn.functional.pad(words.view(torch.uint8), (0, -words.nbytes % 8 or 8))
+        words = words.view(torch.int64)
+        if rows := words.numel() // ROW:
+            sums.append(words.as_strided((rows, width), (ROW, 1)).sum(1))
+            words = words[rows * ROW :]
+        sums.append(words)
+    total = torch.cat(sums)
+    return int((total * torch.arange(1, 2 * len(total), 2, device=total.device)).sum())
+
+
+def _pieces(weights: list[tuple]) -> list[bytes]:
     """What the digest is made of. Names in encoders, and so their order, differ between transformers releases: none count."""
-    found, is_encoder = [], part == "vision_tower"
-    for prefix, child in module.named_modules(prefix=part):
-        for name, p in child.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            shape = getattr(getattr(p, "quant_state", None), "shape", p.shape)
-            sums = b"".join(map(_sums, _stored_tensors(p, child, name)))
-            found.append(f"{part if is_encoder else name} {tuple(shape)} ".encode() + sums)
-    return sorted(found) if is_encoder else found
+    encoder, others = [], []
+    for name, module, x in weights:
+        own, label = (encoder, "vision_tower") if name.startswith("vision_tower.") else (others, name)
+        shape = () if isinstance(x, str) else getattr(getattr(x, "quant_state", None), "shape", x.shape)
+        contents = [x.encode()] if isinstance(x, str) else map(_sums, _stored_tensors(x, module, name))
+        own.append(f"{label} {tuple(shape)} ".encode() + b"".join(contents))
+    return sorted(encoder) + others
 
 
 def _stored_tensors(p: Tensor, module: nn.Module | None = None, name: str = "") -> list[Tensor]:

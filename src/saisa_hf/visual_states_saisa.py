@@ -6,10 +6,15 @@ The keys (before rotation) and values of an image depend neither on the text nor
 Shape suffixes: V visual tokens of all stored images, K key/value heads, H head size, C width of the encoder's features.
 """
 
+import contextlib
+import glob
 import inspect
 import json
 import operator
 import os
+import re
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +34,7 @@ from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
 logger = get_logger(__name__)
 
 FORMAT = "saisa visual states 1"
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors calls them
 
 
 @dataclass(frozen=True)
@@ -151,35 +157,52 @@ class SaisaVisualStates:
         return self  # nothing in it changes; assisted decoding copies a model's arguments
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a safetensors file, each image once. An interrupted write leaves what was there before."""
+        """Writes a safetensors file, each image once. An interrupted write leaves what was there before, and what a killed
+        one left beside it goes with the next. Raises ValueError if a number is NaN or infinite."""
         path, compact = Path(path), self.compact()
-        metadata = {"format": FORMAT, "fingerprint": self.fingerprint, "layers": json.dumps(self.num_layers)}
-        metadata |= {"lengths": json.dumps(compact.stored.lengths), "order": json.dumps(compact.order)}
         # a view would write all of what it is a view of
         tensors = {name: x.contiguous().cpu() for name, x in compact.stored.tensors().items()}
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            save_file(tensors, Path(folder) / path.name, metadata=metadata)
-            os.replace(Path(folder) / path.name, path)
+        _check_finite(path, tensors)
+        described = {"layers": self.num_layers, "lengths": compact.stored.lengths, "order": compact.order}
+        if self.store == "keys_values":
+            described["image_layers"] = [i for i, pair in enumerate(compact.stored.keys_values) if pair is not None]
+        metadata = {name: json.dumps(value) for name, value in described.items()}
+        metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
+        prefix = f".{path.name}.{socket.gethostname()}-"
+        for left in path.parent.glob(glob.escape(prefix) + "*") if Path("/proc/self").exists() else ():
+            if not Path("/proc", left.name[len(prefix) :].partition(".")[0]).exists():
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{prefix}{os.getpid()}.") as folder:
+            part = Path(folder, path.name)
+            part.touch()
+            mode = part.stat().st_mode
+            save_file(tensors, part, metadata=metadata)
+            part.chmod(mode)  # safetensors lets nobody else read it
+            os.replace(part, path)
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "SaisaVisualStates":
         """Reads what `save` has written. Raises FileNotFoundError, or ValueError if the file is something else or damaged."""
         expected = "Expected a file that SaisaVisualStates.save has written."
-        if not Path(path).is_file():
+        if not Path(path).exists():
             raise FileNotFoundError(f"{path}: no such file. {expected}")
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is a folder or a device. {expected}")
+        device = torch.empty(0, device=device).device  # so that an error about it is not one about the file
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = dict(zip(file.keys(), map(file.get_tensor, file.keys())))
+                slices = {name: file.get_slice(name) for name in list(file.keys())}
+                found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+                lengths, order, layers, fingerprint = _described(file.metadata() or {}, found)
+                tensors = {name: file.get_tensor(name) for name in found}
         except SafetensorError as error:
             raise ValueError(f"{path} is no safetensors file ({error}). {expected}") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} holds no visual states. {expected}")
-        lengths, order, layers = (json.loads(metadata[name]) for name in ("lengths", "order", "layers"))
+        except ValueError as error:
+            raise ValueError(f"{path} {error}. {expected}") from None
+        _check_finite(path, tensors)
         pairs = [(tensors.get(f"keys.{index}"), tensors.get(f"values.{index}")) for index in range(layers or 0)]
         keys_values = None if layers is None else tuple(None if pair[0] is None else pair for pair in pairs)
-        stored = VisualStore(lengths, tensors.get("features"), keys_values, metadata["fingerprint"])
-        return SaisaVisualStates(stored, order)
+        return SaisaVisualStates(VisualStore(lengths, tensors.get("features"), keys_values, fingerprint), order)
 
     def rows(self) -> Tensor | None:
         """(visual tokens,) rows of the stored tensors in the order of the placeholders; None: all of them as they are."""
@@ -200,6 +223,46 @@ class SaisaVisualStates:
 
         stored = self.stored.map(select, [lengths[image] for image in used])
         return SaisaVisualStates(stored, [used.index(image) for image in self.order])
+
+
+def _described(metadata: dict[str, str], found: dict[str, tuple]) -> tuple:
+    """Lengths, order, number of layers (None: features) and fingerprint of a file that holds tensors of these dtypes and
+    shapes. Raises ValueError, which says what the file holds, if one does not go with another."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError("holds no visual states")
+    lengths = _integers("lengths", metadata.get("lengths"), 1, 2**31)
+    order = _integers("order", metadata.get("order"), 0, len(lengths) - 1)
+    layers, names, axes = None, {"features"}, 2
+    if metadata.get("layers") != "null":
+        (layers,), axes = _integers("layers", f"[{metadata.get('layers')}]", 1, 2**12), 3
+        seen = [i for i in range(layers) if f"keys.{i}" in found or f"values.{i}" in found]  # where it does not say
+        seen = _integers("image_layers", metadata.get("image_layers", json.dumps(seen)), 0, layers - 1)
+        names = {f"{kind}.{i}" for i in seen for kind in ("keys", "values")}
+    for name in sorted(names ^ set(found)):
+        raise ValueError(f"{'lacks' if name in names else 'holds an unexpected'} {name!r:.80}")
+    for name, (dtype, shape) in found.items():
+        unlike = (dtype, shape) != next(iter(found.values()))  # the first
+        if unlike or dtype not in FLOATS or len(shape) != axes or shape[0] != sum(lengths) or 0 in shape[1:]:
+            expected = f"expected floats for {sum(lengths)} visual tokens, in {axes} axes, alike in all layers"
+            raise ValueError(f"holds {name} of {dtype}, {shape!s:.80}: {expected}")
+    if not re.fullmatch("[0-9a-f]{64}", metadata.get("fingerprint", "")):
+        raise ValueError(f"holds the fingerprint {metadata.get('fingerprint')!r:.80}, which is no SHA-256 digest")
+    return lengths, order, layers, metadata["fingerprint"]
+
+
+def _integers(name: str, written: str | None, least: int, most: int) -> list[int]:
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(written or "")
+        if isinstance(values, list) and all(type(x) is int and least <= x <= most for x in values):
+            return values
+    raise ValueError(f"holds {name}={written!r:.80}: expected integers from {least} to {most}")
+
+
+def _check_finite(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        x = x.float() if x.itemsize == 1 else x
+        if x.numel() and not torch.stack(x.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {name} of the visual states holds NaN or infinity. Compute them again.")
 
 
 def check_one_of(pixel_values, visual_states) -> None:
@@ -250,12 +313,14 @@ class UsesVisualStates:
         return SaisaVisualStates(stored.map(lambda x: x.to(dtype)))  # under autocast, products have another one
 
     def checked_store(self, store: str | None) -> str:
-        """`store`, or what None stands for. Raises ValueError if there is no such store, or not in embedding space."""
-        store = store if store is not None else ("features" if self.config.in_embedding_space else "keys_values")
+        """`store`, or what None stands for. Raises ValueError if there is no such store, or not for this model."""
+        reasons = ["alignment='embedding_space'"] if self.config.in_embedding_space else []
+        reasons += ["adapters that differ between samples"] if self.tells_samples_apart() else []
+        store = store if store is not None else ("features" if reasons else "keys_values")
         if store not in ("keys_values", "features"):
             raise ValueError(f"store={store!r}: expected 'keys_values' or 'features'.")
-        if store == "keys_values" and self.config.in_embedding_space:
-            raise ValueError("store='keys_values' do not go with alignment='embedding_space': use store='features'.")
+        if store == "keys_values" and reasons:
+            raise ValueError(f"store='keys_values' do not go with {reasons[0]}: use store='features'.")
         return store
 
     def visual_fingerprint(self, store: str) -> str:
