@@ -37,8 +37,10 @@ CHAT = [{"role": "that", "content": "<image> what is this ?"}, {"role": "one", "
 AUTO_MAP = {
     "AutoConfig": "configuration_saisa.SaisaConfig",
     "AutoModel": "modeling_saisa.SaisaModel",
+    "AutoModelForCausalLM": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_saisa.SaisaForConditionalGeneration",
+    "AutoModelForPreTraining": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoModelForVision2Seq": "modeling_saisa.SaisaForConditionalGeneration",
     "AutoProcessor": "processing_saisa.SaisaProcessor",
 }

@@ -167,8 +167,8 @@ def test_a_saved_config_has_all_code_files_and_auto_classes(tmp_path):
     SaisaConfig().save_pretrained(tmp_path)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {
-        *("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
-        *("AutoModelForVision2Seq", "AutoProcessor"),
+        *("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"),
+        *("AutoModelForPreTraining", "AutoModelForVision2Seq", "AutoProcessor"),
     }
     for reference in auto_map.values():
         module, name = reference.split(".")

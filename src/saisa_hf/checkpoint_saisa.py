@@ -18,8 +18,10 @@ from .language_models_saisa import choose_attention, initialize
 from .vision_saisa import NESTED_ENCODERS, has_choice_of_attention
 
 
-# Whichever release saves it: 4.57 looks for AutoModelForVision2Seq, `transformers serve` for AutoModelForMultimodalLM.
-CHAT_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
+# Whichever release saves it: 4.57 looks for AutoModelForVision2Seq, `transformers serve` for AutoModelForMultimodalLM,
+# pipeline("text-generation"), which knows transformers' own classes by their names, for AutoModelForCausalLM.
+CHAT_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+CHAT_CLASSES += ("AutoModelForPreTraining", "AutoModelForVision2Seq")
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_saisa.SaisaProcessor"}
 AUTO_MAP = {"AutoConfig": "configuration_saisa.SaisaConfig", "AutoModel": "modeling_saisa.SaisaModel"}
 AUTO_MAP |= dict.fromkeys(CHAT_CLASSES, "modeling_saisa.SaisaForConditionalGeneration") | PROCESSOR_AUTO_MAP

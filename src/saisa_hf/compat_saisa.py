@@ -13,6 +13,7 @@ import importlib
 import inspect
 import logging
 import re
+import sys
 
 import torch
 import transformers
@@ -59,6 +60,14 @@ def get_logger(name: str):
     if module is None:
         logger.warning_once = functools.lru_cache(None)(logger.warning)
     return logger
+
+
+def findable(name: str) -> None:
+    """Makes the module `name` an attribute of its package, as imports do and transformers, loading a checkpoint's code, does
+    not: where `datasets` does not find a class so, it cannot hash its objects."""
+    package, _, leaf = name.rpartition(".")
+    if package in sys.modules and name in sys.modules:
+        setattr(sys.modules[package], leaf, sys.modules[name])
 
 
 def model_class_of(config):

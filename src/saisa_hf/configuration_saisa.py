@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
-from .compat_saisa import ACT2FN, comparable_config_dict, optional, portable_config_dict, readable_config_dict
+from .compat_saisa import ACT2FN, comparable_config_dict, findable, optional, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
 from .vision_saisa import CLASS_TOKENS, check_reduction, encoder_states, grid_of, image_size, reduced_length
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
 
+findable(__name__)
 
 # CLIP ViT-L/14 at 336 px, the paper's encoder
 DEFAULT_VISION_CONFIG = {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14, "projection_dim": 768}

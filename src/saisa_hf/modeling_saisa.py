@@ -40,6 +40,7 @@ from .compat_saisa import (
     GradientCheckpointingLayer,
     can_return_tuple,
     differentiable,
+    findable,
     get_logger,
     one_cache,
     readable_tp_plan,
@@ -60,6 +61,8 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .image_sources_saisa import ImageLimits  # noqa: F401
     from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
+
+findable(__name__)
 
 logger = get_logger(__name__)
 

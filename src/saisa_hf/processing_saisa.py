@@ -17,12 +17,14 @@ from .compat_saisa import (
     CallArguments,
     ImageTextProcessorMixin,
     call_arguments,
+    findable,
     needed,
     pillow_image_processor,
     portable_image_processor_config,
     portable_tokenizer_config,
     sorted_arguments,
 )
+from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
 from .vision_saisa import check_choice, reduced_length
@@ -33,11 +35,12 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .configuration_saisa import SaisaConfig  # noqa: F401
     from .embedding_space_saisa import ThroughEveryLayer  # noqa: F401
     from .hardware_saisa import check_device_map  # noqa: F401
-    from .head_saisa import chunked_cross_entropy  # noqa: F401
     from .language_models_saisa import language_model_family  # noqa: F401
     from .modeling_saisa import SaisaModel  # noqa: F401
     from .token_layout_saisa import TokenLayout  # noqa: F401
     from .visual_states_saisa import SaisaVisualStates  # noqa: F401
+
+findable(__name__)
 
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
 SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_feature_select_strategy", "visual_token_reduction")
@@ -57,8 +60,21 @@ def begins_with_bos(tokenizer, text: str) -> bool:
     return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
 
 
-class BatchWithVisualStates(BatchFeature):
-    """A `BatchFeature` with `visual_states`, which are no lists to make tensors of, but move and cast with the tensors."""
+class SaisaBatch(BatchFeature):
+    """A `BatchFeature` in which `labels` ask visual tokens for nothing: they predict nothing (outside embedding space), but a
+    loss that is computed outside the model, as TRL's is, counts every label. What is put in as `labels`, in the shape of
+    `input_ids`, is copied with -100 at placeholders and at the tokens behind them."""
+
+    image_token_id: int | None = None  # None: labels stay as they are
+
+    def __setitem__(self, key, value):
+        if key == "labels" and self.image_token_id is not None and "input_ids" in self.data:
+            value = labels_of_text(value, self.data["input_ids"], self.image_token_id)
+        self.data[key] = value
+
+
+class BatchWithVisualStates(SaisaBatch):
+    """A batch with `visual_states`, which are no lists to make tensors of, but move and cast with the tensors."""
 
     def convert_to_tensors(self, *args, **kwargs):
         states = self.data.pop("visual_states")
@@ -69,6 +85,25 @@ class BatchWithVisualStates(BatchFeature):
     def to(self, *args, **kwargs):
         self.data["visual_states"] = self.data["visual_states"].to(*args, **kwargs)
         return super().to(*args, **kwargs)
+
+
+def labels_of_text(labels, input_ids, image_token_id: int):
+    """A copy of `labels`, tensors, arrays or lists in the shape of `input_ids`, with -100 where a visual token is the label
+    or would have to predict it. `labels` of another shape, or that have it already, are returned as they are."""
+    if isinstance(labels, list):
+        rows = zip(labels, input_ids) if len(labels) == len(input_ids) else ()
+        found = [labels_of_text(np.asarray(one), np.asarray(ids), image_token_id).tolist() for one, ids in rows]
+        return found or labels
+    if type(labels) is not type(input_ids) or labels.shape != input_ids.shape:
+        return labels
+    visual = input_ids == image_token_id
+    asked = visual | False  # a copy, of a tensor as of an array
+    asked[..., 1:] |= visual[..., :-1]
+    if not (asked & (labels != IGNORED)).any():
+        return labels
+    labels = labels + 0
+    labels[asked] = IGNORED
+    return labels
 
 
 class SaisaProcessor(ImageTextProcessorMixin):
@@ -136,12 +171,15 @@ class SaisaProcessor(ImageTextProcessorMixin):
         images = self._flat_images(images, visual_states, texts)
         if visual_states is not None:
             rows = self._tokenize(texts, visual_states.lengths, text_kwargs)
-            return BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
-        pixels = self._pixels(images, **images_kwargs) if images else {}
-        rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
-        if return_tensors and not all(rows.get("input_ids", ())):
-            raise ValueError(f"text {rows['input_ids'].index([])} has no tokens, of which no model makes anything.")
-        return BatchFeature({**rows, **pixels}, tensor_type=return_tensors)
+            batch = BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
+        else:
+            pixels = self._pixels(images, **images_kwargs) if images else {}
+            rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
+            if return_tensors and not all(rows.get("input_ids", ())):
+                raise ValueError(f"text {rows['input_ids'].index([])} has no tokens, of which no model makes anything.")
+            batch = SaisaBatch({**rows, **pixels}, tensor_type=return_tensors)
+        batch.image_token_id = self.image_token_id
+        return batch
 
     def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None]:
         """(arguments for the texts, for the images, `return_tensors`)."""
@@ -379,6 +417,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         template = self._template(chat_template)
         conversations = [_readable(chat, template) for chat in (conversation if is_batch else [conversation])]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
+        if wants_masks and not re.search(r"{%[-+]?\s*generation\b", template):
+            fix = "Put {% generation %} and {% endgeneration %} around them, or pass one of saisa_hf.chat.templates."
+            raise ValueError(f"return_assistant_tokens_mask=True: chat_template marks no words of the assistant. {fix}")
         variables = {"chat_template": template, **self.tokenizer.special_tokens_map, **kwargs}
         prompts, spans = render(conversations=conversations, **variables)
         if not tokenize:
