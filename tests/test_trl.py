@@ -9,9 +9,11 @@ import torch
 import transformers
 from packaging.version import Version
 from tiny_models import IMAGE_TOKEN, tiny_model
-from training_parts import picture, processor_for
+from training_parts import character_tokenizer, picture, processor_for
+from transformers import Siglip2ImageProcessor
 
-from saisa_hf import SaisaForConditionalGeneration
+from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf.chat.templates import chat_template
 
 
 datasets = pytest.importorskip("datasets")
@@ -53,8 +55,7 @@ def trainer_of(name, folder, rows, model=None, template="chatml", given=None, **
         model=tiny_model() if model is None else model,
         args=getattr(trl, f"{name}Config")(str(folder), **options),
         train_dataset=data_set(rows),
-        processing_class=processor_for(template),
-        **given or {},
+        **{"processing_class": processor_for(template)} | (given or {}),
     )
 
 
@@ -246,3 +247,32 @@ def test_dpo_has_the_loss_that_its_formula_gives(tmp_path):
     found, expected = gradients(model, loss), gradients(model, own)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def paired(name):
+    """Rows that only `name` and the trainers of pairs take."""
+    said = turns("Yes.", first="assistant"), turns("No", first="assistant")
+    return [{"prompt": turns("A?"), "chosen": said[0], "rejected": said[1]}] * 2 if name == "KTO" else preferences(name)
+
+
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("SFT", {"packing": True, "max_length": 64}, "Packing is not supported for vision"),
+    ("SFT", {"padding_free": True}, "Padding-free training is yet not supported for vision"),
+    ("DPO", {"precompute_ref_log_probs": True}, "not supported for vision"),
+    ("KTO", {}, "not supported for vision"),
+])  # fmt: skip
+def test_what_trl_does_not_support_with_images_it_refuses(name, options, message, tmp_path):
+    rows = SFT["messages"][0] if name == "SFT" else paired(name)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(name, tmp_path, rows, given={} if name == "SFT" else {"ref_model": tiny_model()}, **options)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_trl_takes_the_sizes_of_siglip_2_for_tiles(name, tmp_path):
+    image_processor = Siglip2ImageProcessor(patch_size=4, max_num_patches=4)
+    processor = SaisaProcessor(image_processor, character_tokenizer(), chat_template=chat_template("chatml"))
+    given = {"reward_funcs": lambda completions, **_: [1.0] * len(completions), "processing_class": processor}
+    options = {"num_generations": 2, "max_completion_length": 5, "beta": 0.0}
+    trainer = trainer_of(name, tmp_path, preferences(name), tiny_model(vision="siglip2"), given=given, **options)
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError), match="row"):
+        trainer.train()
