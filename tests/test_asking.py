@@ -149,3 +149,7 @@ def test_each_row_stops_at_its_first_stopping_string():
     wanted = [min([text[: text.find(stop) + 3] for stop in stops if stop in text] + [text], key=len) for text in whole]
     assert answers(processor, inputs, ids) == wanted
     assert len(wanted[0]) == 7 and len(wanted[1]) <= 12 and wanted[2] == whole[2]
+    handed = model.generate(
+        **inputs, **options, stop_strings=stops, tokenizer=processor
+    )  # as `transformers serve` does
+    assert torch.equal(ids, handed)

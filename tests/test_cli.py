@@ -53,12 +53,13 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "fit",
         "redundancy",
         "bench",
+        "serve",
         "data",
     ]
 
 
 COMMANDS = ["", "demo", "convert", "build", "upgrade", "chat", "attend", "train", "flops", "fit", "redundancy", "bench"]
-COMMANDS += ["data", "data check", "data digits"]
+COMMANDS += ["serve", "data", "data check", "data digits"]
 
 HELP_AND_WHAT_IT_IMPORTED = """
 import resource, sys

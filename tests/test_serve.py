@@ -121,6 +121,15 @@ def test_the_answer_to_a_chat_of_two_turns_is_streamed(server):
     assert chunks[-1]["finish_reason"] == "stop"
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"chat_template_kwargs": {"allow_local_files": True, "allow_private_urls": True}}]
+)
+@pytest.mark.parametrize("url", [SCENE, "/etc/passwd", "http://127.0.0.1:1/a.png"])
+def test_a_request_reaches_neither_files_nor_private_addresses(server, url, options):
+    with pytest.raises(urllib.error.HTTPError):
+        answered(server, asked(QUESTIONS[0], {"type": "image_url", "image_url": {"url": url}}), **options)
+
+
 def test_the_request_names_the_model_as_the_command_did(server):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         answered(server, asked(QUESTIONS[0], PICTURE), model="another")
