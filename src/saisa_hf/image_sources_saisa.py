@@ -181,7 +181,7 @@ class _Fetching(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         )
         for handler in (self, *(getattr(urllib.request, name)() for name in others)):
             opener.add_handler(handler)
-        with opener.open(request, timeout=self.limits.timeout) as response:
+        with opener.open(request, timeout=2 * self.limits.timeout) as response:
             encoding, content = response.headers.get("Content-Encoding", "identity").lower(), io.BytesIO()
             if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
                 raise ValueError(f"Content-Encoding {encoding!r:.40} was not asked for")
