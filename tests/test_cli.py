@@ -46,6 +46,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "convert",
         "build",
         "upgrade",
+        "check",
         "chat",
         "attend",
         "train",
@@ -58,8 +59,8 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
     ]
 
 
-COMMANDS = ["", "demo", "convert", "build", "upgrade", "chat", "attend", "train", "flops", "fit", "redundancy", "bench"]
-COMMANDS += ["serve", "data", "data check", "data digits"]
+COMMANDS = ["", "demo", "convert", "build", "upgrade", "check", "chat", "attend", "train", "flops", "fit", "redundancy"]
+COMMANDS += ["bench", "serve", "data", "data check", "data digits"]
 
 HELP_AND_WHAT_IT_IMPORTED = """
 import resource, sys

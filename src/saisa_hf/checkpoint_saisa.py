@@ -16,9 +16,8 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
 
-from .compat_saisa import encoder_names_of_all_releases, load_options
+from .compat_saisa import encoder_names_of_all_releases, load_options, optional
 from .hardware_saisa import check_backend, check_device_map, check_tensor_parallelism, settle, with_precise_modules
 from .language_models_saisa import choose_attention, initialize
 from .vision_saisa import NESTED_ENCODERS, has_choice_of_attention
@@ -225,6 +224,7 @@ def _fault_of_weights(cls, checkpoint, config, files: dict, given: dict) -> str 
         return None
     with suppress(Exception):  # what is raised elsewhere says what is wrong there
         if not folder.is_dir():
+            cached_file = optional("transformers.utils", "cached_file")
             folder = Path(cached_file(checkpoint, "config.json", **{**files, "local_files_only": True})).parent
         config = config if hasattr(config, "text_config") else cls.config_class.from_pretrained(folder)
         if getattr(config, "quantization_config", None) is None:

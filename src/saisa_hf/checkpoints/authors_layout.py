@@ -96,11 +96,17 @@ def saisa_config(
 
 
 def tensor_sources(
-    config: SaisaConfig, weights: WeightFiles, tower: WeightFiles, own_tower: bool, old_rows: int
+    config: SaisaConfig,
+    expected: dict[str, tuple[int, ...]],
+    weights: WeightFiles,
+    tower: WeightFiles,
+    own_tower: bool,
+    old_rows: int,
 ) -> dict[str, Source]:
     """Name in a SAISA checkpoint of `config` -> source, in the order in which the source files hold them.
 
     Args:
+        expected: see `saved_shapes`.
         weights: the authors' checkpoint.
         tower: where the vision encoder's weights are; `weights` if `own_tower`.
         old_rows: rows of the embedding and the head in `weights`; in `config` there may be more.
@@ -108,7 +114,6 @@ def tensor_sources(
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape or dtype than expected.
     """
-    expected = _saved_shapes(config)
     sources: dict[str, Source] = {}
     for name, target in _model_names(config, weights, expected):
         sources[target] = _source(weights, name, target, expected, old_rows)
@@ -120,7 +125,7 @@ def tensor_sources(
     return sources
 
 
-def _saved_shapes(config: SaisaConfig) -> dict[str, tuple[int, ...]]:
+def saved_shapes(config: SaisaConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of each tensor in a checkpoint of `config`, under the names that it is saved with."""
     with torch.device("meta"):
         model = SaisaForConditionalGeneration(config)

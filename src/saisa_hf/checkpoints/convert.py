@@ -27,13 +27,13 @@ from transformers import (
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import chat_template_names, read_chat_template
 from ..common.destination import Destination, size_in_bytes
-from ..common.sources import first_line, local_folder
+from ..common.sources import first_line, local_folder, reading
 from ..configuration_saisa import SaisaConfig
 from ..processing_saisa import SaisaProcessor, add_image_token
-from .authors_layout import TOWER_PREFIX, saisa_config, shared_projector_sources, tensor_sources
+from .authors_layout import TOWER_PREFIX, saisa_config, saved_shapes, shared_projector_sources, tensor_sources
 from .model_card import licence_in_card, write_model_card
 from .padding import prepare_padding
-from .weight_files import DTYPES, WeightFiles, read_json
+from .weight_files import DTYPES, WeightFiles, check_layers, read_json
 from .weight_writing import weight_shards, write_weights
 
 
@@ -105,8 +105,12 @@ def convert(
     old_rows: Any = settings.get("vocab_size")  # checked by `saisa_config`
     image_token_id = old_rows if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     sharing = "shared" if shared_projector == "use" else "per_layer"
-    config = saisa_config(settings, folder / "config.json", _vision_config(tower_folder), image_token_id, sharing)
-    sources = tensor_sources(config, weights, tower, own_tower, old_rows)
+    vision_config = _vision_config(tower_folder, len(tower.shapes))
+    check_layers(settings, len(weights.shapes), folder / "config.json")
+    with reading(folder / "config.json"):
+        config = saisa_config(settings, folder / "config.json", vision_config, image_token_id, sharing)
+        shapes = saved_shapes(config)
+    sources = tensor_sources(config, shapes, weights, tower, own_tower, old_rows)
     beside = shared_projector_sources(config, weights) if shared_projector == "keep" else {}
     stored: Any = DTYPES[dtype] if dtype else weights.dtypes["model.embed_tokens.weight"]
     for part in (config, config.text_config, config.vision_config):
@@ -170,6 +174,8 @@ def _tower_folder(
     named = settings.get("mm_vision_tower")
     if not named:
         raise ValueError(f"{folder / 'config.json'} names no mm_vision_tower: give the encoder with --vision-tower.")
+    if not isinstance(named, str):
+        raise ValueError(f"{folder / 'config.json'}: mm_vision_tower={named!r:.80}, expected a folder or a hub id.")
     if (folder / named).is_dir():
         return folder / named
     if not with_weights and (folder / "vision_config.json").is_file():
@@ -180,13 +186,19 @@ def _tower_folder(
         raise FileNotFoundError(f"{error} Give a copy of the encoder with --vision-tower PATH.") from error
 
 
-def _vision_config(tower_folder: Path) -> Any:
-    own = tower_folder / "vision_config.json"
-    if own.is_file():
-        return read_json(own)
-    read_json(tower_folder / "config.json")  # its errors name the file
-    config = AutoConfig.from_pretrained(tower_folder)
-    return getattr(config, "vision_config", config)  # CLIP and SigLIP checkpoints hold a text tower too
+def _vision_config(tower_folder: Path, tensors: int) -> Any:
+    """The configuration of the encoder, of which there are so many tensors."""
+    file = tower_folder / "vision_config.json"
+    if file.is_file():
+        config = read_json(file)
+    else:
+        file = tower_folder / "config.json"
+        check_layers(read_json(file), tensors, file)
+        with reading(file):
+            config = AutoConfig.from_pretrained(tower_folder)
+        config = getattr(config, "vision_config", config)  # CLIP and SigLIP checkpoints hold a text tower too
+    check_layers(config, tensors, file)
+    return config
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -194,9 +206,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     # the class is in tokenizer_config.json; without a config, transformers stumbles over the model_type in config.json
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
-    prepare_padding(tokenizer)
-    add_image_token(tokenizer, IMAGE_TOKEN)
+    with reading(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
+        prepare_padding(tokenizer)
+        add_image_token(tokenizer, IMAGE_TOKEN)
     return tokenizer
 
 
@@ -219,8 +232,10 @@ def _processor(
             f"{tower_folder / 'preprocessor_config.json'} is missing: it says how images are prepared for the encoder."
         )
     template = _template_name(chat_template, tokenizer)
+    with reading(tower_folder / "preprocessor_config.json"):
+        image_processor = AutoImageProcessor.from_pretrained(tower_folder)
     return SaisaProcessor(
-        AutoImageProcessor.from_pretrained(tower_folder),
+        image_processor,
         tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -10,6 +10,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,11 +36,33 @@ def read_json(file: Path) -> dict:
         raise FileNotFoundError(f"{file} is missing.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # deep nesting
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}, expected an object.")
     return content
+
+
+def check_layers(config: Any, most: int, file: Path) -> None:
+    """Raises ValueError if a configuration, an object or a dict read from `file`, has more than `most` layers: more than
+    there are tensors in its weights, so that nobody makes a model of them."""
+    settings = config if isinstance(config, dict) else config.to_dict()
+    for part in (settings, settings.get("text_config"), settings.get("vision_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > most:
+            raise ValueError(
+                f"{file}: num_hidden_layers={layers:.4g}, but there are {most} tensors in all in its weights."
+            )
+
+
+def tensors_of(file: Path) -> "_SafetensorsFile | _PickleFile":
+    """One weight file, open: `described()` gives shapes and dtypes by name, `rows(name, start, stop)` a piece of a tensor.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds something else than tensors.
+    """
+    return (_SafetensorsFile if file.suffix == ".safetensors" else _PickleFile)(file)
 
 
 class WeightFiles:
@@ -58,7 +81,7 @@ class WeightFiles:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | str] = {}
         self._open: tuple[Path, _SafetensorsFile | _PickleFile] | None = None
-        self.listing, paths, index = _weight_files(folder)
+        self.listing, paths, index = listed_files(folder)
         for file in paths:
             for name, (shape, dtype) in self._handle(file).described().items():
                 if name in self.files and index.get(name) != file:
@@ -115,7 +138,7 @@ class WeightFiles:
     def _handle(self, file: Path) -> "_SafetensorsFile | _PickleFile":
         if self._open is None or self._open[0] != file:
             self._open = None  # before the next one is opened
-            self._open = (file, (_SafetensorsFile if file.suffix == ".safetensors" else _PickleFile)(file))
+            self._open = (file, tensors_of(file))
         return self._open[1]
 
 
@@ -180,6 +203,8 @@ class _PickleFile:
         if not isinstance(content, dict):
             raise ValueError(f"{file} holds a {type(content).__name__}, expected a state dict.")
         for name, tensor in content.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{file}: a tensor is called {name!r:.80}, expected text.")
             if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
                 kind = getattr(tensor, "layout", type(tensor).__name__)
                 raise ValueError(f"{file}: {name} is a {kind}, expected a tensor.")
@@ -223,9 +248,14 @@ def _matches(archive: zipfile.ZipFile, info: zipfile.ZipInfo, progress: Callable
     return True
 
 
-def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
+def listed_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
     """The path that lists the folder's tensors, the weight files, and tensor name -> file (empty without an index). As for
-    transformers, a single file comes before an index, which may be left from an earlier save."""
+    transformers, a single file comes before an index, which may be left from an earlier save.
+
+    Raises:
+        OSError: there are none, or a file is missing.
+        ValueError: the index is not one.
+    """
     for single in ("model.safetensors", "pytorch_model.bin"):
         if (folder / single).is_file():
             return folder / single, [folder / single], {}
@@ -233,7 +263,13 @@ def _weight_files(folder: Path) -> tuple[Path, list[Path], dict[str, Path]]:
         if index.is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index}: weight_map={weight_map!r}, expected a map of tensor names to files.")
+                raise ValueError(f"{index}: weight_map={weight_map!r:.80}, expected a map of tensor names to files.")
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or Path(file).suffix != Path(single).suffix:
+                    expected = f"a file beside it that ends in {Path(single).suffix}"
+                    raise ValueError(
+                        f"{index}: weight_map has {file!r:.80} for tensor {name:.200}, expected {expected}."
+                    )
             files = sorted({folder / name for name in weight_map.values()})
             for file in files:
                 if not file.is_file():

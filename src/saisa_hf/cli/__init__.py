@@ -10,10 +10,10 @@ import os
 import sys
 
 from .. import __version__
-from . import attend, bench, build, chat, convert, data, demo, fit, flops, redundancy, serve, train, upgrade
+from . import attend, bench, build, chat, check, convert, data, demo, fit, flops, redundancy, serve, train, upgrade
 
 
-COMMANDS = (demo, convert, build, upgrade, chat, attend, train, flops, fit, redundancy, bench, serve, data)
+COMMANDS = (demo, convert, build, upgrade, check, chat, attend, train, flops, fit, redundancy, bench, serve, data)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What a command reads, given by name: a folder or a file, or a repository on the hub."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -54,4 +56,22 @@ def local_folder(source: str | os.PathLike, role: str) -> Path | None:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without its explanations; its type if it says nothing."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    first, *others = str(error).strip().split("\n")
+    if first.endswith(":") and others:
+        first = f"{first} {others[0].strip()}"
+    return first[:500] or type(error).__name__
+
+
+@contextlib.contextmanager
+def reading(source: str | os.PathLike) -> Iterator[None]:
+    """Inside, whatever other libraries raise for what `source` holds becomes an error that names it: an OSError remains one,
+    everything else is a ValueError."""
+    try:
+        yield
+    except (MemoryError, ImportError):  # not for want of something in it
+        raise
+    except Exception as error:
+        if isinstance(error, (OSError, ValueError)) and str(source) in str(error):
+            raise
+        said = first_line(error) if str(error) and not isinstance(error, KeyError) else repr(error)
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{source}: {said}") from error
