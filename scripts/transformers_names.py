@@ -37,7 +37,6 @@ BEFORE = "5c6bc16"
 # The feature that a name serves if it is not on the core path; the first matching pattern decides.
 FEATURES = {
     r"get_decoder|get_output_embeddings|AutoModelForCausalLM": "`from_parts`",
-    r"cached_file": "errors about weights from the hub",
     r"tensor_parallel": "tensor parallelism",
     r"quantizers": "quantization",
     r"initialization": "new weights",

@@ -202,3 +202,24 @@ def test_a_variant_and_a_subfolder_are_looked_into(tmp_path):
     (tmp_path / "sub" / "model.fp16.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"sub/model\.fp16\.safetensors cannot be read"):
         SaisaForConditionalGeneration.from_pretrained(tmp_path, subfolder="sub", variant="fp16")
+
+
+@pytest.mark.parametrize(
+    "kind, damage, file",
+    [
+        ("one", "cut at 0.5", SINGLE),
+        ("many", "cut at 0.5", "model-00006-of-00006.safetensors"),
+        ("many", "index cut", INDEX),
+        ("many", "weight_map number", INDEX),
+        ("many", "shard 5", INDEX),
+    ],
+)
+def test_without_the_package_the_file_is_named_all_the_same(saved, tmp_path, monkeypatch, kind, damage, file):  # noqa: F811
+    def missing(*_):
+        raise ImportError
+
+    monkeypatch.setattr("saisa_hf.checkpoint_saisa.from_package", missing)
+    folder = shutil.copytree(saved / kind, tmp_path / "copy")
+    DAMAGE[kind][damage](folder)
+    with pytest.raises(ValueError, match=rf"{file} cannot be read: .*Download or copy it again"):
+        SaisaForConditionalGeneration.from_pretrained(folder)
