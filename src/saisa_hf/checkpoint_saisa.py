@@ -6,7 +6,6 @@ import importlib
 import inspect
 import json
 import shutil
-import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig
 from .compat_saisa import encoder_names_of_all_releases, load_options
 from .hardware_saisa import check_backend, check_device_map, check_tensor_parallelism, settle, with_precise_modules
 from .language_models_saisa import choose_attention, initialize
+from .saving_saisa import check_finished, saved_together
 from .vision_saisa import NESTED_ENCODERS, has_choice_of_attention
 
 
@@ -43,15 +43,9 @@ def code_files() -> list[Path]:
 
 
 def write_code_files(save_directory) -> None:
-    """Copies `code_files()` into a folder, made if need be. A file gets its name when complete: nobody reads half of one."""
-    Path(save_directory).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=save_directory, prefix=".code_") as unnamed:
-        for source in code_files():
-            destination = Path(save_directory, source.name)
-            if not (destination.exists() and destination.samefile(source)):
-                copied = shutil.copyfile(source, Path(unnamed, source.name))
-                copied.chmod(0o644)
-                copied.replace(destination)
+    """Copies `code_files()` into a folder."""
+    for source in code_files():
+        shutil.copyfile(source, Path(save_directory, source.name))
 
 
 def from_package(feature: str, module: str, name: str):
@@ -68,13 +62,20 @@ class SaisaCheckpoint:
     """The part of `SaisaPreTrainedModel` that loads and saves, and that answers what transformers asks meanwhile."""
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, *args, **kwargs):
-        """transformers' own; the config brings the code files. Tensors have their names in the model, on every release; where
-        transformers 5 has renamed an encoder's modules, the older names, which all releases read."""
+        """transformers' own; the config brings the code files, and all come into the folder together (`saving_saisa.py`).
+        Tensors have their names in the model, on every release; where transformers 5 has renamed an encoder's modules, the
+        older names, which all releases read."""
         push_to_hub = kwargs.pop("push_to_hub", False)
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         pushed = None if state_dict is None else dict(state_dict)  # 5.x empties the one that it is given
-        with encoder_names_of_all_releases(self) as options:
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **{**kwargs, **options})
+        in_parts = kwargs.get("distributed_checkpoint", False)  # each process writes its own, with others' of no use
+        together = nullcontext(save_directory) if in_parts else saved_together(save_directory, is_main_process)
+        with encoder_names_of_all_releases(self) as options, together as folder:
+            super().save_pretrained(folder, is_main_process, state_dict, *args, **{**kwargs, **options})
+        if hasattr(
+            self, "barrier_after_gathered_checkpoint_save"
+        ):  # transformers' own was before the files came into place
+            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
         if push_to_hub and is_main_process:
             shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, "state_dict": pushed, **shared, **hub})
@@ -102,6 +103,7 @@ class SaisaCheckpoint:
             ImportError: the checkpoint or `quantization_config` needs bitsandbytes, which is missing or too old.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        check_finished(pretrained_model_name_or_path, ("config.json",), kwargs.get("subfolder"))
         config, files = kwargs.get("config"), {name: kwargs[name] for name in FILE_ARGUMENTS if name in kwargs}
         names, quantization = _described(pretrained_model_name_or_path, config, files)
         kwargs["key_mapping"] = {**names, **(kwargs.get("key_mapping") or {})}

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
 from .compat_saisa import ACT2FN, comparable_config_dict, findable, optional, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
+from .saving_saisa import UNFINISHED, saved_together
 from .vision_saisa import CLASS_TOKENS, check_reduction, encoder_states, grid_of, image_size, reduced_length
 
 
@@ -189,6 +190,8 @@ class SaisaConfig(PretrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """transformers' own, which sets what `kwargs` name without a check. Here those that change the model are checked, and
         `image_seq_length` follows a change of the reduction."""
+        if UNFINISHED in config_dict:
+            raise ValueError(config_dict[UNFINISHED])
         switches = {name: kwargs.pop(name) for name in CHECKED_SETTINGS if name in kwargs}
         if any(switches.get(name) != config_dict.get(name) for name in REDUCTION_SETTINGS if name in switches):
             switches["image_seq_length"] = None
@@ -207,8 +210,9 @@ class SaisaConfig(PretrainedConfig):
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """Writes `config.json` and the code files that it names; with `push_to_hub=True` uploads them as well."""
-        write_code_files(save_directory)
-        super().save_pretrained(save_directory)
+        with saved_together(save_directory) as folder:
+            write_code_files(folder)
+            super().save_pretrained(folder)
         if push_to_hub:
             self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, **kwargs})
 

@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .image_sources_saisa import ImageLimits  # noqa: F401
     from .images_saisa import load_image  # noqa: F401
     from .processing_saisa import SaisaProcessor  # noqa: F401
+    from .saving_saisa import saved_together  # noqa: F401
 
 findable(__name__)
 

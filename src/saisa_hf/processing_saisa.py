@@ -4,7 +4,6 @@
 import json
 import math
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ from .compat_saisa import (
 from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
+from .saving_saisa import ENTRIES, check_finished, saved_together
 from .vision_saisa import check_choice, reduced_length
 
 
@@ -472,6 +472,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return [next(remaining) if image is None else image for image in found] or None
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """transformers' own. Raises ValueError if saving into the folder was interrupted."""
+        check_finished(pretrained_model_name_or_path, ENTRIES[:3], kwargs.get("subfolder"))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_args_and_dict(cls, args, processor_dict, **kwargs):
         """transformers' own; if `kwargs` ask for another reduction, the number of placeholders follows."""
         settings = ("visual_token_reduction", "reduced_visual_tokens")
@@ -484,18 +490,14 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Does nothing: `save_pretrained` writes what `AutoProcessor` needs to find this class."""
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> list[str]:
-        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package; each
-        file is renamed when complete. Returns the files, `processor_config.json` first, without the code. `kwargs`: `repo_id`
+        """Writes a folder from which transformers 4.57 and 5.x load the same processor, with or without this package; all
+        files come into it together. Returns them, `processor_config.json` first, without the code. `kwargs`: `repo_id`
         (default: the folder's name) and others of `push_to_hub`; `save_jinja_files`, for transformers 4."""
         target = Path(save_directory)
-        if target.is_file():
-            raise ValueError(f"save_directory {str(target)!r} is a file. Expected a folder.")
-        target.mkdir(parents=True, exist_ok=True)
-        written = []
-        with tempfile.TemporaryDirectory(dir=target, prefix=".processor.") as folder:
-            new, tokenizer = Path(folder), self.tokenizer
-            super().save_pretrained(folder, **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs})
-            self.image_processor.save_pretrained(folder)
+        with saved_together(target) as new:
+            tokenizer = self.tokenizer
+            super().save_pretrained(new, **{key: kwargs[key] for key in ("save_jinja_files",) if key in kwargs})
+            self.image_processor.save_pretrained(new)
             vocabulary = str(getattr(tokenizer, "vocab_file", None))
             if vocabulary.endswith(".model") and Path(vocabulary).is_file():
                 (new / "tokenizer.model").write_bytes(Path(vocabulary).read_bytes())
@@ -506,17 +508,14 @@ class SaisaProcessor(ImageTextProcessorMixin):
             settings = {name: getattr(self, name) for name in SETTINGS}
             settings |= {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SaisaProcessor"}
             _rewrite_json(new / "processor_config.json", lambda old: settings)
-            files = [path for path in new.rglob("*") if path.is_file()]
-            for source in sorted(files, key=lambda path: (path.name != "processor_config.json", path)):
-                destination = target / source.relative_to(new)
-                destination.parent.mkdir(exist_ok=True)
-                written.append(str(source.replace(destination)))
-        write_code_files(target)
+            files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+            write_code_files(new)
         if push_to_hub:
             hub = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
             options = {key: kwargs[key] for key in hub if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id") or target.resolve().name, **options)
-        return written
+        files.sort(key=lambda path: (path.name != "processor_config.json", path))
+        return [str(target / path) for path in files]
 
 
 def _rewrite_json(path: Path, change) -> None:

@@ -25,6 +25,7 @@ from ..checkpoint_saisa import code_files
 from ..common import sources
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
+from ..saving_saisa import UNFINISHED, finish_saving
 from .auto_map import is_ours, parsed, wanted_auto_map, with_auto_map
 from .model_card import flop_section, model_card, usage_section
 
@@ -83,6 +84,10 @@ def upgrade(
             f"--push-to-hub goes with a repository 'user/name', got the folder {folder}: upgrade it without that option, "
             "then `hf upload` it."
         )
+    if not check and finish_saving(folder):
+        log(f"finished the saving into {folder} that was interrupted")
+        if not (folder / CONFIG).is_file():  # a processor's alone
+            return True
     plan = plan_upgrade(folder, str(folder))
     _report(plan, str(folder), check, log)
     if plan and not check:
@@ -128,6 +133,8 @@ def plan_upgrade(folder: Path, name: str, repo_id: str | None = None) -> Plan:
         settings = parsed(content, f"{name}/{file}")
         if file == CONFIG:
             config = settings
+            if UNFINISHED in config:
+                raise ValueError(config[UNFINISHED])
             if config.get("model_type") != "saisa":
                 raise ValueError(f"{name} has model_type {config.get('model_type')!r}: expected 'saisa'.")
         wanted = wanted_auto_map(file, settings)

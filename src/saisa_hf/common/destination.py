@@ -8,7 +8,6 @@ A command that dies at any moment leaves the destination as it was.
 import contextlib
 import ctypes
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
+from ..saving_saisa import flush, hidden_folder, locked, sweep
 from .sources import first_line
 
 
@@ -48,6 +48,7 @@ class Destination:
     ):
         self.path = Path(path).expanduser().resolve()
         self.overwrite, self.push_to_hub, self.private, self.log = overwrite, push_to_hub, private, log
+        _restore(self.path, log)
         self._check()
         if push_to_hub is not None:
             check_hub(push_to_hub)
@@ -83,7 +84,8 @@ class Destination:
         """A hidden folder beside the destination to write into. It takes the destination's place in one step when the block
         ends, and is removed if the block fails."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _partial_folder(self.path, self.log) as partial:
+        sweep(self.path.parent, f".{self.path.name}.", ".partial", self.log)
+        with hidden_folder(self.path.parent, f".{self.path.name}.", ".partial") as partial:
             yield partial
             self._check()  # hours may have passed
             _put_in_place(partial, self.path)
@@ -134,69 +136,34 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-@contextlib.contextmanager
-def _partial_folder(destination: Path, log: Callable[[str], None]) -> Iterator[Path]:
-    """A hidden folder beside `destination`, removed in the end. It is locked while its process lives: those that are not
-    locked were left by runs that died, and are removed first."""
-    for left in destination.parent.glob(f".{glob.escape(destination.name)}.*.partial"):
-        with _locked(left) as held:
-            if held:
-                log(f"removing {left}, which an interrupted run left")
-                shutil.rmtree(left, ignore_errors=True)
-    while True:
-        partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".partial", dir=destination.parent))
-        with _locked(partial) as held:
-            if held is False or not partial.exists():
-                continue  # another run to the same place took it for a left-over before it was locked
-            try:
-                partial.chmod(0o755)
-                yield partial
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-            return
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool | None]:
-    """Whether this process holds the folder now: False if another one does, None if that is unknown."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield None
-        return
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-        except OSError:  # some network file systems have no locks
-            held = None
-        yield held
-    finally:
-        os.close(handle)
-
-
 def _put_in_place(finished: Path, destination: Path) -> None:
     """Makes `finished` the folder `destination`, in one step; what was there takes its place."""
-    for path in [*finished.rglob("*"), finished]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush(finished)
     if not destination.exists():
         os.rename(finished, destination)
     elif not _exchange(finished, destination):
         aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
-        os.rename(destination, aside / destination.name)
-        try:
-            os.rename(finished, destination)
-        except BaseException:
-            os.rename(aside / destination.name, destination)
-            aside.rmdir()
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+        with locked(aside):
+            os.rename(destination, aside / destination.name)
+            try:
+                os.rename(finished, destination)
+            except BaseException:
+                os.rename(aside / destination.name, destination)
+                aside.rmdir()
+                raise
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _restore(destination: Path, log: Callable[[str], None]) -> None:
+    """Puts `destination` back where a run that was killed in `_put_in_place` had moved it aside and not come further."""
+    for aside in destination.parent.glob(f".{glob.escape(destination.name)}.????????.old"):
+        with locked(aside) as held:
+            if held is False or {path.name for path in aside.iterdir()} - {destination.name}:
+                continue  # a run is at it now, or it is somebody else's
+            if not destination.exists() and (aside / destination.name).exists():
+                log(f"putting {destination} back, which an interrupted run had moved aside")
+                os.rename(aside / destination.name, destination)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _exchange(first: Path, second: Path) -> bool:
