@@ -145,7 +145,7 @@ def test_a_conversion_killed_at_any_step_leaves_all_or_nothing_and_can_be_run_ag
             [before[destination]] if early else [before[destination], complete] if "kill_at" in job else [complete]
         )
         assert state(destination) in allowed, f"half a result after {job}"
-        middle += any(path.suffix == ".safetensors" for path in destination.parent.glob(".dst.*.partial/*"))
+        middle += any(path.suffix == ".safetensors" for path in destination.parent.glob(".dst.*.partial/dst/*"))
         convert(source, destination, overwrite=True, **SHARDS, **QUIET)
         assert state(destination) == complete
         assert names(destination.parent) == ["dst"], f"something is left of {job}"
@@ -181,7 +181,7 @@ def test_where_folders_cannot_be_swapped_the_old_one_is_moved_aside_and_back(tmp
     before, rename = old_result(tmp_path / "dst"), os.rename
 
     def fail(old, new):
-        if str(old).endswith(".partial"):
+        if ".partial" in str(old):
             raise OSError("no")
         rename(old, new)
 

@@ -18,12 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from .compat_saisa import optional
 
-try:
-    from fcntl import LOCK_EX, LOCK_NB, flock
-except ImportError:  # Windows
-    LOCK_EX, LOCK_NB, flock = 0, 0, lambda *_: None
 
+flock, FLAGS = optional("fcntl", "flock"), optional("fcntl", "LOCK_EX", 0) | optional("fcntl", "LOCK_NB", 0)
 # those of a processor in the order in which they are closed; they are opened in reverse
 ENTRIES = (
     "processor_config.json",
@@ -32,7 +30,7 @@ ENTRIES = (
     "adapter_config.json",
     "config.json",
 )
-HIDDEN, LOCK, UNFINISHED = ".saving.", ".saving.lock", "saving_unfinished"
+HIDDEN, COMPLETE, UNFINISHED = ".saving.", ".complete", "saving_unfinished"
 # of an earlier processor, what a later one would read if it has none itself
 PROCESSOR_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -41,11 +39,7 @@ PROCESSOR_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_
 def saved_together(folder, keep: bool = True):
     """A hidden folder in `folder`, made if need be, to write into. When the block ends, its files take their places in
     `folder` together; if it fails, or with `keep=False`, none does. Within another such block it is that one's folder.
-
-    Raises:
-        ValueError: `folder` is a file.
-        OSError: there is no room for the new files beside the old ones, or they cannot be written.
-    """
+    Raises ValueError if `folder` is a file, OSError if there is no room for the new files beside the old ones."""
     folder = Path(folder)
     if folder.name.startswith(HIDDEN):
         yield folder
@@ -57,26 +51,26 @@ def saved_together(folder, keep: bool = True):
     with hidden_folder(folder, HIDDEN) as new:
         try:
             yield new
-            flush(new)
+            for path in _files(new):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
         except Exception as error:
-            if "no space left" not in str(error).lower() and "quota exceeded" not in str(error).lower():
+            if not re.search("no space left|quota exceeded", str(error), re.I):
                 raise
             room = "New files need room beside the old ones, which are as they were"
             raise OSError(f"Saving into {folder} failed: {error}. {room}.") from error
         if keep and any(new.iterdir()):
-            with _alone(folder):
+            with locked(folder, wait=True):
                 _finish(folder)  # what another process, killed since, has begun
                 _begin(folder, new)
                 _finish(folder)
 
 
-def finish_saving(folder: Path) -> bool:
-    """Completes a save into `folder` that was interrupted with all files written, if there is one, and removes what others
-    left. Returns whether there was one."""
-    with _alone(folder):
-        finished = _finish(folder)
+def finish_saving(folder: Path) -> None:
+    """Completes a save into `folder` that was interrupted with all files written; removes what others left."""
+    with locked(folder, wait=True):
+        _finish(folder)
         sweep(folder, HIDDEN)
-    return finished
 
 
 def check_finished(folder, entries: tuple[str, ...], subfolder: str | None = None) -> None:
@@ -88,7 +82,7 @@ def check_finished(folder, entries: tuple[str, ...], subfolder: str | None = Non
 
 def _begin(folder: Path, new: Path) -> None:
     """Announces in `folder` that the files in `new` are to come."""
-    names = {path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file()}
+    names = {path.relative_to(new).as_posix() for path in _files(new)}
     old_code = [path for path in folder.glob("*_saisa.py") if path.name in names]
     same = [path.name for path in old_code if filecmp.cmp(path, new / path.name, shallow=False)]
     for name in same:
@@ -100,41 +94,33 @@ def _begin(folder: Path, new: Path) -> None:
     place = folder.resolve()
     message = f"Saving into {place} has not finished. If no process is doing it, it was interrupted: save again, or "
     message += f"finish it with `saisa upgrade {place}`."
-    journal = {UNFINISHED: message, "folder": new.name, "files": sorted(names)}
+    code = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoImageProcessor"), f"{UNFINISHED}.Unfinished")
+    auto_map = {**code, "AutoTokenizer": [f"{UNFINISHED}.Unfinished"] * 2}
+    journal = {UNFINISHED: message, "folder": new.name, "files": sorted(names), "auto_map": auto_map}
     journal |= {"model_type": "saisa", "text_config": {"model_type": message}, "peft_type": message}
     journal |= {"processor_class": "SaisaProcessor", "tokenizer_class": message, "image_processor_type": message}
-    remote = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoImageProcessor"), f"{UNFINISHED}.Unfinished")
-    journal |= {"auto_map": remote | {"AutoTokenizer": [f"{UNFINISHED}.Unfinished"] * 2}}
+    (new / COMPLETE).touch()
     _write(folder / f"{UNFINISHED}.py", f"raise ValueError({message!r})\n", new)
-    (new / LOCK).touch()  # stays, with what it holds, until all is in place
-    first = next((name for name in ENTRIES if (new / name).exists()), None)
-    if first:
-        _write(folder / first, json.dumps(journal, indent=2), new)
-    else:
-        _put_in_place(folder, new, names)
+    _write(folder / next(name for name in ENTRIES if (new / name).exists()), json.dumps(journal, indent=2), new)
 
 
-def _finish(folder: Path) -> bool:
-    """Does what `_begin` has announced, or what an interrupted call has left of it; whether there was anything."""
-    finished = False
-    for entry in ENTRIES:
-        journal = _journal(folder / entry)
-        new = folder / os.path.basename(journal["folder"]) if journal else folder
-        if new.name.startswith(HIDDEN) and new.is_dir():
+def _finish(folder: Path) -> None:
+    """Does what `_begin` has announced, or what an interrupted call has left of it."""
+    for journal in [_journal(folder / entry) for entry in ENTRIES]:
+        new = folder / os.path.basename(str(journal.get("folder"))) if journal else folder
+        if journal and new.name.startswith(HIDDEN) and (new / COMPLETE).exists():
             for name in ENTRIES:
                 if (new / name).exists() and not _journal(folder / name):
                     _write(folder / name, json.dumps(journal, indent=2), new)
-            _put_in_place(folder, new, set(map(str, journal["files"])))
-            finished = True
-    return finished
+            for name in _stale(folder, set(journal["files"])):
+                (folder / name).unlink(missing_ok=True)
+            _put_in_place(folder, new)
 
 
-def _put_in_place(folder: Path, new: Path, names: set[str]) -> None:
-    for name in _stale(folder, names):
-        (folder / name).unlink(missing_ok=True)
-    files = [path for path in new.rglob("*") if path.is_file() and path.name not in (LOCK, UNFINISHED)]
-    order = {name: -n for n, name in enumerate(ENTRIES)}
-    for path in sorted(files, key=lambda path: order.get(path.name, -len(order))):
+def _put_in_place(folder: Path, new: Path) -> None:
+    for path in sorted(
+        _files(new), key=lambda path: -ENTRIES.index(path.name) if path.name in ENTRIES else -len(ENTRIES)
+    ):
         place = folder / path.relative_to(new)
         place.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # without locks, another process may be finishing it too
@@ -148,12 +134,10 @@ def _stale(folder: Path, names: set[str]) -> set[str]:
     the same variant, code of this package that it no longer has, parts of an earlier processor."""
     weights = {key for key in map(_weights_key, names) if key & {"safetensors", "bin"}}
     weights |= {key - {"pytorch_model", "bin"} | {"model", "safetensors"} for key in weights if "bin" in key}
-    others = {path.relative_to(folder).as_posix() for path in folder.glob("*") if path.is_file()} - names
+    others = {path.name for path in folder.glob("*") if path.is_file()} - names
     stale = {name for name in others if _weights_key(name) in weights}
     if "processor_config.json" in names:
-        templates = {
-            f"additional_chat_templates/{path.name}" for path in folder.glob("additional_chat_templates/*.jinja")
-        }
+        templates = {path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")}
         stale |= others.intersection(PROCESSOR_FILES) | templates - names
     if "configuration_saisa.py" in names:  # `upgrade_...` are for `saisa upgrade` to remove
         code = [name for name in others if name.endswith("_saisa.py") and not name.startswith("upgrade_")]
@@ -166,37 +150,36 @@ def _weights_key(name: str) -> frozenset[str]:
     return frozenset(re.sub(r"-\d{5}-of-\d{5}|\.index|\.json$", "", name).split("."))
 
 
+def _files(new: Path) -> list[Path]:
+    return [path for path in new.rglob("*") if path.is_file() and path.name not in (COMPLETE, UNFINISHED)]
+
+
 def _journal(entry: Path) -> dict | None:
     """What an entry says that is not to be loaded yet; None of all others."""
     try:
         found = json.loads(entry.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    form = {UNFINISHED: str, "folder": str, "files": list}
-    well = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in form.items())
-    return found if well else None
+    return found if isinstance(found, dict) and UNFINISHED in found else None
 
 
 def _write(path: Path, text: str, new: Path) -> None:
     (new / UNFINISHED).write_text(text, encoding="utf-8")
-    flush(new / UNFINISHED)
     os.replace(new / UNFINISHED, path)
 
 
 @contextlib.contextmanager
 def hidden_folder(parent: Path, prefix: str, suffix: str = ""):
-    """A new folder in `parent`, removed in the end unless it has a file `LOCK`. While its process lives it is locked, for
-    `sweep` to know."""
+    """A new folder in `parent`, removed in the end unless it is `COMPLETE`; locked while its process lives, for `sweep`."""
     while True:
         new = Path(tempfile.mkdtemp(suffix, prefix, parent))
         with locked(new) as held:
             if held is False or not new.exists():
                 continue  # another process took it for a left-over before it was locked
             try:
-                new.chmod(0o755)
                 yield new
             finally:
-                if not (new / LOCK).exists():
+                if not (new / COMPLETE).exists():
                     shutil.rmtree(new, ignore_errors=True)
             return
 
@@ -205,55 +188,25 @@ def sweep(parent: Path, prefix: str, suffix: str = "", log=lambda line: None) ->
     """Removes hidden folders whose process died. Where there are no locks to tell, those that a day has not changed."""
     for left in parent.glob(f"{glob.escape(prefix)}*{suffix}"):
         with locked(left) as held, contextlib.suppress(FileNotFoundError):
-            if held or (held is None and left.is_dir() and time.time() - left.stat().st_mtime > 24 * 3600):
+            if held or (held is None and time.time() - left.stat().st_mtime > 24 * 3600):
                 log(f"removing {left}, which an interrupted run left")
                 shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def locked(folder: Path):
-    """Whether this process holds the folder now: False if another one does, None if that is unknown."""
+def locked(folder: Path, wait: bool = False):
+    """Whether this process holds the folder now: False if another one does (with `wait`, after a minute), None if that is
+    unknown, as on systems and file systems without locks."""
+    held, until = None, time.monotonic() + 60 * wait
     with contextlib.ExitStack() as stack:
-        try:
-            handle = os.open(f"{folder}/.", os.O_RDONLY)
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)  # not on Windows
             stack.callback(os.close, handle)
-            flock(handle, LOCK_EX | LOCK_NB)
-            held = True
-        except BlockingIOError:
-            held = False
-        except OSError:  # no folder, or a system or a file system without locks
-            held = None
+            while not held and (held is None or time.monotonic() < until):
+                try:
+                    flock(handle, FLAGS)
+                    held = True
+                except BlockingIOError:
+                    held = False
+                    time.sleep(0.01 * wait)
         yield held
-
-
-@contextlib.contextmanager
-def _alone(folder: Path):
-    """Waits until no other process is putting files in place in `folder`, as far as the system has locks."""
-    path = folder / LOCK
-    while True:
-        with path.open("a") as file:
-            with contextlib.suppress(OSError):
-                flock(file, LOCK_EX)
-            try:
-                mine = os.path.samestat(os.fstat(file.fileno()), path.stat())
-            except FileNotFoundError:
-                mine = False
-            if not mine:
-                continue  # whoever had it has removed it
-            try:
-                yield
-            finally:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            return
-
-
-def flush(path: Path) -> None:
-    """Waits until a file, or a folder with all that is in it, is on the disk."""
-    for one in [*path.rglob("*"), path]:
-        with contextlib.suppress(PermissionError):  # Windows opens no folders
-            handle = os.open(one, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

@@ -25,7 +25,7 @@ from ..checkpoint_saisa import code_files
 from ..common import sources
 from ..common.destination import check_hub, write_file
 from ..configuration_saisa import SaisaConfig
-from ..saving_saisa import UNFINISHED, finish_saving
+from ..saving_saisa import ENTRIES, UNFINISHED, check_finished, finish_saving
 from .auto_map import is_ours, parsed, wanted_auto_map, with_auto_map
 from .model_card import flop_section, model_card, usage_section
 
@@ -84,7 +84,12 @@ def upgrade(
             f"--push-to-hub goes with a repository 'user/name', got the folder {folder}: upgrade it without that option, "
             "then `hf upload` it."
         )
-    if not check and finish_saving(folder):
+    try:
+        check_finished(folder, ENTRIES)
+    except ValueError:
+        if check:
+            raise
+        finish_saving(folder)
         log(f"finished the saving into {folder} that was interrupted")
         if not (folder / CONFIG).is_file():  # a processor's alone
             return True

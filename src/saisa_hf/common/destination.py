@@ -19,7 +19,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from ..saving_saisa import flush, hidden_folder, locked, sweep
+from ..saving_saisa import hidden_folder, locked, sweep
 from .sources import first_line
 
 
@@ -86,9 +86,11 @@ class Destination:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         sweep(self.path.parent, f".{self.path.name}.", ".partial", self.log)
         with hidden_folder(self.path.parent, f".{self.path.name}.", ".partial") as partial:
-            yield partial
+            content = partial / self.path.name  # the lock on `partial` is not one on what is written
+            content.mkdir()
+            yield content
             self._check()  # hours may have passed
-            _put_in_place(partial, self.path)
+            _put_in_place(content, self.path)
 
     def publish(self) -> None:
         """Says where the result is, and uploads it if that was asked for."""
@@ -138,7 +140,12 @@ def write_file(path: Path, content: bytes) -> None:
 
 def _put_in_place(finished: Path, destination: Path) -> None:
     """Makes `finished` the folder `destination`, in one step; what was there takes its place."""
-    flush(finished)
+    for path in [*finished.rglob("*"), finished]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
     if not destination.exists():
         os.rename(finished, destination)
     elif not _exchange(finished, destination):
