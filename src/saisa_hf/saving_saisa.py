@@ -57,8 +57,8 @@ def saved_together(folder, keep: bool = True):
         except Exception as error:
             if not re.search("no space left|quota exceeded", str(error), re.I):
                 raise
-            room = "New files need room beside the old ones, which are as they were"
-            raise OSError(f"Saving into {folder} failed: {error}. {room}.") from error
+            why = f"{error}. New files need room beside the old ones, which are as they were"
+            raise OSError(f"Saving into {folder} failed: {why}.") from error
         if keep and any(new.iterdir()):
             with locked(folder, wait=True):
                 _finish(folder)  # what another process, killed since, has begun
@@ -83,22 +83,21 @@ def check_finished(folder, entries: tuple[str, ...], subfolder: str | None = Non
 def _begin(folder: Path, new: Path) -> None:
     """Announces in `folder` that the files in `new` are to come."""
     names = {path.relative_to(new).as_posix() for path in _files(new)}
-    old_code = [path for path in folder.glob("*_saisa.py") if path.name in names]
-    same = [path.name for path in old_code if filecmp.cmp(path, new / path.name, shallow=False)]
-    for name in same:
-        (new / name).unlink()
-    if len(same) < len(old_code):  # what names code is not to be loaded while the code changes
-        for name in ENTRIES:
-            if (folder / name).is_file() and name not in names:
-                shutil.copy(folder / name, new)
+    for path in folder.glob("*_saisa.py"):
+        if path.name in names and filecmp.cmp(path, new / path.name, shallow=False):
+            (new / path.name).unlink()
+        elif path.name in names:  # what names code is not to be loaded while the code changes
+            for entry in ENTRIES:
+                if (folder / entry).is_file() and entry not in names:
+                    shutil.copy(folder / entry, new)
     place = folder.resolve()
     message = f"Saving into {place} has not finished. If no process is doing it, it was interrupted: save again, or "
     message += f"finish it with `saisa upgrade {place}`."
-    code = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoImageProcessor"), f"{UNFINISHED}.Unfinished")
-    auto_map = {**code, "AutoTokenizer": [f"{UNFINISHED}.Unfinished"] * 2}
-    journal = {UNFINISHED: message, "folder": new.name, "files": sorted(names), "auto_map": auto_map}
-    journal |= {"model_type": "saisa", "text_config": {"model_type": message}, "peft_type": message}
-    journal |= {"processor_class": "SaisaProcessor", "tokenizer_class": message, "image_processor_type": message}
+    code: dict = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoImageProcessor"), f"{UNFINISHED}.Class")
+    code["AutoTokenizer"] = [f"{UNFINISHED}.Class"] * 2
+    journal = {UNFINISHED: message, "folder": new.name, "files": sorted(names), "auto_map": code}
+    journal |= {"model_type": "saisa", "processor_class": "SaisaProcessor", "text_config": {"model_type": message}}
+    journal |= dict.fromkeys(("peft_type", "tokenizer_class", "image_processor_type"), message)
     (new / COMPLETE).touch()
     _write(folder / f"{UNFINISHED}.py", f"raise ValueError({message!r})\n", new)
     _write(folder / next(name for name in ENTRIES if (new / name).exists()), json.dumps(journal, indent=2), new)
@@ -115,6 +114,15 @@ def _finish(folder: Path) -> None:
             for name in _stale(folder, set(journal["files"])):
                 (folder / name).unlink(missing_ok=True)
             _put_in_place(folder, new)
+
+
+def _files(new: Path) -> list[Path]:
+    return [path for path in new.rglob("*") if path.is_file() and path.name not in (COMPLETE, UNFINISHED)]
+
+
+def _write(path: Path, text: str, new: Path) -> None:
+    (new / UNFINISHED).write_text(text, encoding="utf-8")
+    os.replace(new / UNFINISHED, path)
 
 
 def _put_in_place(folder: Path, new: Path) -> None:
@@ -150,10 +158,6 @@ def _weights_key(name: str) -> frozenset[str]:
     return frozenset(re.sub(r"-\d{5}-of-\d{5}|\.index|\.json$", "", name).split("."))
 
 
-def _files(new: Path) -> list[Path]:
-    return [path for path in new.rglob("*") if path.is_file() and path.name not in (COMPLETE, UNFINISHED)]
-
-
 def _journal(entry: Path) -> dict | None:
     """What an entry says that is not to be loaded yet; None of all others."""
     try:
@@ -161,11 +165,6 @@ def _journal(entry: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and UNFINISHED in found else None
-
-
-def _write(path: Path, text: str, new: Path) -> None:
-    (new / UNFINISHED).write_text(text, encoding="utf-8")
-    os.replace(new / UNFINISHED, path)
 
 
 @contextlib.contextmanager
