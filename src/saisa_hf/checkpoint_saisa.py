@@ -72,10 +72,9 @@ class SaisaCheckpoint:
         together = nullcontext(save_directory) if in_parts else saved_together(save_directory, is_main_process)
         with encoder_names_of_all_releases(self) as options, together as folder:
             super().save_pretrained(folder, is_main_process, state_dict, *args, **{**kwargs, **options})
-        if hasattr(
-            self, "barrier_after_gathered_checkpoint_save"
-        ):  # transformers' own was before the files came into place
-            self.barrier_after_gathered_checkpoint_save(getattr(self.config, "distributed_config", None))
+        wait = getattr(self, "barrier_after_gathered_checkpoint_save", None)  # before, the files were not in place yet
+        if wait is not None:
+            wait(getattr(self.config, "distributed_config", None))
         if push_to_hub and is_main_process:
             shared = {name: kwargs[name] for name in ("token", "max_shard_size", "variant") if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).resolve().name, "state_dict": pushed, **shared, **hub})
