@@ -172,14 +172,8 @@ class _Fetching(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         request = urllib.request.Request(parts._replace(netloc=host, path=path, query=query, fragment="").geturl())
         opener = urllib.request.OpenerDirector()  # of http(s) alone; the usual one reads file: and ftp: as well
         opener.addheaders = [("User-Agent", "saisa_hf")]
-        others = (
-            "HTTPRedirectHandler",
-            "ProxyHandler",
-            "HTTPDefaultErrorHandler",
-            "HTTPErrorProcessor",
-            "UnknownHandler",
-        )
-        for handler in (self, *(getattr(urllib.request, name)() for name in others)):
+        others = "HTTPRedirectHandler ProxyHandler HTTPDefaultErrorHandler HTTPErrorProcessor UnknownHandler"
+        for handler in (self, *(getattr(urllib.request, name)() for name in others.split())):
             opener.add_handler(handler)
         with opener.open(request, timeout=2 * self.limits.timeout) as response:
             encoding, content = response.headers.get("Content-Encoding", "identity").lower(), io.BytesIO()
@@ -187,7 +181,7 @@ class _Fetching(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                 raise ValueError(f"Content-Encoding {encoding!r:.40} was not asked for")
             unpack = zlib.decompressobj(47)  # 47: of gzip or of zlib
             self.limits.check_bytes(response.length or 0)
-            while chunk := response.read(2**16):
+            while not unpack.eof and (chunk := response.read(2**16)):  # what comes behind the end would pile up
                 most = int(self.limits.max_image_bytes) + 1 - content.tell()
                 content.write(chunk if encoding == "identity" else unpack.decompress(chunk, most))
                 self.limits.check_bytes(content.tell())
@@ -209,30 +203,29 @@ class _Fetching(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return self.http_open(request, HTTPSConnection, context=context)
 
     def connected(self, request, address: tuple[str, int], timeout, *_) -> socket.socket:
-        """A socket to `address`, a proxy's where `request` goes through one, or to what the host was found to be."""
-        target, error = urlsplit(request.full_url), None
-        is_proxy = request.host != target.netloc
+        """A socket to `address`, which is a proxy's where `request` goes through one."""
+        is_proxy = request.has_proxy() or request._tunnel_host is not None
+        host = unquote(urlsplit(request.full_url).hostname) if is_proxy else address[0]
         try:
-            found: list = [
-                one[4][:2] for one in socket.getaddrinfo(target.hostname, address[1], type=socket.SOCK_STREAM)
-            ]
+            found: list = [one[4][:2] for one in socket.getaddrinfo(host, address[1], type=socket.SOCK_STREAM)]
         except (OSError, UnicodeError):
             if not is_proxy:
                 raise
             found = []
-        private = [host for host, _ in found if not is_public(str(host))]
+        private = [ip for ip, _ in found if not is_public(ip)]
         if private and not self.limits.allow_private_urls:
             fix = "If that is meant: allow_private_urls=True, or SAISA_IMAGE_ALLOW_PRIVATE_URLS=1 in the environment"
-            raise ValueError(f"{target.hostname!r:.200} is {private[0]}, which is no public address. {fix}")
+            raise ValueError(f"{host!r:.200} is {private[0]}, which is no public address. {fix}")
+        error: OSError = TimeoutError()
         for one in [address] if is_proxy else found:
             try:
+                made = socket.create_connection(one, timeout)
+                self.sockets.append(made.dup())  # which ends this one, too, when it is shut down
                 if not self.is_over:
-                    made = socket.create_connection(one, timeout)
-                    self.sockets.append(made.dup())  # which ends this one, too, when it is shut down
                     return made
             except OSError as failure:
                 error = failure
-        raise error or TimeoutError
+        raise error
 
 
 def is_public(address: str) -> bool:
