@@ -1,13 +1,16 @@
 """SaisaConfig: what it refuses, and that it survives JSON on and between both transformers majors."""
 
 import json
+import math
 
 import pytest
+from hostile import bounded
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_config
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, LlamaConfig, Qwen3Config, ViTConfig, ViTModel
 
 from saisa_hf import SaisaConfig
 from saisa_hf.compat_saisa import TRANSFORMERS_5, portable_config_dict, readable_config_dict
+from saisa_hf.vision_saisa import grid_of
 
 
 LLAMA_3 = {
@@ -61,6 +64,20 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(wrong, words)
         SaisaConfig(**wrong)
     for word in words:
         assert word in str(refused.value)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 12, 97, 576, 1369, 30030])
+@pytest.mark.parametrize("size", [(1, 1), (336, 336), (200, 700), (1000, 10)])
+def test_a_grid_is_that_of_the_squarest_cells(tokens, size):
+    height, width = size
+    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    rows = min(divisors, key=lambda rows: abs(math.log(rows * rows / tokens * width / height)))
+    assert grid_of(tokens, height, width) == (rows, tokens // rows)
+
+
+def test_a_grid_of_very_many_tokens_is_found_at_once():
+    with bounded(seconds=5, megabytes=50):
+        assert grid_of(17142**2, 1, 1) == (17142, 17142)
 
 
 @pytest.mark.parametrize("layer, tokens, width", [(0, 64, 8), (1, 64, 8), (-2, 64, 8), (-1, 16, 16)])

@@ -124,6 +124,61 @@ def test_nothing_to_learn_is_a_loss_of_zero_that_reaches_every_weight():
     assert loss == 0 and head.weight.grad.abs().max() == 0 and hidden.grad.abs().max() == 0
 
 
+@pytest.mark.parametrize("alignment", ["input_space", "embedding_space"])
+@pytest.mark.parametrize("count", [None, 0, 7, torch.tensor(0), torch.tensor(7)], ids=str)
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_where_no_label_counts_the_loss_is_zero_and_so_is_every_gradient(skip_logits, count, alignment):
+    model, prompts = tiny_model(alignment=alignment), random_prompts()
+    arguments = {**prompts.inputs, "skip_logits": skip_logits} | (
+        {} if count is None else {"num_items_in_batch": count}
+    )
+    _, reached = gradients(model, labels=labelled(prompts), **arguments)
+    none = torch.full_like(prompts.input_ids, -100)
+    model.zero_grad()
+    outputs, found = gradients(model, labels=none, **arguments)
+    assert outputs.loss == 0 and outputs.loss.dtype == torch.float32
+    assert found.keys() == reached.keys() and not any(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_a_part_of_a_batch_without_labels_adds_nothing(skip_logits):
+    model, prompts = tiny_model(), random_prompts()
+    labels = labelled(prompts)
+    arguments = {**prompts.inputs, "skip_logits": skip_logits, "num_items_in_batch": torch.tensor(5)}
+    whole, wanted = gradients(model, labels=labels, **arguments)
+    model.zero_grad()
+    parts = [model(labels=x, **arguments).loss for x in (labels, torch.full_like(labels, -100))]
+    sum(parts).backward()
+    assert sum(parts) == whole.loss
+    assert all(torch.equal(p.grad, wanted[name]) for name, p in model.named_parameters() if p.grad is not None)
+
+
+def one_of_two_processes(rank: int, store: str, skip_logits: bool, folder: str):
+    torch.distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=2)
+    model, prompts = tiny_model(), random_prompts()
+    model.model.vision_tower.requires_grad_(False)
+    labels = labelled(prompts) if rank == 0 else torch.full_like(prompts.input_ids, -100)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):  # the second pass finds out whether the first one met all parameters
+        model.zero_grad()
+        parallel(**prompts.inputs, labels=labels, skip_logits=skip_logits).loss.backward()
+    torch.save({name: p.grad for name, p in model.named_parameters()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_a_process_without_labels_keeps_step_with_the_others(skip_logits, tmp_path):
+    arguments = (str(tmp_path / "store"), skip_logits, str(tmp_path))
+    torch.multiprocessing.spawn(one_of_two_processes, arguments, nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model, prompts = tiny_model(), random_prompts()
+    _, wanted = gradients(model, **prompts.inputs, labels=labelled(prompts), skip_logits=skip_logits)
+    for name, gradient in first.items():
+        if "vision_tower" not in name:
+            assert torch.equal(gradient, second[name])
+            torch.testing.assert_close(gradient, wanted[name] / 2)  # the mean of the two processes
+
+
 def test_without_labels_there_are_logits_whatever_is_asked():
     model, prompts = tiny_model(), random_prompts()
     assert torch.equal(model(**prompts.inputs, skip_logits=True).logits, model(**prompts.inputs).logits)

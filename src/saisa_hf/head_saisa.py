@@ -109,7 +109,10 @@ class AnswersAboutImages:
         logits_BTX = scaled(self.lm_head(hidden_BTD))
         if targets_BT is None:
             return logits_BTX, None
-        loss_arguments |= {**kwargs, "shift_labels": targets_BT}
+        count, ignored = loss_arguments.get("num_items_in_batch"), loss_arguments.get("ignore_index", IGNORED)
+        count = (targets_BT != ignored).sum() if count is None else torch.as_tensor(count)
+        # at least one, and no mean: where no label counts, the loss is zero, not NaN
+        loss_arguments |= {**kwargs, "shift_labels": targets_BT, "num_items_in_batch": count.clamp(min=1)}
         return logits_BTX, self.loss_function(logits=logits_BTX, labels=labels, vocab_size=vocab_size, **loss_arguments)
 
     vision_tower = property(lambda self: self.model.vision_tower)
@@ -134,8 +137,6 @@ class AnswersAboutImages:
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        if "tokenizer" in kwargs:  # `transformers serve` hands over the processor, which cannot look for stop strings
-            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         check_one_of(pixel_values, visual_states)
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)

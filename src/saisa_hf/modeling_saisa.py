@@ -526,7 +526,8 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         Args:
             labels: (B, S), -100 is ignored. A label counts only if it follows a text token: a visual token has no output to
                 predict from, nor has padding in a batch with images. (In embedding space all count.) Placeholders should be
-                -100: the text token in front of an image would learn to predict them, and `Trainer` would count them.
+                -100: the text token in front of an image would learn to predict them, and `Trainer` would count them. Where
+                no label counts, the loss and all gradients are zero, with `skip_logits` and without.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
             skip_logits: with `labels`, return the loss alone, without memory for logits: they are made for labelled rows
                 only, some at a time, and again in backward.

@@ -27,7 +27,7 @@ from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
 from .saving_saisa import ENTRIES, check_finished, saved_together
-from .vision_saisa import check_choice, reduced_length
+from .vision_saisa import MOST_TOKENS, check_choice, check_value, reduced_length, shown
 
 
 if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a checkpoint that each entry file names
@@ -136,11 +136,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
         visual_token_reduction=None,
         reduced_visual_tokens=None,
     ):
-        if vision_feature_select_strategy not in (None, "default", "full"):
-            raise ValueError(f"{vision_feature_select_strategy=} is not supported. Expected 'default' or 'full'.")
-        for key, value in {"patch_size": patch_size, "image_seq_length": image_seq_length}.items():
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{key} is {value!r}. Expected a positive int, or None.")
+        for name, value, rule in (
+            ("vision_feature_select_strategy", vision_feature_select_strategy, ["default", "full", None]),
+            ("patch_size", 1 if patch_size is None else patch_size, (1, MOST_TOKENS)),
+            ("image_seq_length", 1 if image_seq_length is None else image_seq_length, (1, MOST_TOKENS)),
+            ("num_additional_image_tokens", num_additional_image_tokens, (0, MOST_TOKENS)),
+            ("image_token", image_token or None, str),
+            ("chat_template", {} if chat_template is None or isinstance(chat_template, str) else chat_template, dict),
+            ("pad_to_square", pad_to_square, [True, False]),
+            ("tokenize_whole", tokenize_whole, [True, False]),
+        ):
+            check_value(name, value, rule)
         check_choice(visual_token_reduction, reduced_visual_tokens, image_seq_length)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         self.patch_size, self.image_seq_length = patch_size, image_seq_length
@@ -149,6 +155,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
+        if not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"tokenizer is {shown(tokenizer)}. Expected a tokenizer of transformers.")
         if self.image_token not in tokenizer.get_vocab():
             adding = f"tokenizer.add_tokens({self.image_token!r}, special_tokens=True)"
             raise ValueError(f"The tokenizer lacks image_token {self.image_token!r}. Name another, or call {adding}.")
@@ -287,9 +295,6 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Token ids and what goes with them, one row per text, with `counts` placeholders for the texts' images."""
         if refused := {key: kwargs[key] for key in UNSUPPORTED if kwargs.get(key)}:
             raise ValueError(f"{refused} is not supported: texts are tokenized around their images. Leave it out.")
-        for name in ("max_length", "pad_to_multiple_of"):
-            if (value := kwargs.get(name)) is not None and (not hasattr(value, "__index__") or value < 0):
-                raise ValueError(f"{name} is {value!r:.80}. Expected a number of tokens.")
         specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
         prefix, suffix = ([(i, (0, 0)) for i in ids] for ids in specials)
         n_special, wants_offsets = len(prefix + suffix), bool(kwargs.get("return_offsets_mapping"))

@@ -36,6 +36,29 @@ OF_A_NUMBER = ("resampler", "class_attention")  # as many as `reduced_visual_tok
 REDUCTIONS = OF_CELLS + OF_A_NUMBER
 # encoders with a class token in front, blocks that normalise first, and no rotation of queries and keys
 CLASS_ATTENTION_ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+MOST_TOKENS = 2**20  # visual tokens per image: placeholders are lists and tensors of that length
+
+
+def shown(value) -> str:
+    """What messages say of a value, whatever its length."""
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"an int of {value.bit_length()} bits"
+    return f"{value[:50] if isinstance(value, list) else value!r:.300}"
+
+
+def check_value(name: str, value, rule) -> None:
+    """Raises ValueError unless `rule` allows it: (least, most), of whole numbers if ints; a list of choices; or a type."""
+    if isinstance(rule, tuple):
+        kinds, words = (int, "whole number") if isinstance(rule[0], int) else ((int, float), "number")
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and rule[0] <= value <= rule[1]
+        expected = f"a {words} from {rule[0]} to {rule[1]}"
+    elif isinstance(rule, list):
+        fits = any(type(value) is type(one) and value == one for one in rule)  # 1 is no True
+        expected = f"one of {', '.join(map(repr, rule))}"
+    else:
+        fits, expected = isinstance(value, rule), f"a {rule.__name__}"
+    if not fits:
+        raise ValueError(f"{name}={shown(value)}: expected {expected}.")
 
 
 # --- vision encoders --------------------------------------------------------------------------------------------------
@@ -251,12 +274,12 @@ def check_reduction(config) -> None:
 
 def check_choice(kind, count, image_seq_length=None) -> None:
     """Raises ValueError if there is no such reduction, or not with that number, or `image_seq_length` contradicts it."""
-    given, given_count = f"visual_token_reduction={kind!r}", f"reduced_visual_tokens={count!r}"
+    given, given_count = f"visual_token_reduction={shown(kind)}", f"reduced_visual_tokens={shown(count)}"
     has_number = kind in OF_A_NUMBER
     if kind not in (None, *REDUCTIONS):
         problem = f"{given} is not supported: expected None or one of {', '.join(map(repr, REDUCTIONS))}."
-    elif has_number and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        problem = f"{given_count}: {given} needs the number of visual tokens per image."
+    elif has_number and (type(count) is not int or not 0 < count <= MOST_TOKENS):
+        problem = f"{given_count}: {given} needs the number of visual tokens per image, 1 to {MOST_TOKENS}."
     elif not has_number and count is not None:
         problem = f"{given_count} goes with 'resampler' or 'class_attention', not with {kind!r}: leave it out."
     elif has_number and image_seq_length not in (None, count):
@@ -275,7 +298,8 @@ def reduced_length(kind: str | None, count: int | None, tokens: int, grid: tuple
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
     """(rows, columns) of `tokens` in a grid over an image of `height` x `width` whose cells are closest to squares."""
-    divisors = [rows for rows in range(1, tokens + 1) if tokens % rows == 0]
+    small = [rows for rows in range(1, math.isqrt(tokens) + 1) if tokens % rows == 0]
+    divisors = small + [tokens // rows for rows in reversed(small)]
     rows = min(divisors, key=lambda rows: abs(math.log(rows * rows / tokens * width / height)))
     return rows, tokens // rows
 
