@@ -3,7 +3,10 @@
 weights."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from test_fuzz_weights import DAMAGE, INDEX, NORM, SINGLE, saved  # noqa: F401, 
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_model
 
 from saisa_hf import SaisaForConditionalGeneration
+from saisa_hf.checkpoint_saisa import write_code_files
 from saisa_hf.checkpoints.check import check, problems
 from saisa_hf.cli import main
 from saisa_hf.demo import CHECKPOINT
@@ -223,3 +227,32 @@ def test_without_the_package_the_file_is_named_all_the_same(saved, tmp_path, mon
     DAMAGE[kind][damage](folder)
     with pytest.raises(ValueError, match=rf"{file} cannot be read: .*Download or copy it again"):
         SaisaForConditionalGeneration.from_pretrained(folder)
+
+
+SUBFOLDER = """
+import sys
+from transformers import AutoModelForImageTextToText
+try:
+    how = {"subfolder": "second", "trust_remote_code": True}
+    model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], **how)
+    print(type(model).__module__)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_checkpoint_in_a_subfolder_loads_with_the_code_at_the_top(saved, tmp_path):  # noqa: F811
+    """Without this package: transformers looks for code at the top alone."""
+    repository = tmp_path / "repository"
+    shutil.copytree(saved / "one", repository / "second")
+
+    def load():
+        command = [sys.executable, "-c", SUBFOLDER, str(repository)]
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+
+    assert "does not appear to have a file named configuration_saisa.py" in load()
+    write_code_files(repository)
+    assert load().startswith("transformers_modules.")
+    (repository / "second" / SINGLE).write_bytes(b"")
+    assert "second/model.safetensors cannot be read" in load()

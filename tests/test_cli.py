@@ -1,8 +1,10 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The console script `saisa`, and the arithmetic and text of the model card it writes."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from saisa_hf import SaisaConfig, vision_saisa
 from saisa_hf.checkpoints.model_card import flops, licence_in_card, model_card, parameter_counts, write_model_card
 from saisa_hf.cli import main
 from saisa_hf.cli.options import REDUCTIONS
+from saisa_hf.demo import CHECKPOINT
 
 
 VICUNA_7B = {"model_type": "llama", "vocab_size": 32001, "hidden_size": 4096, "intermediate_size": 11008,
@@ -249,7 +252,54 @@ def test_what_nobody_foresaw_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr("saisa_hf.costs.flops.read_config", broken)
     assert main(["flops", "vicuna-7b"]) == 3
     error = capsys.readouterr().err
-    assert error == "saisa: error: TypeError: something is wrong (SAISA_TRACEBACK=1 shows where it comes from)\n"
+    assert error == "saisa: error: TypeError: something is wrong (with vicuna-7b; SAISA_TRACEBACK=1 tells where)\n"
     monkeypatch.setenv("SAISA_TRACEBACK", "1")
     with pytest.raises(TypeError):
         main(["flops", "vicuna-7b"])
+
+
+def json_change(file, **entries):
+    return file, lambda content: json.dumps(json.loads(content) | entries).encode()
+
+
+BROKEN = {
+    "no JSON": ("config.json", lambda content: b"{"),
+    "a list": ("config.json", lambda content: b"[1]"),
+    "nested": ("config.json", lambda content: b"[" * 100000),
+    "activation": json_change("config.json", text_config={"model_type": "llama", "hidden_act": 5}),
+    "encoder": json_change("config.json", vision_config=5),
+    "layer": json_change("config.json", vision_feature_layer="x"),
+    "dtype": json_change("config.json", dtype="abc"),
+    "auto_map": json_change("config.json", auto_map=5),
+    "quantized": json_change("config.json", quantization_config=5),
+    "cut": ("model.safetensors", lambda content: content[:1000]),
+    "page": ("model.safetensors", lambda content: b"<html>" * 99),
+    "tokenizer": ("tokenizer.json", lambda content: b"{"),
+    "tokenizer's class": json_change("tokenizer_config.json", tokenizer_class=5),
+    "patches": json_change("processor_config.json", patch_size="x"),
+    "stop": json_change("generation_config.json", eos_token_id="x"),
+    "template": ("chat_template.jinja", lambda content: b"{% if %}"),
+    "encoding": ("chat_template.jinja", lambda content: b"\xff\xfe"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_line_on_stderr_that_names_it(tmp_path, capsys, name):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "broken")
+    file, change = BROKEN[name]
+    content = change((folder / file).read_bytes())
+    (folder / file).unlink()
+    (folder / file).write_bytes(content)
+    picture = str(CHECKPOINT.parents[3] / "docs" / "images" / "scene.png")
+    for argv in (
+        ["attend", str(folder), picture, "how many?", "--device", "cpu", "--output", str(tmp_path / "maps")],
+        ["demo", "--checkpoint", str(folder), "--questions", "1", "--output", str(tmp_path / "demo.png")],
+        ["flops", str(folder)],
+    ):
+        status = main(argv)
+        if argv[0] == "flops" and file != "config.json":
+            assert status == 0
+            continue
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saisa: error: ")]
+        assert status in (1, 2, 3) and len(errors) == 1 and str(folder) in errors[0], (argv[0], status, errors)
+        assert status != 3 or name in ("stop", "template"), errors  # noticed only when the model answers

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -300,3 +301,30 @@ def test_without_the_package_transformers_own_upload_takes_its_place(tmp_path, m
     assert pushed == [("me/saved", True), ("me/other", None)]
     with pytest.raises(ImportError, match="needs the package"):
         model.push_to_hub("me/saved", state_dict=model.state_dict())
+
+
+def test_without_a_network_or_a_login_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+    def refuse(*_, **__):
+        raise RuntimeError("401 Client Error\nInvalid username or password.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+    model = tiny_model()
+    with pytest.raises(
+        OSError, match="nothing was uploaded to me/saisa: 401 Client Error Log in with `hf auth login`"
+    ) as error:
+        model.push_to_hub("me/saisa")
+    assert "`hf upload me/saisa FOLDER` later" in str(error.value)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)
+    )
+    monkeypatch.setattr("huggingface_hub.HfApi.file_exists", lambda *_, **__: True)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+    with pytest.raises(OSError, match="nothing was uploaded to me/saisa"):
+        model.push_to_hub("me/saisa")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="Repo id"):
+        model.push_to_hub("me/saisa/other")

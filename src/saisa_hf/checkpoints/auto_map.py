@@ -15,7 +15,7 @@ def parsed(content: bytes, name: str) -> dict:
     """
     try:
         settings = json.loads(content.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}. Take it from the original checkpoint again.") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{name} holds a {type(settings).__name__}: expected a JSON object.")

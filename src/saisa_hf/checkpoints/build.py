@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImag
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import read_chat_template, with_pictures
 from ..common.destination import Destination, size_in_bytes
-from ..common.sources import local_folder
+from ..common.sources import local_folder, reading
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token
 from .model_card import licence_in_card, write_model_card
@@ -86,10 +86,12 @@ def build(
         if os.path.isdir(part):
             place.check_outside(Path(part))
 
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    with reading(f"the tokenizer of {language_model}"):
+        tokenizer = AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
     template = _chat_template(chat_template, tokenizer, image_token)
-    image_processor = _image_processor(vision_model)
+    with reading(f"the image processor of {vision_model}"):
+        image_processor = _image_processor(vision_model)
 
     log(f"reading {language_model} and {vision_model}")
     torch.manual_seed(seed)

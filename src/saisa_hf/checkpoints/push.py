@@ -1,10 +1,14 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """`model.push_to_hub`: weights, config, code files and a model card, in one commit."""
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
+from ..common.sources import first_line
 from .model_card import write_model_card
 
 
@@ -35,24 +39,45 @@ def push_model_to_hub(
 
     Returns:
         `huggingface_hub.CommitInfo`.
+
+    Raises:
+        ValueError: `repo_id` is not a valid name.
+        OSError: the hub cannot be reached, or does not accept the login; nothing is left on this machine.
     """
+    validate_repo_id(repo_id)
     for name in ("use_temp_dir", "safe_serialization", "organization", "repo_url"):
         save_arguments.pop(name, None)
     tags = [*([tags] if isinstance(tags, str) else tags or []), *(getattr(model, "model_tags", None) or [])]
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with _explained(repo_id):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **save_arguments)
-        if not api.file_exists(repo_id, "README.md", revision=revision):
+        with _explained(repo_id):
+            has_card = api.file_exists(repo_id, "README.md", revision=revision)
+        if not has_card:
             write_model_card(folder, model, repo_id=repo_id, tags=tags)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            delete_patterns=None if save_arguments.get("variant") else WEIGHT_FILES,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        with _explained(repo_id):
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                delete_patterns=None if save_arguments.get("variant") else WEIGHT_FILES,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Inside, what the hub refuses, or cannot be asked, becomes an error that says what to do."""
+    try:
+        yield
+    except Exception as error:  # what the HTTP library of the installed huggingface_hub raises
+        raise OSError(
+            f"push_to_hub: nothing was uploaded to {repo_id}: {first_line(error)} Log in with `hf auth login`, or set "
+            f"HF_TOKEN. Without a network, save_pretrained(FOLDER) now and `hf upload {repo_id} FOLDER` later."
+        ) from error

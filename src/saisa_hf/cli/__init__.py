@@ -15,6 +15,9 @@ from . import attend, bench, build, chat, check, convert, data, demo, fit, flops
 
 COMMANDS = (demo, convert, build, upgrade, check, chat, attend, train, flops, fit, redundancy, bench, serve, data)
 
+# arguments that name what a command reads
+READ = ("model", "checkpoint", "source", "target", "folder", "paths", "from_llava", "vision_tower", "config")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: that of the process) and returns the exit status.
@@ -23,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     something in the input is not as expected. 3: what nobody foresaw. Errors are one line on stderr; with SAISA_TRACEBACK=1
     in the environment they are raised instead.
     """
-    traceback = os.environ.get("SAISA_TRACEBACK", "") not in ("", "0")
+    traceback, arguments = os.environ.get("SAISA_TRACEBACK", "") not in ("", "0"), argparse.Namespace()
     try:
         arguments, unknown = make_parser().parse_known_args(argv)
         if unknown:
@@ -38,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         if traceback:
             raise
         missing = isinstance(error, (OSError, ImportError))
-        return _fail(error, 1 if missing else 2 if isinstance(error, ValueError) else 3)
+        if missing or isinstance(error, ValueError):
+            return _fail(error, 1 if missing else 2)
+        read = [str(value) for name, value in vars(arguments).items() if name in READ and value is not None]
+        said = f"{type(error).__name__}: {error} (with {', '.join(read) or 'no model'}; SAISA_TRACEBACK=1 tells where)"
+        return _fail(said, 3)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -55,7 +62,5 @@ def _fail(error: object, status: int) -> int:
     text = str(error)
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    if status == 3:
-        text = f"{type(error).__name__}: {text} (SAISA_TRACEBACK=1 shows where it comes from)"
     print(f"saisa: error: {' '.join(text.split()) or type(error).__name__}", file=sys.stderr)
     return status

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..images_saisa import load_image
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
-from .sources import check_local, first_line
+from .sources import check_local, first_line, reading
 
 
 @contextlib.contextmanager
@@ -48,10 +48,12 @@ def load_model(
         ValueError: it is not a SAISA, or the device cannot be used.
     """
     checkpoint = check_saisa("MODEL", checkpoint)
-    model = SaisaForConditionalGeneration.from_pretrained(
-        checkpoint, dtype=dtype, device_map=device_named(device), attn_implementation=attn_implementation
-    )
-    return model.eval(), SaisaProcessor.from_pretrained(checkpoint)
+    device = device_named(device)
+    with reading(checkpoint):
+        model = SaisaForConditionalGeneration.from_pretrained(
+            checkpoint, dtype=dtype, device_map=device, attn_implementation=attn_implementation
+        )
+        return model.eval(), SaisaProcessor.from_pretrained(checkpoint)
 
 
 def check_saisa(name: str, checkpoint: str) -> str:
@@ -66,9 +68,11 @@ def check_saisa(name: str, checkpoint: str) -> str:
         ValueError: it is not a SAISA.
     """
     checkpoint = str(check_local(name, checkpoint) or checkpoint)
-    config, _ = PretrainedConfig.get_config_dict(checkpoint)
-    if config.get("model_type") != "saisa":
-        raise ValueError(f"{name} {checkpoint!r} has model_type {config.get('model_type')!r}: expected 'saisa'.")
+    with reading(f"{checkpoint}/config.json" if os.path.isdir(checkpoint) else checkpoint):
+        config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    found = config.get("model_type") if isinstance(config, dict) else config
+    if found != "saisa":
+        raise ValueError(f"{name} {checkpoint!r} has model_type {found!r:.80}: expected 'saisa'.")
     return checkpoint
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from ..common.sources import check_local, first_line
+from ..common.sources import check_local, first_line, reading
 from ..configuration_saisa import SaisaConfig
 from .presets import CLIP_336, LANGUAGE_MODELS
 
@@ -21,7 +21,8 @@ def read_config(model: str) -> SaisaConfig:
     if model in LANGUAGE_MODELS:
         return _with_encoder(dict(LANGUAGE_MODELS[model]), dict(CLIP_336))
     try:
-        config = AutoConfig.from_pretrained(check_local("MODEL", model) or model)
+        with reading(model):
+            config = AutoConfig.from_pretrained(check_local("MODEL", model) or model)
     except OSError as error:
         raise OSError(
             f"{model!r} is neither a preset ({', '.join(LANGUAGE_MODELS)}) nor a folder or hub id with a config.json: "

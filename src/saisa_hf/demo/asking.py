@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from ..common.sources import reading
 from . import CHECKPOINT
 from .scenes import KINDS, Question, Scene, draw
 
@@ -35,8 +36,10 @@ def load(
             f"checkpoint must be a folder with a config.json, got {checkpoint!r}; train one with "
             "`saisa demo --train DIR` and name it with --checkpoint DIR"
         )
-    model = AutoModelForVision2Seq.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    with reading(checkpoint):
+        model = AutoModelForVision2Seq.from_pretrained(checkpoint, trust_remote_code=True, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+    return model.to(device).eval(), processor
 
 
 def ask_model(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from ...common.sources import check_local
+from ...common.sources import check_local, reading
 
 
 LLAVAS = ("llava", "llava_next")
@@ -29,13 +29,16 @@ def load_llava(
         OSError: no such folder or repository.
     """
     source = check_local(named, source) or source
-    config = AutoConfig.from_pretrained(source)
+    with reading(source):
+        config = AutoConfig.from_pretrained(source)
     if config.model_type not in LLAVAS:
         raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
-    processor = AutoProcessor.from_pretrained(source)
+    with reading(source):
+        processor = AutoProcessor.from_pretrained(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{named} {str(source)!r} has no image processor: preprocessor_config.json is missing.")
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
+    with reading(source):
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
     return model.eval(), processor
 
 
