@@ -8,7 +8,7 @@ from hostile import bounded
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_config
 from transformers import AutoConfig, AutoModel, CLIPVisionConfig, LlamaConfig, Qwen3Config, ViTConfig, ViTModel
 
-from saisa_hf import SaisaConfig
+from saisa_hf import SaisaConfig, SaisaModel
 from saisa_hf.compat_saisa import TRANSFORMERS_5, portable_config_dict, readable_config_dict
 from saisa_hf.vision_saisa import grid_of
 
@@ -47,15 +47,41 @@ CONVNEXT = {"model_type": "convnext", "num_stages": 2, "hidden_sizes": [8, 16], 
         ({"vision_config": CONVNEXT, "vision_feature_layer": 7}, ["vision_feature_layer=7", "-3 to 2"]),
         ({"vision_config": CONVNEXT, "vision_feature_layer": []}, ["vision_feature_layer=[]"]),
         ({"vision_config": CONVNEXT, "vision_feature_layer": [-2, -1]}, ["vision_feature_layer=[-2, -1]", "one stage"]),
-        ({"vision_config": {"image_size": [336, 336]}}, ["vision_config.image_size=[336, 336]", "image_seq_length"]),
-        ({"image_seq_length": 0}, ["image_seq_length=0", "number of visual tokens"]),
+        ({"vision_config": {"image_size": [336, 336]}}, ["vision_config.image_size=[336, 336]", "a whole number"]),
+        ({"image_seq_length": 0}, ["image_seq_length=0", "from 1 to 1048576"]),
         ({"image_seq_length": -3}, ["image_seq_length=-3"]),
-        ({"projector_hidden_size": 0}, ["projector_hidden_size=0", "positive"]),
+        ({"projector_hidden_size": 0}, ["projector_hidden_size=0", "from 1 to"]),
         ({"text_config": {"model_type": "gpt2"}}, ["text_config.model_type='gpt2'", "'llama'", "'qwen3'"]),
         ({"vision_config": {"model_type": "vlt"}}, ["vision_config.model_type='vlt'", "'clip_vision_model'"]),
         ({"vision_config": LlamaConfig(num_hidden_layers=1)}, ["vision_config.model_type='llama'", "dinov2"]),
         ({"text_config": {"model_type": "phi3", "resid_pdrop": 0.1}}, ["text_config.resid_pdrop=0.1", "expected 0.0"]),
         ({"text_config": "llama"}, ["text_config is a str"]),
+        ({"text_config": {"num_key_value_heads": 3}}, ["text_config.num_key_value_heads=3", "num_attention_heads=32"]),
+        ({"text_config": {"num_key_value_heads": 0}}, ["text_config.num_key_value_heads=0", "from 1 to"]),
+        ({"text_config": {"num_hidden_layers": 0}}, ["text_config.num_hidden_layers=0", "from 1 to 1000"]),
+        ({"text_config": {"num_hidden_layers": 10**9}}, ["text_config.num_hidden_layers=1000000000", "from 1 to 1000"]),
+        ({"text_config": {"intermediate_size": -1}}, ["text_config.intermediate_size=-1"]),
+        ({"text_config": {"rms_norm_eps": math.nan}}, ["text_config.rms_norm_eps=nan", "a number from 1e-30"]),
+        ({"text_config": {"hidden_act": "abc"}}, ["text_config.hidden_act='abc'", "'silu'"]),
+        ({"text_config": {"hidden_size": 10**400}}, ["text_config.hidden_size=an int of 1329 bits"]),
+        ({"text_config": {"attention_bias": "false"}}, ["text_config.attention_bias='false'", "True, False"]),
+        ({"text_config": {"head_dim": 7}}, ["head_dim=7", "even" if TRANSFORMERS_5 else "wider than a head (7)"]),
+        ({"text_config": {"rope_theta": 0}}, ["text_config.rope_theta=0"]),
+        ({"text_config": {"rope_scaling": {"type": "linear", "factor": 0}}}, ["text_config.rope_scaling.factor=0"]),
+        ({"text_config": {"dtype": "abc"}}, ["text_config.dtype='abc'", "AttributeError"]),
+        ({"text_config": {"model_type": "mixtral", "num_experts_per_tok": 9}}, ["num_experts_per_tok=9", "8"]),
+        ({"text_config": {"model_type": "gemma2", "sliding_window": None}}, ["text_config.sliding_window=None"]),
+        ({"vision_config": {"patch_size": 0}}, ["vision_config.patch_size=0"]),
+        ({"vision_config": {"patch_size": -14}}, ["vision_config.patch_size=-14"]),
+        ({"vision_config": {"image_size": 28, "patch_size": 32}}, ["vision_config.patch_size=32", "image_size=28"]),
+        ({"vision_config": {"hidden_size": 0}}, ["vision_config.hidden_size=0"]),
+        ({"vision_config": {"num_attention_heads": 5}}, ["num_attention_heads", "5"]),
+        ({"vision_config": {"image_size": 240000, "patch_size": 14}}, ["image_size", "293848164", "1048576"]),
+        ({"vision_config": {"model_type": "swin", "window_size": "abc"}}, ["window_size='abc'"]),
+        ({"tie_word_embeddings": 1}, ["tie_word_embeddings=1", "True, False"]),
+        ({"id2label": 5}, ["id2label=5"]),
+        ({"visual_layers": range(10**9)}, ["visual_layers=range(0, 1000000000)", "between 0 and 31"]),
+        ({"visual_layers": [0] * 10**7}, ["visual_layers=[0, 0", "between 0 and 31"]),
     ],
     ids=str,
 )
@@ -64,6 +90,24 @@ def test_a_wrong_field_is_named_with_its_value_and_what_is_allowed(wrong, words)
         SaisaConfig(**wrong)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_a_field_that_was_changed_is_checked_when_a_model_is_made():
+    config = tiny_config()
+    config.text_config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match=r"text_config.num_key_value_heads=3: expected a divisor"):
+        SaisaModel(config)
+    config.text_config.num_key_value_heads, config.text_config.num_hidden_layers = 2, 1
+    assert len(SaisaModel(config).language_model.layers) == 1
+
+
+def test_a_file_is_checked_as_arguments_are(tmp_path):
+    config = json.loads(tiny_config().to_json_string())
+    config["text_config"]["num_key_value_heads"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for read in (SaisaConfig.from_pretrained, AutoConfig.from_pretrained, SaisaModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"text_config.num_key_value_heads=3"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 12, 97, 576, 1369, 30030])
@@ -174,7 +218,10 @@ def test_tied_embeddings_follow_the_language_model_unless_said_otherwise():
 
 
 def test_sub_configs_may_be_objects_or_dicts():
-    text, vision = LlamaConfig(vocab_size=32064, hidden_size=64, num_attention_heads=4), CLIPVisionConfig(image_size=28)
+    text, vision = (
+        LlamaConfig(vocab_size=32064, hidden_size=64, num_attention_heads=4),
+        CLIPVisionConfig(image_size=28, patch_size=14),
+    )
     from_objects = SaisaConfig(vision_config=vision, text_config=text)
     from_dicts = SaisaConfig(vision_config=vision.to_dict(), text_config=text.to_dict())
     assert from_objects.to_dict() == from_dicts.to_dict()

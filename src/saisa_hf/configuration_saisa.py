@@ -1,17 +1,29 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """SaisaConfig: what a SAISA model is made of, and whether the pieces fit together."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
 from .compat_saisa import ACT2FN, comparable_config_dict, findable, optional, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
 from .saving_saisa import UNFINISHED, saved_together
-from .vision_saisa import CLASS_TOKENS, check_reduction, encoder_states, grid_of, image_size, reduced_length
+from .vision_saisa import (
+    CLASS_TOKENS,
+    MOST_TOKENS,
+    check_reduction,
+    check_value,
+    encoder_states,
+    grid_of,
+    image_size,
+    reduced_length,
+    shown,
+)
 
 
 if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a checkpoint that each entry file names
@@ -35,6 +47,46 @@ DEFAULT_VISION_CONFIG |= {"num_hidden_layers": 24, "num_attention_heads": 16}
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 REDUCTION_SETTINGS = ("visual_token_reduction", "reduced_visual_tokens")
 CHECKED_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward", *REDUCTION_SETTINGS)
+
+MOST_LAYERS, LARGEST_HEAD = 1000, 2**16  # a check of a config makes lists, and tables for heads, of that length
+SIZES, COUNTS, ANY_COUNT, BOOL = (1, 2**31 - 1), (1, MOST_LAYERS), (0, MOST_LAYERS), [True, False]
+# What the fields of language models, of encoders and of SaisaConfig itself have to be (see `wanted`).
+FIELDS = (
+    ("hidden_size intermediate_size moe_intermediate_size vocab_size max_position_embeddings hidden_sizes", SIZES),
+    ("num_channels patch_size image_size num_patches original_max_position_embeddings", SIZES),
+    ("num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok depths num_stages", COUNTS),
+    ("decoder_sparse_step", COUNTS),
+    ("num_experts num_local_experts no_rope_layers mlp_only_layers num_register_tokens", ANY_COUNT),
+    ("rms_norm_eps layer_norm_eps rope_theta rope_local_base_freq query_pre_attn_scalar mlp_ratio", (1e-30, 1e15)),
+    ("logits_scaling factor low_freq_factor high_freq_factor beta_fast beta_slow", (1e-30, 1e15)),
+    ("short_factor long_factor", (1e-30, 1e15)),
+    ("attention_dropout attention_probs_dropout_prob hidden_dropout_prob drop_path_rate embd_pdrop", (0.0, 1.0)),
+    ("resid_pdrop initializer_range partial_rotary_factor", (0.0, 1.0)),
+    ("layer_scale_init_value initializer_factor", (0.0, 1e6)),
+    ("embedding_multiplier attention_multiplier residual_multiplier layerscale_value", (-1e6, 1e6)),
+    ("attention_bias mlp_bias qkv_bias norm_topk_prob use_sliding_window use_swiglu_ffn", BOOL),
+    ("tie_word_embeddings projector_bias", BOOL),
+    ("hidden_act hidden_activation", list(ACT2FN) if "quick_gelu" in ACT2FN else str),  # not in a stand-in's list
+    ("projector_hidden_act", list(ACT2FN)),
+    ("full_attention sliding_attention", dict),
+    ("pruned_heads", [{}]),
+    ("vision_feature_select_strategy", ["default", "full"]),
+    ("projector_sharing", ["per_layer", "shared"]),
+    ("alignment", ["input_space", "embedding_space"]),
+)
+OPTIONAL_FIELDS = (
+    ("head_dim", (1, LARGEST_HEAD)),
+    ("sliding_window projector_hidden_size", SIZES),
+    ("attn_logit_softcapping final_logit_softcapping attention_factor", (1e-30, 1e15)),
+    ("pad_token_id bos_token_id eos_token_id", (1 - 2**31, 2**31 - 1)),
+    ("image_seq_length", (1, MOST_TOKENS)),
+    ("layer_types", ["full_attention", "sliding_attention"]),
+    ("rope_parameters rope_scaling", dict),
+)
+OPTIONAL = {name for names, _ in OPTIONAL_FIELDS for name in names.split()}
+RULES = {name: rule for names, rule in FIELDS + OPTIONAL_FIELDS for name in names.split()}
+LISTS = ("layer_types", "mlp_only_layers", "no_rope_layers", "short_factor", "long_factor", "hidden_sizes", "depths")
+MAY_BE_LISTS = (*LISTS, "eos_token_id", "image_size", "patch_size")
 
 
 class SaisaConfig(PretrainedConfig):
@@ -115,16 +167,19 @@ class SaisaConfig(PretrainedConfig):
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        _check_fields("", {"tie_word_embeddings": tie_word_embeddings})
 
-        super().__init__(**kwargs)
+        _made("", super().__init__, kwargs)
         # transformers 4.57 reads it off the text config, 5.x off the model's own
         self.tie_word_embeddings = self.text_config.tie_word_embeddings = tie_word_embeddings
         self.auto_map = dict(AUTO_MAP)  # a checkpoint names its own code files, wherever it was read from
-        self._check()
+        self.check()
         if image_seq_length is None:
             tokens = self.encoder_tokens_per_image
             grid = grid_of(tokens, *image_size(self.vision_config)) if visual_token_reduction else (1, tokens)
             self.image_seq_length = reduced_length(visual_token_reduction, reduced_visual_tokens, tokens, grid)
+            what = "image_seq_length (of vision_config.image_size and patch_size)"
+            check_value(what, self.image_seq_length, RULES["image_seq_length"])
 
     @property
     def vision_feature_layers(self) -> list[int]:
@@ -250,61 +305,57 @@ class SaisaConfig(PretrainedConfig):
             return [vision.patch_size * 2 ** max(index - 1, 0) for index in range(len(vision.hidden_sizes) + 1)]
         return [vision.patch_size] * (vision.num_hidden_layers + 1)
 
-    def _check(self):
-        text = self.text_config
-        _check_choice("vision_feature_select_strategy", self.vision_feature_select_strategy, ("default", "full"))
-        _check_choice("projector_sharing", self.projector_sharing, ("per_layer", "shared"))
-        _check_choice("projector_hidden_act", self.projector_hidden_act, tuple(ACT2FN))
-        _check_choice("projector_bias", self.projector_bias, (True, False))
+    def check(self) -> None:
+        """Raises ValueError if a field is wrong, or does not fit the others. A model that is made checks again, as fields may
+        have changed."""
+        text, names = self.text_config, ("vision_feature_select_strategy", "image_seq_length", "alignment")
+        names += ("projector_hidden_act", "projector_bias", "projector_hidden_size", "projector_sharing")
+        _check_fields("", {name: getattr(self, name) for name in names}, complete=True)
+        _check_text(text)
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
             expected = f"an index in [0, {text.vocab_size}), or a larger text_config.vocab_size for a new token"
-            raise ValueError(f"image_token_id={self.image_token_id!r}: expected {expected}.")
-        for name, what in (("image_seq_length", "number of visual tokens"), ("projector_hidden_size", "width")):
-            value = getattr(self, name)
-            if value is not None and not _is_integer(value):
-                raise ValueError(f"{name}={value!r}: expected a positive {what}, or None.")
+            raise ValueError(f"image_token_id={shown(self.image_token_id)}: expected {expected}.")
+        _check_vision(self.vision_config)
         self._check_vision_feature_layer()
         check_reduction(self)
-        for name, value in language_model_family(text).only.items():
-            found = getattr(text, name, value)
-            if found not in (value, None):
-                raise ValueError(f"text_config.{name}={found!r} does not suit {text.model_type}: expected {value!r}.")
         self._check_alignment(text.num_hidden_layers)
 
     def _check_vision_feature_layer(self):
-        vision, given = self.vision_config, self.vision_feature_layer
+        vision, given = self.vision_config, shown(self.vision_feature_layer)
         sizes = self._strides() if vision.model_type in CLASS_TOKENS else encoder_states(vision).tokens
         layers, count = self.vision_feature_layers, len(sizes)
         if not _are_indices(layers, -count, count):
             states = f"{-count} to {count - 1}, a hidden state of {vision.model_type}"
-            raise ValueError(f"vision_feature_layer={given!r}: expected an index from {states}, or a list of them.")
+            raise ValueError(f"vision_feature_layer={given}: expected an index from {states}, or a list of them.")
         if len({sizes[layer] for layer in layers}) > 1:
-            raise ValueError(f"vision_feature_layer={given!r}: these states differ in size. Choose those of one stage.")
+            raise ValueError(f"vision_feature_layer={given}: these states differ in size. Choose those of one stage.")
 
     def _check_alignment(self, count: int):
-        _check_choice("alignment", self.alignment, ("input_space", "embedding_space"))
         for name, default, other in (("visual_attention", "none", "full"), ("visual_feed_forward", True, False)):
             value = getattr(self, name)
             if not self.in_embedding_space and value != default:
-                raise ValueError(f'{name}={value!r}: in input space leave it out, or set alignment="embedding_space".')
+                fix = 'in input space leave it out, or set alignment="embedding_space"'
+                raise ValueError(f"{name}={shown(value)}: {fix}.")
             values = value if isinstance(value, list) else [value] * count
             if len(values) != count:
                 expected = f"one value, or one for each of the {count} decoder layers"
                 raise ValueError(f"{name} has {len(values)} entries: expected {expected}.")
             for one in values:
-                _check_choice(name, one, (other, default))
+                check_value(name, one, [other, default])
         layers = self.visual_layers
         if layers is not None and self.in_embedding_space:
             instead = f'visual_attention=["none" if layer in LAYERS else "full" for layer in range({count})]'
-            raise ValueError(f"visual_layers={layers!r}: all layers see the image in embedding space. Give {instead}.")
+            raise ValueError(
+                f"visual_layers={shown(layers)}: all layers see the image in embedding space. Give {instead}."
+            )
         if layers is not None and not (_are_indices(layers, 0, count) and len(set(layers)) == len(layers)):
             expected = f"a list of distinct layers between 0 and {count - 1}, at least one, or None for all of them"
-            raise ValueError(f"visual_layers={layers!r}: expected {expected}.")
+            raise ValueError(f"visual_layers={shown(layers)}: expected {expected}.")
 
 
 def _listed(value):
-    """JSON knows no tuples, and ranges are handy: both become lists; everything else stays for `_check` to judge."""
-    return list(value) if isinstance(value, (tuple, range)) else value
+    """JSON knows no tuples, and ranges are handy: both become lists; everything else stays for `check` to judge."""
+    return list(value) if isinstance(value, (tuple, range)) and len(value) <= MOST_LAYERS else value
 
 
 def _of_layer(value, layer_idx: int):
@@ -317,7 +368,8 @@ def _is_integer(value, first: int = 1, end: float = math.inf) -> bool:
 
 def _are_indices(values, first: int, end: int) -> bool:
     """Whether this is a list of integers from `first` to before `end`, at least one."""
-    return isinstance(values, list) and bool(values) and all(_is_integer(value, first, end) for value in values)
+    is_list = isinstance(values, list) and 0 < len(values) <= MOST_LAYERS
+    return is_list and all(_is_integer(value, first, end) for value in values)
 
 
 def _sub_config(field: str, value, default: dict, allowed: tuple[str, ...]):
@@ -325,14 +377,119 @@ def _sub_config(field: str, value, default: dict, allowed: tuple[str, ...]):
     value = default if value is None else value
     is_dict = isinstance(value, dict)
     if is_dict:
-        value = readable_config_dict({"model_type": default["model_type"], **value})
+        value = {"model_type": default["model_type"], **value}
     elif not isinstance(value, PretrainedConfig):
         raise ValueError(f"{field} is a {type(value).__name__}: expected a dict or a transformers config.")
+    model_type = value["model_type"] if is_dict else value.model_type
     if allowed:
-        _check_choice(f"{field}.model_type", value["model_type"] if is_dict else value.model_type, allowed)
-    return AutoConfig.for_model(**value) if is_dict else value
+        check_value(f"{field}.model_type", model_type, list(allowed))
+    if not is_dict:
+        return value
+    _check_fields(f"{field}.", value, any_lists=field == "vision_config" and model_type not in CLASS_TOKENS)
+    return _made(f"{field}.", lambda **values: AutoConfig.for_model(**readable_config_dict(values)), value)
 
 
-def _check_choice(field: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{field}={value!r} is not supported: expected one of {', '.join(map(repr, allowed))}.")
+def _made(where: str, make, values: dict):
+    """`make(**values)`, with a ValueError in place of what transformers raises that names the one of `values` to blame."""
+    try:
+        return make(**values)
+    except ImportError:
+        raise
+    except Exception as error:
+        reason, culprit = f"{type(error).__name__}: {' '.join(str(error).split())}", "it"
+        for name in values:
+            with contextlib.suppress(Exception):
+                make(**{key: value for key, value in values.items() if key != name})
+                culprit = f"{name}={shown(values[name])}"
+                break
+        raise ValueError(f"{where}{culprit}: transformers refuses it ({reason}).") from error
+
+
+def _check_fields(where: str, values: dict, any_lists: bool = False, complete: bool = False) -> None:
+    """Raises ValueError if one of `values` is not what `RULES` allow. None stands for a default, or where they are `complete`
+    for nothing. Lists of what is allowed are right for some fields, or for all of them."""
+    for name, value in values.items():
+        if name not in RULES or (value is None and (name in OPTIONAL or not complete)):
+            continue
+        rule = RULES[name]
+        if isinstance(value, (list, tuple)) and (any_lists or name in MAY_BE_LISTS):
+            for index, entry in enumerate(value):
+                check_value(f"{where}{name}[{index}]", entry, list if any_lists and isinstance(entry, list) else rule)
+        else:
+            check_value(f"{where}{name}", value, list if name in LISTS and not any_lists else rule)
+        if rule is dict:
+            _check_fields(f"{where}{name}.", value)
+
+
+def _check_relations(where: str, config, relations: dict[str, tuple[bool, str]]) -> None:
+    """Raises ValueError if a field of `config` does not fit the others: `relations` say whether, and what was expected."""
+    for name, (fits, expected) in relations.items():
+        if not fits:
+            raise ValueError(f"{where}{name}={shown(getattr(config, name))}: expected {expected}.")
+
+
+def _check_text(text) -> None:
+    _check_fields("text_config.", vars(text), complete=True)
+    family, layers, heads = language_model_family(text), text.num_hidden_layers, text.num_attention_heads
+    pad, tokens, by_layer = getattr(text, "pad_token_id", None), text.vocab_size, f"one for each of {layers} layers"
+    kinds = range(layers) if family.windows != "by layer" else text.layer_types or ()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
+    window = "a number (and use_sliding_window): it is in layer_types"
+    relations = {
+        "hidden_size": (family.head_dim <= LARGEST_HEAD, f"at most {LARGEST_HEAD} for each of {heads} heads"),
+        "num_key_value_heads": (heads % text.num_key_value_heads == 0, f"a divisor of num_attention_heads={heads}"),
+        "pad_token_id": (pad is None or -tokens <= pad < tokens, f"None, or less than vocab_size={tokens}"),
+        "num_experts_per_tok": (
+            not experts or text.num_experts_per_tok <= experts,
+            f"at most num_experts (num_local_experts), {experts}",
+        ),
+        "layer_types": (len(kinds) >= layers, by_layer),
+        "no_rope_layers": (len(getattr(text, "no_rope_layers", range(layers))) >= layers, by_layer),
+        "sliding_window": ("sliding_attention" not in kinds or text.sliding_window, window),
+    }
+    for name, value in family.only.items():
+        relations[name] = (getattr(text, name, None) in (value, None), f"{value!r} for {text.model_type}")
+    _check_relations("text_config.", text, relations)
+    _check_rotation(text, family)
+
+
+def _check_rotation(text, family) -> None:
+    """Raises ValueError if the rotary embedding cannot be computed, is not finite, or is wider than a head."""
+    try:
+        with torch.device("cpu"):
+            rotary, x, positions = family.rotary_embedding(), torch.zeros(1), (0, text.max_position_embeddings)
+            made = [rotary(x, torch.tensor([[p]]), kind) for kind in set(family.attention_types) for p in positions]
+        if all(0 < x.shape[-1] <= family.head_dim and x.isfinite().all() for cos_sin in made for x in cos_sin):
+            return
+        reason = f"it is wider than a head ({family.head_dim}), or empty, or not finite"
+    except ImportError:
+        return  # a release without this part, as making the model says
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    parts = ("rope", "rotary", "head", "hidden_size", "max_position")
+    used = [f"{name}={shown(value)}" for name, value in vars(text).items() if any(part in name for part in parts)]
+    raise ValueError(f"text_config makes no rotary embedding: {reason}. Check {', '.join(used)}.")
+
+
+def _check_vision(vision) -> None:
+    is_known = vision.model_type in CLASS_TOKENS  # any other is asked, see `encoder_states`
+    fields = {name: value for name, value in vars(vision).items() if name != "layer_types"}
+    _check_fields("vision_config.", fields, any_lists=not is_known, complete=is_known)
+    if not is_known:
+        return
+    size, patches, relations = getattr(vision, "image_size", None), getattr(vision, "num_patches", 1), {}
+    most, heads = size if isinstance(size, int) else MOST_TOKENS, getattr(vision, "num_attention_heads", 1)
+    if vision.model_type == "convnext":
+        for name in ("depths", "hidden_sizes"):
+            relations[name] = (
+                len(getattr(vision, name)) == vision.num_stages,
+                f"num_stages={vision.num_stages} entries",
+            )
+    else:
+        relations["hidden_size"] = (vision.hidden_size % heads == 0, f"a multiple of num_attention_heads={heads}")
+    is_patch = _is_integer(vision.patch_size, 1, most + 1)
+    is_one_size = vision.model_type in ("dinov2", "convnext") or not isinstance(size, (list, tuple))
+    relations["patch_size"] = (is_patch, f"a whole number, at most image_size={shown(size)}")
+    relations["image_size"] = (is_one_size, "a whole number")
+    relations["num_patches"] = (math.isqrt(patches) ** 2 == patches, "the square of a whole number")
+    _check_relations("vision_config.", vision, relations)

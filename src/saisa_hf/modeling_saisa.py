@@ -321,6 +321,11 @@ class SaisaPreTrainedModel(SaisaCheckpoint, ForeignNames, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, config, *args, **kwargs):
+        if isinstance(config, SaisaConfig):
+            config.check()  # again: fields may have been changed
+        super().__init__(config, *args, **kwargs)
+
 
 class SaisaLanguageModel(SaisaPreTrainedModel):
     """The decoder: an ordinary language model whose layers also read the features of the vision encoder."""

@@ -110,9 +110,11 @@ def _asked(config_class: type, settings: str) -> EncoderStates:
         raise ImportError(f"{given} needs a package that is not installed{extra}. {error}") from error
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
+        settings = ", ".join(f"{name}={shown(value)}" for name, value in config.to_diff_dict().items())
         raise ValueError(
             f"{given} is not supported: expected an encoder that takes images of {height} x {width} pixels as "
-            f"`pixel_values`, such as {', '.join(CLASS_TOKENS)} or vit ({type(error).__name__}: {reason})."
+            f"`pixel_values`, such as {', '.join(CLASS_TOKENS)} or vit ({type(error).__name__}: {reason}). Its "
+            f"settings: {settings}."
         ) from error
     if not states or any(state.ndim not in (3, 4) for state in states):
         raise ValueError(f"{given} is not supported: it yields no hidden states of patches.")
