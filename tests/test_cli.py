@@ -122,6 +122,7 @@ def test_a_wrong_command_line_ends_with_status_2_and_a_usage_line(capsys, argv):
         (["{tmp}/source", "{tmp}/source/config.json"], 1, "config.json is a file"),
         (["{tmp}/source", "{tmp}/out", "--max-shard-size", "many"], 2, "max_shard_size='many'"),
         (["{tmp}/source", "{tmp}/source", "--overwrite"], 2, "contains SRC"),
+        (["{tmp}/source", "{tmp}/out", "--max-shard-size", "9" * 400], 2, "expected a number of bytes"),
     ],
 )
 def test_an_error_is_one_line_without_a_traceback(tmp_path, capsys, options, status, message):
@@ -211,6 +212,8 @@ def test_a_card_that_is_there_is_kept(tmp_path):
         (["demo", "--questions", "0"], 2, "expected a positive number, got '0'"),
         (["demo", "--seed", "-1"], 2, "expected a whole number from 0 to 4294967295, got '-1'"),
         (["demo", "--seed", "9" * 400], 2, "expected a whole number from 0 to 4294967295, got '999"),
+        (["train", "x.yaml", "--learnin-rate", "3"], 2, "is not an option: did you mean '--learning-rate'?"),
+        (["train", "x.yaml", "--zzzzzz", "3"], 2, "'--zzzzzz' is not an option: see saisa train --help."),
         (["flops", "./none"], 1, "MODEL './none' is not a folder"),
         (["fit", "none.json", "--gpu-memory", "8GB"], 1, "MODEL 'none.json' is not a folder"),
         (["chat", "a/b/c"], 1, "MODEL 'a/b/c' is not a folder"),

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import torch
+from hostile import bounded
 from test_convert import (
     REFERENCE,
     authors_checkpoint,
@@ -405,3 +406,14 @@ def test_no_pickle_runs_code_wherever_it_is(tmp_path, zipped, where):
     torch.save(contents, folder / where / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     refused(tmp_path, folder, rf"{where}/pytorch_model\.bin cannot be read")
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", "vision/config.json"])
+def test_more_layers_than_the_weights_have_are_refused_before_a_model_is_made(tmp_path, file):
+    folder = authors_checkpoint(tmp_path / "source", tower_inside=False)
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | {"num_hidden_layers": 10**9}))
+    with bounded(seconds=20, megabytes=500):
+        refused(
+            tmp_path, folder, rf"{file}: num_hidden_layers=1000000000, but there are \d+ tensors in all", ValueError
+        )

@@ -51,7 +51,7 @@ def check_layers(config: Any, most: int, file: Path) -> None:
         layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
         if isinstance(layers, int) and layers > most:
             raise ValueError(
-                f"{file}: num_hidden_layers={layers:.4g}, but there are {most} tensors in all in its weights."
+                f"{file}: num_hidden_layers={layers!r:.40}, but there are {most} tensors in all in its weights."
             )
 
 

@@ -105,10 +105,10 @@ def size_in_bytes(size: int | str) -> int:
     Raises:
         ValueError: it is neither, or 0.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)B?", str(size).strip().upper())
     found = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if not found:
-        raise ValueError(f"max_shard_size={size!r}: expected a number of bytes, or one with a unit like '5GB'.")
+        raise ValueError(f"max_shard_size={size!r:.80}: expected a number of bytes, or one with a unit like '5GB'.")
     return found
 
 

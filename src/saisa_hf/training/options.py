@@ -197,7 +197,7 @@ def load_options(path: str | Path | None, overrides: dict | None = None) -> Trai
     for key in given:
         if key not in known:
             near = _nearest(key if isinstance(key, str) else shown(key), known)
-            raise ValueError(f"{path}: {shown(key)} is not an option{near}.")
+            raise ValueError(f"{path}: {shown(key)} is not an option{near}")
     return TrainingOptions(**given)
 
 
@@ -223,12 +223,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def unknown_argument(argument: str) -> str:
     """The error message for `argument`, which is not one of `add_arguments`."""
     names = {"--" + option.name.replace("_", "-") for option in dataclasses.fields(TrainingOptions)}
-    return f"{argument!r} is not an option{_nearest(argument.split('=')[0], names)}."
+    return f"{argument!r} is not an option{_nearest(argument.split('=')[0], names)}"
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else ": see saisa train --help"
+    return f": did you mean {near[0]!r}?" if near else ": see saisa train --help."
 
 
 def _help(name: str) -> str:
