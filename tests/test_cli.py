@@ -304,5 +304,7 @@ def test_a_broken_checkpoint_is_one_line_on_stderr_that_names_it(tmp_path, capsy
             assert status == 0
             continue
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("saisa: error: ")]
+        if status == 0 and name == "auto_map":  # 4.57 does not look at it where it needs no remote code
+            continue
         assert status in (1, 2, 3) and len(errors) == 1 and str(folder) in errors[0], (argv[0], status, errors)
         assert status != 3 or name in ("stop", "template"), errors  # noticed only when the model answers
