@@ -348,6 +348,19 @@ def test_upgrade_finishes_what_was_interrupted(unfinished, cases):
         assert cases[name].found(folder) == "new" and not list(folder.glob(".*"))
 
 
+def test_upgrade_says_when_the_new_files_are_gone(unfinished):
+    """As after `cp -r folder/* elsewhere`, which leaves hidden folders out."""
+    for folder in unfinished:
+        for hidden in folder.glob(f"{HIDDEN}*"):
+            shutil.rmtree(hidden)
+        before = state(folder)
+        with pytest.raises(
+            FileNotFoundError, match=f"{folder}: saving into it was interrupted, .* are gone. Save again"
+        ):
+            upgrade(folder, log=str)
+        assert state(folder) == before
+
+
 def test_whoever_saves_next_finishes_what_was_interrupted(unfinished, cases):
     folder = unfinished[0]
     cases["processor"].new.save_pretrained(folder)  # the processor beside the model
@@ -448,7 +461,8 @@ def test_a_file_is_no_folder_to_save_into(cases, tmp_path):
             one.save_pretrained(tmp_path / "file")
 
 
-def test_processes_that_do_not_write_leave_nothing(cases, tmp_path):
+def test_processes_that_do_not_write_leave_nothing_and_wait_for_no_disk(cases, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("of files that go"))
     cases["model"].new.save_pretrained(tmp_path / "folder", is_main_process=False)
     assert names(tmp_path / "folder") == []
 
@@ -485,12 +499,13 @@ def test_where_folders_cannot_be_swapped_a_killed_run_loses_nothing(tmp_path, mo
     assert missing >= 1
 
 
-def test_a_folder_with_such_a_name_that_is_somebody_elses_stays(tmp_path):
+def test_what_has_such_a_name_and_is_somebody_elses_stays(tmp_path):
     theirs = tmp_path / ".dst.abcdefgh.old"
     theirs.mkdir()
     (theirs / "letter.txt").write_text("dear")
+    (tmp_path / ".dst.ijklmnop.old").write_text("a file")
     make(tmp_path / "dst")
-    assert (theirs / "letter.txt").exists()
+    assert (theirs / "letter.txt").exists() and (tmp_path / ".dst.ijklmnop.old").exists()
 
 
 @pytest.mark.slow

@@ -234,7 +234,7 @@ def test_a_run_with_its_last_checkpoint_only_takes_no_step_more(start, output, f
 
 
 def test_two_runs_do_not_write_to_one_folder(start, tmp_path, monkeypatch):
-    monkeypatch.setattr("saisa_hf.training.record.LOCK_PAUSE", 0)
+    monkeypatch.setattr("saisa_hf.training.record.LOCK_WAIT", 0)
     with held(tmp_path / "run"), pytest.raises(OSError, match="Another run writes to"):
         train(options(start, tmp_path / "run"), log=lambda _: None)
 

@@ -25,6 +25,7 @@ from saisa_hf import (
     SaisaForConditionalGeneration,
     SaisaVisualStates,
     hardware_saisa,
+    saving_saisa,
     token_layout_saisa,
     visual_states_saisa,
 )
@@ -522,11 +523,9 @@ def test_what_a_killed_save_leaves_goes_with_the_next(states, tmp_path):
         states.save(path)
     os.waitpid(child, 0)
     assert path.read_text() == "before" and len(os.listdir(tmp_path)) == 3
-    living = next(name for name in os.listdir(tmp_path) if "states" in name and name != path.name)
-    living = living.replace(f"-{child}.", f"-{os.getpid()}.")
-    (tmp_path / living).touch()  # of one that is still at work
-    states.save(path)
-    assert sorted(os.listdir(tmp_path)) == sorted([".other.host-1.0123abcd", living, path.name])
+    with saving_saisa.hidden_folder(tmp_path, ".states [1].", ".partial") as living:  # of one that is still at work
+        states.save(path)
+        assert sorted(os.listdir(tmp_path)) == sorted([".other.host-1.0123abcd", living.name, path.name])
     assert len(SaisaVisualStates.load(path)) == 5
 
 

@@ -51,7 +51,7 @@ def saved_together(folder, keep: bool = True):
     with hidden_folder(folder, HIDDEN) as new:
         try:
             yield new
-            for path in _files(new):
+            for path in _files(new) if keep else ():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         except Exception as error:
@@ -60,7 +60,7 @@ def saved_together(folder, keep: bool = True):
             why = f"{error}. New files need room beside the old ones, which are as they were"
             raise OSError(f"Saving into {folder} failed: {why}.") from error
         if keep and any(new.iterdir()):
-            with locked(folder, wait=True):
+            with locked(folder, wait=60):
                 _finish(folder)  # what another process, killed since, has begun
                 _begin(folder, new)
                 _finish(folder)
@@ -68,7 +68,7 @@ def saved_together(folder, keep: bool = True):
 
 def finish_saving(folder: Path) -> None:
     """Completes a save into `folder` that was interrupted with all files written; removes what others left."""
-    with locked(folder, wait=True):
+    with locked(folder, wait=60):
         _finish(folder)
         sweep(folder, HIDDEN)
 
@@ -193,10 +193,10 @@ def sweep(parent: Path, prefix: str, suffix: str = "", log=lambda line: None) ->
 
 
 @contextlib.contextmanager
-def locked(folder: Path, wait: bool = False):
-    """Whether this process holds the folder now: False if another one does (with `wait`, after a minute), None if that is
+def locked(folder: Path, wait: float = 0):
+    """Whether this process holds the folder now: False if another one does, after `wait` seconds too, None if that is
     unknown, as on systems and file systems without locks."""
-    held, until = None, time.monotonic() + 60 * wait
+    held, until = None, time.monotonic() + wait
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY)  # not on Windows
@@ -207,5 +207,5 @@ def locked(folder: Path, wait: bool = False):
                     held = True
                 except BlockingIOError:
                     held = False
-                    time.sleep(0.01 * wait)
+                    time.sleep(0.01)
         yield held

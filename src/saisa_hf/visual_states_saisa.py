@@ -7,15 +7,11 @@ Shape suffixes: V visual tokens of all stored images, K key/value heads, H head 
 """
 
 import contextlib
-import glob
 import inspect
 import json
 import operator
 import os
 import re
-import shutil
-import socket
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +24,7 @@ from torch import Tensor
 
 from .compat_saisa import get_logger
 from .hardware_saisa import weights_fingerprint, with_all_heads
+from .saving_saisa import hidden_folder, sweep
 from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
 
 
@@ -168,13 +165,10 @@ class SaisaVisualStates:
             described["image_layers"] = [i for i, pair in enumerate(compact.stored.keys_values) if pair is not None]
         metadata = {name: json.dumps(value) for name, value in described.items()}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
-        prefix = f".{path.name}.{socket.gethostname()}-"
-        for left in path.parent.glob(glob.escape(prefix) + "*") if Path("/proc/self").exists() else ():
-            if not Path("/proc", left.name[len(prefix) :].partition(".")[0]).exists():
-                shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{prefix}{os.getpid()}.") as folder:
-            part = Path(folder, path.name)
-            part.touch()
+        hidden = (path.parent, f".{path.name}.", ".partial")
+        sweep(*hidden)
+        with hidden_folder(*hidden) as folder:
+            (part := folder / path.name).touch()
             mode = part.stat().st_mode
             save_file(tensors, part, metadata=metadata)
             part.chmod(mode)  # safetensors lets nobody else read it

@@ -84,12 +84,15 @@ def upgrade(
             f"--push-to-hub goes with a repository 'user/name', got the folder {folder}: upgrade it without that option, "
             "then `hf upload` it."
         )
-    try:
-        check_finished(folder, ENTRIES)
-    except ValueError:
+    if _was_interrupted(folder):
         if check:
-            raise
+            check_finished(folder, ENTRIES)
         finish_saving(folder)
+        if _was_interrupted(folder):
+            raise FileNotFoundError(
+                f"{folder}: saving into it was interrupted, and its new files, in a hidden folder there, are gone. "
+                "Save again, or copy the folder again with all that is in it."
+            )
         log(f"finished the saving into {folder} that was interrupted")
         if not (folder / CONFIG).is_file():  # a processor's alone
             return True
@@ -98,6 +101,14 @@ def upgrade(
     if plan and not check:
         apply(folder, plan)
     return bool(plan)
+
+
+def _was_interrupted(folder: Path) -> bool:
+    try:
+        check_finished(folder, ENTRIES)
+    except ValueError:
+        return True
+    return False
 
 
 def local_folder(target: str | os.PathLike) -> Path | None:

@@ -149,23 +149,20 @@ def _put_in_place(finished: Path, destination: Path) -> None:
     if not destination.exists():
         os.rename(finished, destination)
     elif not _exchange(finished, destination):
-        aside = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
-        with locked(aside):
+        with hidden_folder(destination.parent, f".{destination.name}.", ".old") as aside:
             os.rename(destination, aside / destination.name)
             try:
                 os.rename(finished, destination)
             except BaseException:
                 os.rename(aside / destination.name, destination)
-                aside.rmdir()
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _restore(destination: Path, log: Callable[[str], None]) -> None:
     """Puts `destination` back where a run that was killed in `_put_in_place` had moved it aside and not come further."""
     for aside in destination.parent.glob(f".{glob.escape(destination.name)}.????????.old"):
         with locked(aside) as held:
-            if held is False or {path.name for path in aside.iterdir()} - {destination.name}:
+            if held is False or not aside.is_dir() or {path.name for path in aside.iterdir()} - {destination.name}:
                 continue  # a run is at it now, or it is somebody else's
             if not destination.exists() and (aside / destination.name).exists():
                 log(f"putting {destination} back, which an interrupted run had moved aside")

@@ -7,14 +7,12 @@ resumes only if the same is asked for; a finished run is left as it is.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ FREE |= {"compile_backend", "attn_implementation", "gradient_checkpointing", "us
 
 WEIGHTS_AND_SETTINGS = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
 BLOCK, MEGABYTE = 4096, 2**20
-LOCK_TRIES, LOCK_PAUSE = 20, 0.5  # the workers of a run that was killed live on for some seconds
+LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some seconds
 
 
 # --- what is asked for ---
@@ -230,22 +228,13 @@ def held(output: str | Path) -> Iterator[None]:
     Raises:
         OSError: another run does, or the folder cannot be made.
     """
+    from ..saving_saisa import locked  # with PyTorch, which a run that is finished does not need
+
     Path(output).mkdir(parents=True, exist_ok=True)
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        for tries_left in reversed(range(LOCK_TRIES)):
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if not tries_left:
-                    raise BlockingIOError(f"Another run writes to {output}: wait for its end, or stop it.") from error
-                time.sleep(LOCK_PAUSE)
-            except OSError:
-                break  # some network file systems have no locks
+    with locked(Path(output), LOCK_WAIT) as mine:
+        if mine is False:
+            raise BlockingIOError(f"Another run writes to {output}: wait for its end, or stop it.")
         yield
-    finally:
-        os.close(handle)
 
 
 def begin(options: TrainingOptions) -> None:
