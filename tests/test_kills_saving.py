@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -266,6 +267,16 @@ def test_two_processes_that_save_into_one_folder_leave_one_of_the_two(cases, tmp
     assert not [name for name in names(folder) if name.startswith(".") or UNFINISHED in name]
 
 
+def test_files_take_their_places_when_no_other_process_holds_the_folder(cases, tmp_path):
+    case, stack = cases["model"], contextlib.ExitStack()
+    with saving_saisa.saved_together(tmp_path / "folder") as new:
+        case.new.save_pretrained(new)
+        assert stack.enter_context(saving_saisa.locked(tmp_path / "folder"))
+        began = time.monotonic()
+        threading.Timer(0.5, stack.close).start()
+    assert time.monotonic() - began >= 0.5 and names(tmp_path / "folder")
+
+
 # --- a folder whose saving was interrupted ----------------------------------------------------------------------------
 
 LOADERS = ("AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoProcessor", "AutoTokenizer")
@@ -340,6 +351,15 @@ def test_an_interrupted_folder_is_refused_though_a_config_is_given(unfinished, c
         upgrade(unfinished[0], check=True)
 
 
+def test_a_model_is_refused_while_its_processor_brings_other_code(cases, tmp_path, monkeypatch):
+    folder = cases["model and its code"].prepare(tmp_path / "folder")
+    interrupted(monkeypatch, lambda: cases["processor"].new.save_pretrained(folder))
+    with pytest.raises(ValueError, match=f"Saving into {folder} has not finished"):
+        transformers.AutoConfig.from_pretrained(folder)
+    saving_saisa.finish_saving(folder)
+    assert cases["model"].found(folder) == "old" and cases["processor"].found(folder) == "new"
+
+
 def test_upgrade_finishes_what_was_interrupted(unfinished, cases):
     for folder, name in zip(unfinished, ("model and its code", "processor and its code"), strict=True):
         lines = []
@@ -366,6 +386,16 @@ def test_whoever_saves_next_finishes_what_was_interrupted(unfinished, cases):
     cases["processor"].new.save_pretrained(folder)  # the processor beside the model
     assert cases["model and its code"].found(folder) == "new" and not list(folder.glob(".*"))
     assert cases["processor"].found(folder) == "new"
+
+
+def test_what_another_process_leaves_meanwhile_is_finished_first(cases, tmp_path, monkeypatch):
+    folder = cases["model"].prepare(tmp_path / "folder")
+    with saving_saisa.saved_together(folder) as new:
+        cases["model"].new.save_pretrained(new, **PARTS)
+        interrupted(monkeypatch, lambda: cases["model"].old.save_pretrained(folder, variant="fp16"))
+    assert cases["model"].found(folder) == "new" and not list(folder.glob(".*"))
+    fp16 = SaisaForConditionalGeneration.from_pretrained(folder, config=cases["model"].old.config, variant="fp16")
+    assert of_model(fp16)[-1] == of_model(cases["model"].old)[-1]
 
 
 def test_a_good_copy_put_over_an_interrupted_folder_stays(unfinished, cases, tmp_path):
@@ -413,6 +443,17 @@ def test_code_of_former_names_goes_and_other_peoples_stays(cases, tmp_path):
     cases["model and its code"].save(folder)
     others = {"my_saisa.py", "upgrade_12345678_modeling_saisa.py"}
     assert {path.name for path in folder.glob("*_saisa.py")} == set(current_code()) | others
+
+
+def test_links_to_the_same_code_stay(cases, tmp_path):
+    """As those of this package's own checkpoint."""
+    folder = cases["model"].prepare(tmp_path / "folder")
+    for path in folder.glob("*_saisa.py"):
+        if path.name != "my_saisa.py":
+            path.unlink()
+            path.symlink_to((DEMO / path.name).resolve())
+    cases["model"].complete(folder)
+    assert all(path.is_symlink() for path in folder.glob("*_saisa.py") if path.name != "my_saisa.py")
 
 
 def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(cases, tmp_path):

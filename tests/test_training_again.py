@@ -15,7 +15,7 @@ from training_parts import conversation, distance, losses, processor_for, run_op
 from saisa_hf.cli import main
 from saisa_hf.training import TrainingOptions, train
 from saisa_hf.training.inputs import check_output
-from saisa_hf.training.record import RECORD, UNFINISHED, begin, finish, held, look
+from saisa_hf.training.record import RECORD, UNFINISHED, begin, differences, finish, held, look, request
 from saisa_hf.training.trainer import checkpoints
 
 
@@ -175,6 +175,16 @@ def test_more_or_fewer_data_files_differ(start, tmp_path):
     begin_and_stop(given)
     with pytest.raises(ValueError, match=r"data was '(\S+/q.json)', is '\1', '\1'"):
         look(options(start, given.output, data=[str(start / "q.json")] * 2))
+
+
+def test_of_streams_workers_and_batches_decide_the_order(start, tmp_path):
+    def asked(**changes):
+        return request(options(start, tmp_path / "run", **changes))
+
+    fewer = {"workers": 1, "per_device_batch_size": 1}
+    assert differences(asked(), asked(**fewer)) == []
+    found = differences(asked(streaming=True), asked(streaming=True, **fewer))
+    assert sorted(line.split()[0] for line in found) == ["per_device_batch_size", "workers"]
 
 
 @pytest.mark.parametrize(

@@ -299,8 +299,10 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(start, whole_run, tm
 
     given = options(start, tmp_path / "run", save_steps=5, save_total_limit=1)
     monkeypatch.setattr(SaisaTrainer, "__init__", with_stopper)
+    said = []
     with pytest.raises(SystemExit) as stopped:
-        train(given, log=lambda _: None)
+        train(dataclasses.replace(given, overwrite=True), log=said.append)
+    assert said[-1].endswith("after step 3; the same command without overwrite resumes the run")
     assert stopped.value.code == 143 and [path.name for path in checkpoints(given.output)] == ["checkpoint-3"]
     monkeypatch.undo()
     train(given, log=lambda _: None)

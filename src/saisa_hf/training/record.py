@@ -28,6 +28,7 @@ NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 FREE = {"output", "resume", "overwrite", "save_steps", "save_total_limit", "logging_steps", "report_to", "peak_tflops"}
 FREE |= {"questions", "questions_limit", "bad_samples", "workers", "device", "per_device_batch_size", "torch_compile"}
 FREE |= {"compile_backend", "attn_implementation", "gradient_checkpointing", "use_reentrant"}
+ORDER_OF_STREAMS = {"workers", "per_device_batch_size"}  # each worker makes batches of its own share of the samples
 
 WEIGHTS_AND_SETTINGS = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
 BLOCK, MEGABYTE = 4096, 2**20
@@ -39,7 +40,8 @@ LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some
 
 def request(options: TrainingOptions) -> dict[str, Any]:
     """What the result of a run depends on: `model` and `data` by path and contents, and the other options as `settings`."""
-    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in FREE}
+    free = FREE - ORDER_OF_STREAMS if options.streaming else FREE
+    settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in free}
     model, data = settings.pop("model"), settings.pop("data")
     if options.max_steps:
         del settings["epochs"]

@@ -91,7 +91,8 @@ def _train_and_save(
         log(f"left out {dataset.skipped} bad samples")
     if stopped:
         if main:
-            log(f"stopped by SIGTERM after step {trainer.state.global_step}; the same command resumes the run")
+            same = "the same command without overwrite" if options.overwrite else "the same command"
+            log(f"stopped by SIGTERM after step {trainer.state.global_step}; {same} resumes the run")
         raise SystemExit(143)
     _save(trainer, options, processor)
     if main:
