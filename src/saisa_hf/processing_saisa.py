@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
+import torch
+from torch import Tensor
 from transformers import BatchFeature
 
 from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
@@ -67,6 +69,12 @@ class SaisaBatch(BatchFeature):
 
     image_token_id: int | None = None  # None: labels stay as they are
 
+    def __getstate__(self):
+        return dict(vars(self))
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+
     def __setitem__(self, key, value):
         if key == "labels" and self.image_token_id is not None and "input_ids" in self.data:
             value = labels_of_text(value, self.data["input_ids"], self.image_token_id)
@@ -88,17 +96,22 @@ class BatchWithVisualStates(SaisaBatch):
 
 
 def labels_of_text(labels, input_ids, image_token_id: int):
-    """A copy of `labels`, tensors, arrays or lists in the shape of `input_ids`, with -100 where a visual token is the label
+    """A copy of `labels`, tensor, array or lists in the shape of `input_ids`, with -100 where a visual token is the label
     or would have to predict it. `labels` of another shape, or that have it already, are returned as they are."""
+    if isinstance(labels, list) and labels and np.isscalar(labels[0]):
+        return labels_of_text(np.asarray(labels), input_ids, image_token_id).tolist()
     if isinstance(labels, list):
         rows = zip(labels, input_ids) if len(labels) == len(input_ids) else ()
-        found = [labels_of_text(np.asarray(one), np.asarray(ids), image_token_id).tolist() for one, ids in rows]
-        return found or labels
-    if type(labels) is not type(input_ids) or labels.shape != input_ids.shape:
+        return [labels_of_text(*row, image_token_id) for row in rows] or labels
+    try:
+        visual = torch.as_tensor(input_ids) == image_token_id
+    except (TypeError, ValueError):  # rows of several lengths
         return labels
-    visual = input_ids == image_token_id
-    asked = visual | False  # a copy, of a tensor as of an array
+    if not isinstance(labels, (np.ndarray, Tensor)) or labels.shape != visual.shape:
+        return labels
+    asked = visual.clone()
     asked[..., 1:] |= visual[..., :-1]
+    asked = asked.to(labels.device) if isinstance(labels, Tensor) else asked.numpy(force=True)
     if not (asked & (labels != IGNORED)).any():
         return labels
     labels = labels + 0
@@ -411,7 +424,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             images, visual_states: one of them, as in `__call__`, for image tokens in strings and image parts without data.
             kwargs: `return_assistant_tokens_mask` (makes `assistant_masks`; fast tokenizers only); arguments of `__call__`,
                 flat or in `processor_kwargs`; `add_generation_prompt`, `continue_final_message`; the template's variables."""
-        call = _pop_call_arguments(kwargs)
+        call = pop_call_arguments(kwargs)
         images, visual_states = call.pop("images", images), call.pop("visual_states", visual_states)
         tokenize, return_dict = kwargs.pop("tokenize", False), kwargs.pop("return_dict", False)
         wants_masks = kwargs.get("return_assistant_tokens_mask", False)
@@ -555,7 +568,7 @@ def _image_list(images) -> list:
     return list(images) if many else [] if images is None else [images]
 
 
-def _pop_call_arguments(kwargs: dict) -> dict:
+def pop_call_arguments(kwargs: dict) -> dict:
     """Takes the arguments of the call out of those of `apply_chat_template`."""
     call = dict(kwargs.pop("processor_kwargs", None) or {})
     kwargs.pop("load_audio_from_video", None)
