@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -84,6 +85,11 @@ def test_what_cannot_be_served_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main(["serve", "./no/such/folder"]) == 1
     assert "CHECKPOINT './no/such/folder' is not a folder" in capsys.readouterr().err
+    assert main(["serve", os.path.dirname(__file__)]) == 2
+    assert "model_type None: expected 'saisa'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", str(CHECKPOINT), "--port", "65536"])
+    assert "expected a port from 1 to 65535" in capsys.readouterr().err
     if OLD:
         assert main(["serve", str(CHECKPOINT)]) == 1
         assert "needs transformers 5.6 or later" in capsys.readouterr().err
@@ -222,6 +228,16 @@ def hostile_requests(address, folder):
         "chat_template_kwargs",
     )
     requests["smuggled"] = ({"chat_template_kwargs": {"images": "/etc/passwd"}}, "chat_template_kwargs has images")
+    for part in ("text_kwargs", "images_kwargs", "common_kwargs"):
+        options = {part: {"padding": "max_length", "max_length": 10**9}}
+        requests[part] = ({"chat_template_kwargs": options}, f"chat_template_kwargs has {part}")
+    requests["masks"] = (
+        {"chat_template_kwargs": {"return_assistant_tokens_mask": True}},
+        "chat_template_kwargs has ret",
+    )
+    requests["list"] = ({"chat_template_kwargs": ["a"]}, "chat_template_kwargs is")
+    for stop in (["a"] * 5, "", ["a" * 201], [], 7):
+        requests[f"stop {stop!r:.9}"] = ({"stop": stop}, "stop is .*Expected a string, or a list of up to 4")
     requests["template"] = ({"chat_template_kwargs": {"chat_template": "{{ 7 }}"}}, "chat_template_kwargs has")
     requests["long answer"] = ({"max_tokens": 10**9}, "context of 512")
     requests["long question"] = ({"question": "how " * 10**6}, "context of 512")
@@ -272,6 +288,18 @@ def test_an_address_is_read_and_the_answer_streamed_or_not(server, address, monk
     body = {"input": [{"role": "user", "content": content}], "stream": False, "temperature": 0}
     status, answer, _ = server.post(body, "/v1/responses")
     assert status == 200 and json.loads(answer)["output"][0]["content"][0]["text"].strip() == "5"
+
+
+@served
+def test_stop_is_given_the_tokenizer_and_not_the_processor():
+    from saisa_hf.serving.with_transformers import _Ahead
+
+    processor = SimpleNamespace(tokenizer=object())
+    model = SimpleNamespace(generate=lambda *args, **kwargs: (args, kwargs))
+    ahead = _Ahead(SimpleNamespace(), None)._with("name", model, processor, None)
+    _, stand_in, _ = ahead._resolve_model({})
+    assert stand_in.generate(1, tokenizer=processor, seed=2) == ((1,), {"tokenizer": processor.tokenizer, "seed": 2})
+    assert model.generate(tokenizer=processor)[1] == {"tokenizer": processor}
 
 
 @served

@@ -73,7 +73,7 @@ class SaisaBatch(BatchFeature):
         return dict(vars(self))
 
     def __setstate__(self, state):
-        vars(self).update(state)
+        self.__dict__.update(state)
 
     def __setitem__(self, key, value):
         if key == "labels" and self.image_token_id is not None and "input_ids" in self.data:

@@ -227,7 +227,7 @@ class _PickleFile:
 
 
 def _unreadable(file: Path, error: Exception) -> OSError:
-    return OSError(f"{file} cannot be read: {first_line(error)} {_CORRUPT}")
+    return OSError(f"{file} cannot be read: {first_line(error).rstrip('.')}. {_CORRUPT}")
 
 
 def _is_zip(file: Path) -> bool:

@@ -25,7 +25,7 @@ def add_to(commands: Commands) -> None:
     add("checkpoint", metavar="CHECKPOINT", help="folder, or hub id, of a SAISA checkpoint")
     add("--backend", choices=("transformers",), default="transformers", help="what runs the model")
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="listen here (default: %(default)s, this machine alone)")
-    add("--port", metavar="N", type=positive, default=8000, help="(default: %(default)s)")
+    add("--port", metavar="N", type=port, default=8000, help="(default: %(default)s)")
     add_placement(command)
     add("--attn-implementation", metavar="NAME", help="eager, sdpa, flex_attention, flash_attention_2 ...")
     limits = command.add_argument_group("limits")
@@ -41,6 +41,13 @@ def add_to(commands: Commands) -> None:
     private = "let addresses lead to this machine and into private networks"
     add("--allow-private-urls", action="store_true", default=None, help=private)
     add("--allow-local-files", action="store_true", default=None, help="let requests name files of this machine")
+
+
+def port(text: str) -> int:
+    """A port's number, as argparse reads it."""
+    if not (text.isdecimal() and 0 < int(text[:9]) < 2**16):
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to 65535, got {text!r:.80}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:

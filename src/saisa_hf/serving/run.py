@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import os
 
-from ..common.sources import check_local
+from ..common.loading import check_saisa
 
 
 BACKENDS = {"transformers": ".with_transformers"}  # name -> module with `start(options)`
@@ -59,10 +59,11 @@ def serve(
     images here. What is None is as the environment says, or a default that suits a server.
 
     Raises:
-        FileNotFoundError: the checkpoint is a path that does not exist.
+        OSError: no such folder or repository.
+        ValueError: it is not a SAISA, or a limit is no positive number.
         ImportError: a package is missing, or transformers is too old.
     """
-    check_local("CHECKPOINT", options.checkpoint)
+    options = dataclasses.replace(options, checkpoint=check_saisa("CHECKPOINT", options.checkpoint))
     given = {
         "url_timeout": url_timeout,
         "max_image_bytes": max_image_bytes,

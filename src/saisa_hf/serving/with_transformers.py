@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ..common.extras import needs
-from ..compat_saisa import TESTED_RELEASES, VERSION, call_arguments
+from ..compat_saisa import TESTED_RELEASES, VERSION
 from ..image_sources_saisa import LIMITS, ImageLimits, read_url
+from ..processing_saisa import pop_call_arguments
 from .guard import BadRequest, Guard, blamed_on_the_request, error_body
 from .run import ServeOptions
 
@@ -23,8 +24,9 @@ from .run import ServeOptions
 SERVERS = "transformers.cli.serving.server"
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
 PARTS = ("text", "input_text", "output_text", "image_url", "input_image")
-# arguments of a chat template's variables that would reach the processor instead
-TAKEN = {"chat_template", "images", "visual_states", "processor_kwargs", "tokenize", "return_dict", *LIMITS}
+# variables of a chat template that the processor would take for arguments of its own, beside those of `pop_call_arguments`
+TAKEN = {"chat_template", "images", "visual_states", "tokenize", "return_dict", "return_assistant_tokens_mask", *LIMITS}
+MOST_STOPS, LONGEST_STOP = 4, 200  # as OpenAI has it; each is compared with the whole vocabulary
 FETCHING = ThreadPoolExecutor(32, "image from an address")  # they wait most of the time
 DECODING = ThreadPoolExecutor(2, "images of a request")  # each may need the memory of all images of a request
 SHARED = 4  # the images of a request may have so many times the pixels of the largest image
@@ -115,8 +117,11 @@ class _Ahead:
 
     def _with(self, model_id: str, model: Any, processor: Any, apply_chat_template: Any) -> Any:
         """The handler, with a processor that does what is said instead."""
-        handler, stand_in = copy.copy(self.handler), copy.copy(processor)
+        handler, stand_in, generate = copy.copy(self.handler), copy.copy(processor), model.generate
         stand_in.apply_chat_template = apply_chat_template
+        model = copy.copy(model)
+        # `stop` needs a tokenizer; transformers passes the processor for one
+        model.generate = lambda *args, **kwargs: generate(*args, **kwargs | {"tokenizer": processor.tokenizer})
         handler._resolve_model = lambda body: (model_id, model, stand_in)
         return handler
 
@@ -163,13 +168,19 @@ def _note(*args: Any, **kwargs: Any) -> None:
 def _check(body: dict) -> None:
     """Raises BadRequest for what transformers' server would leave out in silence, or hand to the processor."""
     variables = body.get("chat_template_kwargs") or {}
-    if wrong := sorted({*TAKEN, *call_arguments("text_kwargs"), *call_arguments("images_kwargs")} & {*variables}):
+    if not isinstance(variables, dict):
+        raise BadRequest(f"chat_template_kwargs is {variables!r:.80}. Expected an object.")
+    pop_call_arguments(others := dict(variables))
+    if wrong := sorted(variables.keys() & TAKEN | variables.keys() - others.keys()):
         raise BadRequest(f"chat_template_kwargs has {', '.join(wrong)}: only variables of the template are taken.")
     if body.get("generation_config") is not None:
         raise BadRequest("generation_config is not taken. There are temperature, top_p, max_tokens, stop and seed.")
-    stop = body.get("stop") or []
-    if not isinstance(stop, (str, list)) or not all(isinstance(one, str) for one in stop):
-        raise BadRequest(f"stop is {stop!r:.80}. Expected a string or a list of strings.")
+    stop = body.get("stop")
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    fits = isinstance(stops, list) and all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in stops)
+    if not fits or len(stops) > MOST_STOPS or stops == stop == []:
+        most = f"{MOST_STOPS} strings of 1 to {LONGEST_STOP} characters"
+        raise BadRequest(f"stop is {stop!r:.80}. Expected a string, or a list of up to {most}.")
     items = body.get("messages", body.get("input"))
     for message in items if isinstance(items, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
