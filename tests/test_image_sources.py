@@ -130,6 +130,13 @@ def test_an_address_is_read(address, path):
     assert Hostile.seen[-1][1]["User-Agent"] == "saisa_hf"
 
 
+def test_a_name_and_a_password_in_an_address_are_for_its_host_alone(address):
+    assert read(f"{address.replace('//', '//me:p%40ss@')}/hop").size == (5, 4)
+    (_, first), (_, second) = Hostile.seen[-2:]
+    assert first["Authorization"] == f"Basic {base64.b64encode(b'me:p@ss').decode()}"
+    assert "Authorization" not in second and first["Host"] == address.removeprefix("http://")
+
+
 @pytest.mark.parametrize("path", ["silent", "drip", "drip_headers"])
 def test_a_slow_address_ends_in_time_however_it_is_slow(address, path):
     start = time.monotonic()
@@ -192,6 +199,7 @@ PRIVATE += [
     "255.255.255.255",
     "100.64.0.1",
     "[ff02::1]",
+    "[fec0::1]",
 ]
 
 
@@ -202,7 +210,7 @@ def test_an_address_that_is_not_public_is_refused_unless_asked_for(host, monkeyp
     with pytest.raises(ImageError) as caught:
         load_image(f"http://{host}/x.png")
     said = "no public address. If that is meant: allow_private_urls=True" in str(caught.value)
-    assert not tried and (said or "%" in host or "@" in host or ":" in host)  # or it is no host that could be looked up
+    assert not tried and (said or "%" in host or ":" in host)  # or it is no host that could be looked up
 
 
 def test_public_addresses_pass():

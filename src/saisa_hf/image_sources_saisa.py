@@ -167,9 +167,13 @@ class _Fetching(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def read(self, url: str) -> io.BytesIO:
         parts = urlsplit(url)
-        host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+        user, _, host = parts.netloc.rpartition("@")
+        host = host if host.isascii() else host.encode("idna").decode()
         path, query = (quote(part, safe="/%:;=@!$&'()*+,~?[]|") for part in (parts.path, parts.query))
         request = urllib.request.Request(parts._replace(netloc=host, path=path, query=query, fragment="").geturl())
+        if user:  # not for those that are redirected to
+            basic = base64.b64encode(unquote_to_bytes(user)).decode()
+            request.add_unredirected_header("Authorization", f"Basic {basic}")
         opener = urllib.request.OpenerDirector()  # of http(s) alone; the usual one reads file: and ftp: as well
         opener.addheaders = [("User-Agent", "saisa_hf")]
         others = "HTTPRedirectHandler ProxyHandler HTTPDefaultErrorHandler HTTPErrorProcessor UnknownHandler"
@@ -235,4 +239,4 @@ def is_public(address: str) -> bool:
         return is_public(str(ipaddress.IPv4Address(int(ip) % 2**32)))
     if ip.version == 6 and ip.sixtofour and not is_public(str(ip.sixtofour)):
         return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False))
