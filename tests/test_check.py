@@ -141,6 +141,9 @@ def test_visual_states_in_the_folder_are_read_too(tmp_path):
     states = model.get_visual_states(pixel_values=torch.randn(2, 3, 8, 8))
     states.save(tmp_path / "states.safetensors")
     assert any(one.part == "states" and one.kind == "ok" for one in check(tmp_path, log=lambda line: None))
+    content = (tmp_path / "states.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(content[:100])
+    assert [one for one in said(tmp_path) if one.startswith("states: ") and "cut.safetensors cannot be read" in one]
     tensors = load_file(tmp_path / "states.safetensors")
     first = sorted(tensors)[0]
     metadata = {"format": "saisa visual states 1", "fingerprint": "?"}

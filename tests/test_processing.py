@@ -347,11 +347,11 @@ def test_text_alone_has_no_pixels_and_images_alone_no_ids():
 @pytest.mark.parametrize(
     ("images", "text", "message"),
     [
-        (2, "<image> a", r"`images` has 2 images for \[1\] '<image>'"),
-        (0, ["a", "<image>"], r"`images` has no images for \[0, 1\] '<image>'"),
-        (1, "no token", r"1 images for \[0\] '<image>'"),
-        ([[1], []], ["<image>", "<image>"], r"\[1, 0\] images for \[1, 1\] '<image>'"),
-        ([[1], [1]], "<image><image>", r"\[1, 1\] images for \[2\] '<image>'.*one list per text"),
+        (2, "<image> a", r"`images`: 2 for \[1\] '<image>'"),
+        (0, ["a", "<image>"], r"`images`: none for \[0, 1\] '<image>'"),
+        (1, "no token", r"`images`: 1 for \[0\] '<image>'"),
+        ([[1], []], ["<image>", "<image>"], r"\[1, 0\] for \[1, 1\] '<image>'"),
+        ([[1], [1]], "<image><image>", r"\[1, 1\] for \[2\] '<image>'.*one list per text"),
     ],
 )
 def test_images_and_image_tokens_have_to_match(images, text, message):
@@ -436,9 +436,9 @@ def test_a_chat_takes_visual_states_for_its_bare_image_parts():
     [
         (
             {"text": ["<image>a", "<image>b"]},
-            r"has 1 images for \[1, 1\] '<image>'.*expand\(n\).*states\[\[\.\.\.\]\]",
+            r"`visual_states`: 1 for \[1, 1\] '<image>'.*expand\(n\).*states\[\[\.\.\.\]\]",
         ),
-        ({"text": "a"}, r"has 1 images for \[0\] '<image>'"),
+        ({"text": "a"}, r"`visual_states`: 1 for \[0\] '<image>'"),
         ({"text": "<image>", "images": gradient()}, r"`images` and `visual_states`.*Pass one"),
         ({}, r"`visual_states` was given without `text`"),
         ({"text": "<image>", "visual_states": [visual_states(3)]}, r"is \[.*SaisaVisualStates.*cat"),
@@ -711,7 +711,7 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
     processor.chat_template = {"default": chat_template("vicuna"), "short": chat_template("plain")}
     assert processor.apply_chat_template(messages, chat_template="short") == "a"
     assert processor.apply_chat_template(messages).endswith("USER: a ")
-    with pytest.raises(ValueError, match="names 1 images"):
+    with pytest.raises(ValueError, match="in the chat: 1"):
         processor.apply_chat_template([{"role": "user", "content": "<image>a"}], tokenize=True)
 
 

@@ -123,10 +123,9 @@ def _to_8_bits(array: np.ndarray, name: str) -> np.ndarray:
     return result
 
 
-def pad_to_square(image, color: tuple[int, int, int], name: str):
+def pad_to_square(image, color: tuple[int, int, int]):
     """`image` (PIL, RGB) in the middle of a square of `color`; LLaVA's `image_aspect_ratio: "pad"`."""
     side = max(image.size)
-    check_size(side, side, f"{name} padded to a square")
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square

@@ -197,7 +197,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             pixels = self._pixels(images, **images_kwargs) if images else {}
             rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
             if return_tensors and not all(rows.get("input_ids", ())):
-                raise ValueError(f"text {rows['input_ids'].index([])} has no tokens, of which no model makes anything.")
+                raise ValueError(f"text {rows['input_ids'].index([])} has no tokens. A model needs at least one.")
             batch = SaisaBatch({**rows, **pixels}, tensor_type=return_tensors)
         batch.image_token_id = self.image_token_id
         return batch
@@ -231,7 +231,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             flat, found = [image for group in groups for image in group], [len(group) for group in groups]
         tokens = [text.count(self.image_token) for text in texts or ()]
         if texts is not None and found not in (tokens, sum(tokens)):
-            raise ValueError(f"`{name}` has {found or 'no'} images for {tokens} {self.image_token!r} in `text`. {fix}")
+            raise ValueError(f"`{name}`: {found or 'none'} for {tokens} {self.image_token!r} in `text`. {fix}")
         return flat
 
     def _pixels(self, images: list, *, input_data_format=None, **kwargs) -> dict:
@@ -263,7 +263,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             if (mean := settings["image_mean"]) is None:
                 raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
             color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
-            loaded = [pad_to_square(image, color, name) for image, name in zip(loaded, names)]
+            loaded = [pad_to_square(image, color) for image in loaded]
         image_processor = self.image_processor
         if kwargs.get("device") is None:
             image_processor = pillow_image_processor(image_processor)
@@ -432,9 +432,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             raise ValueError("continue_final_message excludes add_generation_prompt and return_assistant_tokens_mask.")
         if wants_masks and not self.tokenizer.is_fast:
             raise ValueError("return_assistant_tokens_mask=True needs a fast tokenizer: slow ones give no offsets.")
-        is_batch = (
-            isinstance(conversation, (list, tuple)) and bool(conversation) and not isinstance(conversation[0], dict)
-        )
+        is_batch = isinstance(conversation, (list, tuple)) and not isinstance((*conversation, {})[0], dict)
         template = self._template(chat_template)
         conversations = [_readable(chat, template) for chat in (conversation if is_batch else [conversation])]
         render = needed("Chat templates", "transformers.utils.chat_template_utils", "render_jinja_template")
@@ -485,7 +483,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         spares = [image for group in groups for image in (group if isinstance(group, (list, tuple)) else [group])]
         missing = sum(image is None for image in found)
         if missing != len(spares):
-            raise ValueError(f"The chat names {missing} images without data. Pass as many `images`, not {len(spares)}.")
+            raise ValueError(f"Images without data in the chat: {missing}. Pass as many `images`, not {len(spares)}.")
         remaining = iter(spares)
         return [next(remaining) if image is None else image for image in found] or None
 

@@ -310,8 +310,10 @@ def _states(folder: Path, config: SaisaConfig | None) -> Iterator[tuple[str, str
         try:
             with safe_open(file, framework="pt") as opened:
                 ours = (opened.metadata() or {}).get("format") == FORMAT
-        except (OSError, SafetensorError):
-            continue  # of the weights, or of something else
+        except (OSError, SafetensorError) as error:
+            if not file.name.startswith("model"):  # the weights have been read
+                yield "problem", f"{file} cannot be read: {first_line(error)}"
+            continue
         if not ours:
             continue
         try:
