@@ -291,6 +291,27 @@ def test_an_address_is_read_and_the_answer_streamed_or_not(server, address, monk
 
 
 @served
+def test_the_images_of_a_request_are_bounded_together(server, address, monkeypatch):
+    now, most, lock = [0], [0], threading.Lock()
+
+    def image(self, rest):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.2)
+        with lock:
+            now[0] -= 1
+        self.answer(bytes(3 * 2**20))
+
+    monkeypatch.setattr(Hostile, "image", image)
+    status, text, _ = server.ask(*[f"{address}/image"] * 12)
+    assert status == 400 and "at its addresses have more than max_request_bytes=33554432" in text
+    assert 1 < most[0] <= 4
+    status, text, _ = server.ask(f"{address}/image")
+    assert status == 400 and "in none of the formats" in text
+
+
+@served
 def test_stop_is_given_the_tokenizer_and_not_the_processor():
     from saisa_hf.serving.with_transformers import _Ahead
 

@@ -34,7 +34,7 @@ def add_to(commands: Commands) -> None:
     add("--max-image-bytes", metavar="N", type=positive, help="of an encoded image (default: 20971520)")
     add("--max-image-pixels", metavar="N", type=positive, help="of a decoded image (default: 20000000)")
     add("--max-images", metavar="N", type=positive, default=16, help="of a request (default: %(default)s)")
-    body = "of a request's body (default: %(default)s)"
+    body = "of a request's body, and of the images at its addresses (default: %(default)s)"
     add("--max-request-bytes", metavar="N", type=positive, default=32 * 2**20, help=body)
     requests = "at work or waiting; further ones get status 503 (default: %(default)s)"
     add("--max-requests", metavar="N", type=positive, default=64, help=requests)

@@ -28,7 +28,7 @@ class ServeOptions:
         host, port: where to listen.
         device, dtype, attn_implementation: as in `from_pretrained`.
         max_images: of a request.
-        max_request_bytes: of a request's body.
+        max_request_bytes: of a request's body, and of the images at its addresses together.
         max_requests: answered or waiting at the same time; further ones get status 503.
     """
 

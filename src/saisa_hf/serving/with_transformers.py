@@ -28,6 +28,7 @@ PARTS = ("text", "input_text", "output_text", "image_url", "input_image")
 TAKEN = {"chat_template", "images", "visual_states", "tokenize", "return_dict", "return_assistant_tokens_mask", *LIMITS}
 MOST_STOPS, LONGEST_STOP = 4, 200  # as OpenAI has it; each is compared with the whole vocabulary
 FETCHING = ThreadPoolExecutor(32, "image from an address")  # they wait most of the time
+AT_ONCE = 4  # addresses of a request; the others' turns come while these are slow
 DECODING = ThreadPoolExecutor(2, "images of a request")  # each may need the memory of all images of a request
 SHARED = 4  # the images of a request may have so many times the pixels of the largest image
 CHARACTERS = 64  # of a token, at most: what is longer than the context for certain is not tokenized
@@ -141,18 +142,22 @@ class _Ahead:
             raise BadRequest(f"{len(images)} images, more than max_images={self.options.max_images}.")
         if (length := sum(len(part.get("text", "")) for part in parts)) > CHARACTERS * context:
             raise BadRequest(f"{length} characters are more than the model's context of {context} tokens.")
-        loop, limits = asyncio.get_running_loop(), ImageLimits.of_process()
+        loop, limits, most = asyncio.get_running_loop(), ImageLimits.of_process(), self.options.max_request_bytes
+        turns = asyncio.Semaphore(AT_ONCE)
 
         async def fetch(index: int, part: dict) -> None:
             url = part["url"]
             if isinstance(url, str) and url[:8].lower().startswith(("http://", "https://")):
                 try:
-                    found = await loop.run_in_executor(FETCHING, read_url, url, limits)
+                    async with turns:
+                        found = await loop.run_in_executor(FETCHING, read_url, url, limits)
                 except Exception as error:
                     what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
                     raise BadRequest(f"image {index} ({url:.120}) cannot be read: {what:.300}") from error
                 part["image"] = found.getvalue()
                 del part["url"]
+                if sum(len(one.get("image", b"")) for one in images) > most:
+                    raise BadRequest(f"the images at its addresses have more than max_request_bytes={most} bytes.")
 
         await asyncio.gather(*(fetch(index, part) for index, part in enumerate(images)))
         if images:
