@@ -470,11 +470,18 @@ def test_what_a_killed_process_left_goes_and_what_a_living_one_writes_stays(case
     case.complete(folder)
 
 
-def test_without_locks_saving_works_and_only_what_is_old_goes(cases, tmp_path, monkeypatch):
+def test_on_simple_file_systems_saving_works_and_only_what_is_old_goes(cases, tmp_path, monkeypatch):
+    """Without locks, and without writing to a file that is there."""
+
     def no_locks(*_):
         raise OSError("Function not implemented")
 
+    def once(path, mode="r", *arguments, opened=Path.open, **options):
+        assert "+" not in mode
+        return opened(path, mode, *arguments, **options)
+
     monkeypatch.setattr(saving_saisa, "flock", no_locks)
+    monkeypatch.setattr(Path, "open", once)
     case = cases["model"]
     folder = case.prepare(tmp_path / "folder")
     young, old = folder / f"{HIDDEN}young", folder / f"{HIDDEN}old"
