@@ -659,9 +659,42 @@ def test_of_a_large_encoder_a_sample_is_looked_at(model, monkeypatch):
         weight.copy_(before)
     weight.view(-1)[1000] += 1
     use(model, states)  # what the page about them warns of
+    with torch.no_grad(), pytest.raises(ValueError, match="other weights"):
+        model.model.vision_tower.wide.weight.view(-1)[1000] += 1  # which PyTorch counts
+        use(model, states)
+    states = model.get_visual_states(pictures(1))
     model.model.language_model.layers[0].self_attn.k_proj.weight.data[3, 5] += 1
     with pytest.raises(ValueError, match="other weights"):
         use(model, states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("size", [2, 3, 9, 8191])
+def test_a_checksum_is_of_every_element(dtype, size):
+    """Of tensors that fill no whole words, too, and of views that begin in the middle of one."""
+    for x in (
+        torch.ones(size, dtype=dtype),
+        torch.ones(size + 1, dtype=dtype)[1:],
+        torch.ones(size, 2, dtype=dtype)[:, 1],
+    ):
+        seen = {hardware_saisa._checksum([x], hardware_saisa.ROW)}
+        for index in {0, size // 2, size - 1}:
+            x[index] = 3
+            seen.add(hardware_saisa._checksum([x], hardware_saisa.ROW))
+            x[index] = 1
+        assert len(seen) == 1 + len({0, size // 2, size - 1})
+
+
+def test_a_parametrization_that_changes_and_weights_of_inference_mode(model):
+    linear = model.model.vision_tower.extra = torch.nn.Linear(8, 8)
+    torch.nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+    states = model.get_visual_states(pictures(1))
+    nudge(linear.parametrizations.weight.original.data)
+    with pytest.raises(ValueError, match="other weights"):
+        use(model, states)
+    with torch.inference_mode():
+        model = tiny_model("llama")
+        use(model, model.get_visual_states(pictures(1)))
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -741,6 +774,17 @@ def test_states_are_those_of_the_adapters_that_are_active(kind, setting):
     wanted = {"as it was": {"a"}, "another": {"b"}, "disabled": {"none"}, "taken off": {"none"}}
     if kind in options or setting != "taken off":  # which keeps PEFT's copies
         assert accepted == wanted.get(setting, set())
+
+
+def test_merged_adapters_that_are_then_disabled_count():
+    """They are taken out of the weights at the next call."""
+    model = adapted()
+    model.merge_adapter(["a"])
+    core = model.base_model.model
+    states = core.get_visual_states(pictures(1))
+    of_layers(model, "enable_adapters", False)
+    with pytest.raises(ValueError, match="other weights"):
+        use(core, states)
 
 
 def test_adapters_that_are_not_active_do_not_count():

@@ -248,7 +248,7 @@ def _checksum(tensors: list[Tensor], width: int) -> int:
     """A number that a change of any bit changes, in the first `width` words of each row of `ROW` and behind the last row."""
     sums = []
     for x in tensors:
-        words = x.detach().flatten()
+        words = x.detach().contiguous().flatten()
         if words.nbytes % 8 or words.storage_offset() * words.itemsize % 8:
             words = nn.functional.pad(words.view(torch.uint8), (0, -words.nbytes % 8 or 8))
         words = words.view(torch.int64)
@@ -295,7 +295,7 @@ def _stored_tensors(p: Tensor, module: nn.Module | None = None, name: str = "") 
 
 def _sums(p: Tensor) -> bytes:
     """Sums of the bits of `p` along the rows and along the columns of a table: quick on any device, and every bit counts."""
-    flat = p.detach().flatten()
+    flat = p.detach().contiguous().flatten()
     flat = flat.to(torch.bfloat16).view(torch.int16) if flat.is_floating_point() else flat.view(torch.uint8)
     table = nn.functional.pad(flat, (0, -flat.numel() % 1024)).view(-1, 1024)
     return b"".join(table.sum(dim, dtype=torch.int64).cpu().numpy().tobytes() for dim in (0, 1))

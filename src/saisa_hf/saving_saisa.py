@@ -52,7 +52,9 @@ def saved_together(folder, keep: bool = True):
         try:
             yield new
             for path in _files(new) if keep else ():
-                with path.open("rb" if os.name == "posix" else "rb+") as file:  # not all file systems write inside files
+                with path.open(
+                    "rb" if os.name == "posix" else "rb+"
+                ) as file:  # not all file systems write inside files
                     os.fsync(file.fileno())
         except Exception as error:
             if not re.search("no space left|quota exceeded", str(error), re.I):
