@@ -32,19 +32,9 @@ def test_hub_ids_are_left_to_the_hub(here, name):
             "a/b/",
             "a\\b",
             "C:\\models\\x",
-            "",
-            " ",
         ),
-        *(
-            "out/modle",
-            "missing.json",
-            "data/train.jsonl",
-            "user/train.PARQUET",
-            "user/model.safetensors",
-            "out/",
-            "a b",
-            "/",
-        ),
+        *("", " ", "out/modle", "missing.json", "data/train.jsonl", "user/train.PARQUET", "user/model.safetensors"),
+        *("out/", "a b", "/"),
         *("https://host/user/name", "hf://user/name", "name\0", "n" * 5000 + "/x/y", ".hidden"),
     ],
 )
@@ -71,3 +61,10 @@ def test_folders_and_files_that_are_there(here, monkeypatch):
 def test_a_folder_of_that_name_is_named(here):
     with pytest.raises(FileNotFoundError, match="the folder 'out' is here, and has no 'modle'"):
         check_local("MODEL", "out/modle")
+
+
+@pytest.mark.parametrize("kind", ["models", "datasets"])
+def test_a_repository_that_was_downloaded_is_meant_beside_a_folder_of_its_owners_name(here, monkeypatch, kind):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "cache"))
+    (here / "cache" / f"{kind}--out--modle").mkdir(parents=True)
+    assert check_local("MODEL", "out/modle") is None

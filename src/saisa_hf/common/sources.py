@@ -20,7 +20,7 @@ def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Pat
 
     What exists, or looks like a path, is never looked up on the hub: that would take minutes without a network, and end in an
     error about the hub. A path begins with '.', '/' or '~', has the ending of a file, a backslash or more than one '/', or
-    its first folder is here.
+    its first folder is here and no repository of that name in the hub's cache.
 
     Args:
         name: what error messages call it: "MODEL", "data" ...
@@ -41,12 +41,20 @@ def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Pat
     not_here = "is not a folder" if not files else "is neither a file nor a folder"
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) or text.lower().endswith(FILE_ENDINGS):
         raise FileNotFoundError(f"{name} {text!r} {not_here}, nor does it look like a hub id ('user/name').")
-    if rest and os.path.isdir(first):
+    if rest and os.path.isdir(first) and not _is_cached(text):
         raise FileNotFoundError(
             f"{name} {text!r} {not_here}: the folder {first!r} is here, and has no {rest!r}. To name a repository of the "
             f"hub, run this where there is no folder {first!r}."
         )
     return None
+
+
+def _is_cached(repo_id: str) -> bool:
+    """Whether something of that repository has been downloaded: then a folder of its owner's name is a coincidence."""
+    from huggingface_hub import constants
+
+    folders = (Path(constants.HF_HUB_CACHE, f"{kind}--{repo_id.replace('/', '--')}") for kind in ("models", "datasets"))
+    return any(folder.is_dir() for folder in folders)
 
 
 def local_folder(source: str | os.PathLike, role: str) -> Path | None:
