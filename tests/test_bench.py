@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_refused_in_a_line(capsys, options, message):
     assert error.startswith("saisa: error: ") and message in error
 
 
-@pytest.mark.parametrize("option", ["batch", "text", "visual", "tokens", "repeats", "cross-every", "threads", "layers"])
+@pytest.mark.parametrize("option", ["batch", "text", "visual", "tokens", "repeats", "cross-every", "layers"])
 def test_numbers_are_positive(capsys, option):
     with pytest.raises(SystemExit) as ended:
         main(["bench", f"--{option}", "0"])

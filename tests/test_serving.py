@@ -18,7 +18,6 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -309,18 +308,6 @@ def test_the_images_of_a_request_are_bounded_together(server, address, monkeypat
     assert 1 < most[0] <= 4
     status, text, _ = server.ask(f"{address}/image")
     assert status == 400 and "in none of the formats" in text
-
-
-@served
-def test_stop_is_given_the_tokenizer_and_not_the_processor():
-    from saisa_hf.serving.with_transformers import _Ahead
-
-    processor = SimpleNamespace(tokenizer=object())
-    model = SimpleNamespace(generate=lambda *args, **kwargs: (args, kwargs))
-    ahead = _Ahead(SimpleNamespace(), None)._with("name", model, processor, None)
-    _, stand_in, _ = ahead._resolve_model({})
-    assert stand_in.generate(1, tokenizer=processor, seed=2) == ((1,), {"tokenizer": processor.tokenizer, "seed": 2})
-    assert model.generate(tokenizer=processor)[1] == {"tokenizer": processor}
 
 
 @served

@@ -927,3 +927,11 @@ def test_a_hundred_questions_about_one_picture(model):
         alone = model.generate(**without_pixels(row.prompt), visual_states=states, **options)[0, -5:]
         expected = model.generate(**{**row.prompt, "pixel_values": one}, **options)[0, -5:]
         assert torch.equal(alone, expected) and torch.equal(together[b], expected)
+
+
+def test_weights_without_a_number_have_a_fingerprint():
+    empty = torch.nn.Module()
+    empty.weight = torch.nn.Parameter(torch.empty(0))
+    without = hardware_saisa.weights_fingerprint(torch.nn.Module(), "features", {"part": empty}, [])
+    empty.weight = torch.nn.Parameter(torch.ones(1))
+    assert without != hardware_saisa.weights_fingerprint(torch.nn.Module(), "features", {"part": empty}, [])

@@ -257,7 +257,7 @@ def _checksum(tensors: list[Tensor], width: int) -> int:
             words = words[rows * ROW :]
         sums.append(words)
     total = torch.cat(sums)
-    return int((total * torch.arange(1, 2 * len(total), 2, device=total.device)).sum())
+    return int((total * (2 * torch.arange(len(total), device=total.device) + 1)).sum())
 
 
 def _pieces(weights: list[tuple]) -> list[bytes]:

@@ -137,6 +137,8 @@ class AnswersAboutImages:
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
+        if "tokenizer" in kwargs:  # `transformers serve` hands over the processor, which cannot look for stop strings
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         pixel_values, visual_states = kwargs.get("pixel_values"), kwargs.get("visual_states")
         check_one_of(pixel_values, visual_states)
         given = next((x for x in (inputs, *map(kwargs.get, ("input_ids", "inputs_embeds"))) if x is not None), None)

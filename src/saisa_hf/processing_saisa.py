@@ -308,6 +308,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         """Token ids and what goes with them, one row per text, with `counts` placeholders for the texts' images."""
         if refused := {key: kwargs[key] for key in UNSUPPORTED if kwargs.get(key)}:
             raise ValueError(f"{refused} is not supported: texts are tokenized around their images. Leave it out.")
+        for name in ("max_length", "pad_to_multiple_of"):
+            if (value := kwargs.get(name)) is not None and (not hasattr(value, "__index__") or value < 0):
+                raise ValueError(f"{name} is {value!r:.80}. Expected a number of tokens.")
         specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
         prefix, suffix = ([(i, (0, 0)) for i in ids] for ids in specials)
         n_special, wants_offsets = len(prefix + suffix), bool(kwargs.get("return_offsets_mapping"))

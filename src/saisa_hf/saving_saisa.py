@@ -52,9 +52,8 @@ def saved_together(folder, keep: bool = True):
         try:
             yield new
             for path in _files(new) if keep else ():
-                with path.open(
-                    "rb" if os.name == "posix" else "rb+"
-                ) as file:  # not all file systems write inside files
+                # Windows syncs only what is open for writing, and some file systems of Linux open nothing for writing twice
+                with path.open("rb" if os.name == "posix" else "rb+") as file:
                     os.fsync(file.fileno())
         except Exception as error:
             if not re.search("no space left|quota exceeded", str(error), re.I):

@@ -118,11 +118,8 @@ class _Ahead:
 
     def _with(self, model_id: str, model: Any, processor: Any, apply_chat_template: Any) -> Any:
         """The handler, with a processor that does what is said instead."""
-        handler, stand_in, generate = copy.copy(self.handler), copy.copy(processor), model.generate
+        handler, stand_in = copy.copy(self.handler), copy.copy(processor)
         stand_in.apply_chat_template = apply_chat_template
-        model = copy.copy(model)
-        # `stop` needs a tokenizer; transformers passes the processor for one
-        model.generate = lambda *args, **kwargs: generate(*args, **kwargs | {"tokenizer": processor.tokenizer})
         handler._resolve_model = lambda body: (model_id, model, stand_in)
         return handler
 
