@@ -342,6 +342,13 @@ def test_an_interrupted_folder_says_what_to_do_without_the_package(unfinished, t
         assert said.startswith(f"ValueError: Saving into {folder} has not finished."), (model, processor)
 
 
+def test_an_interrupted_folder_is_refused_by_the_classes_of_its_parts(unfinished, cases):
+    processor = cases["processor"].new
+    for part in (processor.tokenizer, processor.image_processor):
+        with pytest.raises(ValueError, match=f"Saving into {unfinished[1]} has not finished"):
+            type(part).from_pretrained(unfinished[1])
+
+
 def test_an_interrupted_folder_is_refused_though_a_config_is_given(unfinished, cases):
     with pytest.raises(ValueError, match="has not finished"):
         SaisaForConditionalGeneration.from_pretrained(unfinished[0], config=cases["model"].new.config)

@@ -98,7 +98,8 @@ def _begin(folder: Path, new: Path) -> None:
     code["AutoTokenizer"] = [f"{UNFINISHED}.Class"] * 2
     journal = {UNFINISHED: message, "folder": new.name, "files": sorted(names), "auto_map": code}
     journal |= {"model_type": "saisa", "processor_class": "SaisaProcessor", "text_config": {"model_type": message}}
-    journal |= dict.fromkeys(("peft_type", "tokenizer_class", "image_processor_type"), message)
+    journal |= dict.fromkeys(("peft_type", "tokenizer_class", "image_processor_type", "size"), message)
+    journal["added_tokens_decoder"] = {message: {"content": ""}}  # which tokenizers of any class repeat
     (new / COMPLETE).touch()
     _write(folder / f"{UNFINISHED}.py", f"raise ValueError({message!r})\n", new)
     _write(folder / next(name for name in ENTRIES if (new / name).exists()), json.dumps(journal, indent=2), new)
