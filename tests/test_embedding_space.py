@@ -172,7 +172,7 @@ def test_every_layout_of_a_llavas_names_loads_into_both_classes(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[next(name for name in tensors if "multi_modal_projector.linear_1" in name)]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model: model\.visual_projector\.linear_1"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: model\.visual_projector\.linear_1"):
         SaisaForConditionalGeneration.from_pretrained(tmp_path)
 
 

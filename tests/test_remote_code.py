@@ -206,7 +206,7 @@ def test_an_incomplete_checkpoint_is_refused_by_name(saved, tmp_path, case):
 
 def test_a_checkpoint_without_its_head_is_refused(saved, tmp_path):
     folder = edited(saved / "llama-clip", tmp_path / "headless", without("lm_head."))
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of the model: lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's tensors: lm_head\.weight"):
         SaisaForConditionalGeneration.from_pretrained(folder)
 
 

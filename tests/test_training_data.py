@@ -200,7 +200,7 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
     [
         ({"question": "a", "answer": "b"}, "one of the keys 'conversations', 'messages'.*'question', 'answer'"),
         (conversation("<image>\nA?", "B."), "0 images for 1 <image>"),
-        (conversation("A?", "B.", image="a.png"), "1 images for 0 <image>"),
+        (conversation("A?", "B.", image="a.png"), "1 image for 0 <image>"),
         (conversation("<image>\nA?", "B.", image=["a.png", "b.png"]), "2 images for 1 <image>"),
         (conversation("A?", "  ", "B?", ""), "no turn of the assistant has text"),
         (conversation("A?"), "no turn of the assistant has text"),

@@ -302,7 +302,7 @@ def test_a_checkpoint_without_its_resampler_is_refused(tmp_path):
     model = model_with("resampler")
     kept = {name: x for name, x in model.state_dict().items() if "visual_resampler.k_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=kept)
-    with pytest.raises(ValueError, match=r"lacks 2 tensors of the model: model\.visual_resampler\.k_proj"):
+    with pytest.raises(ValueError, match=r"lacks 2 of the model's tensors: model\.visual_resampler\.k_proj"):
         SaisaForConditionalGeneration.from_pretrained(tmp_path)
 
 

@@ -210,7 +210,7 @@ def _check_complete(model, info: dict, checkpoint) -> None:
     without_weights = len(missing) == len(wanted) and len(info["unexpected_keys"]) <= 1
     if missing and not without_weights and checkpoint is not None:
         listed = ", ".join(missing[:20] + (["..."] if len(missing) > 20 else []))
-        lacking = f"{checkpoint} lacks {len(missing)} tensors of the model: {listed}"
+        lacking = f"{checkpoint} lacks {len(missing)} of the model's tensors: {listed}"
         raise ValueError(f"{lacking}. Save the whole model, or convert its vision tower too: `saisa convert`.")
 
 

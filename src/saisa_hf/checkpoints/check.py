@@ -53,7 +53,7 @@ def check(folder: str | os.PathLike, log: Callable[[str], None] = print) -> list
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    path = check_local("FOLDER", folder)
+    path = None if Path(folder).is_file() else check_local("FOLDER", folder)
     if path is None:
         raise FileNotFoundError(f"FOLDER {os.fspath(folder)!r} is not a folder here: `hf download` a repository first.")
     found = []

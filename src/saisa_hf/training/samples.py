@@ -57,9 +57,8 @@ def read_sample(
         raise BadSample(f"{name}: no turn of the assistant has text, so there is nothing to learn.")
     wanted = sum(place is None for place in places)  # an array is equal to nothing
     if len(spares) != wanted:
-        raise BadSample(
-            f"{name}: {len(spares)} images for {wanted} {IMAGE} in its text. Expected the same number of both."
-        )
+        given = "1 image" if len(spares) == 1 else f"{len(spares)} images"
+        raise BadSample(f"{name}: {given} for {wanted} {IMAGE} in its text. Expected the same number of both.")
     spare = iter(spares)
     images = [_resolved(next(spare) if place is None else place, folder) for place in places]
     if captions:
