@@ -308,3 +308,22 @@ def test_a_broken_checkpoint_is_one_line_on_stderr_that_names_it(tmp_path, capsy
             continue
         assert status in (1, 2, 3) and len(errors) == 1 and str(folder) in errors[0], (argv[0], status, errors)
         assert status != 3 or name in ("stop", "template"), errors  # noticed only when the model answers
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "./nope", "out"],
+        ["chat", "no/such/folder"],
+        ["fit", "./nope", "--gpu-memory", "8GiB"],
+        ["flops", "a.json"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_model_that_is_not_there_is_named_before_torch_is_imported(tmp_path, command):
+    code = (
+        "import sys; from saisa_hf.cli import main; status = main(sys.argv[1:]); print(status, 'torch' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout.split() == ["1", "False"] and repr(command[1]) in ran.stderr
+    assert ran.stderr.startswith("saisa: error: ") and ran.stderr.count("\n") == 1

@@ -10,12 +10,14 @@ import os
 import sys
 
 from .. import __version__
+from ..common.sources import check_local
 from . import attend, bench, build, chat, check, convert, data, demo, fit, flops, redundancy, serve, train, upgrade
 
 
 COMMANDS = (demo, convert, build, upgrade, check, chat, attend, train, flops, fit, redundancy, bench, serve, data)
 
-# arguments that name what a command reads
+# arguments that name the model a command reads, by what its help calls them; and all that name what it reads
+MODELS = {"model": "MODEL", "source": "SRC"}
 READ = ("model", "checkpoint", "source", "target", "folder", "paths", "from_llava", "vision_tower", "config")
 
 
@@ -31,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments, unknown = make_parser().parse_known_args(argv)
         if unknown:
             arguments.refuse(arguments, unknown)
+        for name, role in MODELS.items():
+            if name in arguments:  # to import torch, only to say that this is not there, would take seconds
+                check_local(role, getattr(arguments, name))
         return arguments.run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
