@@ -33,6 +33,8 @@ from .refusals import DECODERS, check_layers
 from .runs import Runs, runs_of
 from .visual import VisualCacheWriter, VisualEncoder
 
+TOWER = "model.vision_tower."
+
 
 @MULTIMODAL_REGISTRY.register_processor(
     SaisaMultiModalProcessor, info=SaisaProcessingInfo, dummy_inputs=SaisaDummyInputs
@@ -48,7 +50,6 @@ class SaisaForConditionalGeneration(nn.Module, SupportsMultiModal):
         },
         orig_to_new_prefix={
             "model.language_model.": "language_model.model.",
-            "model.vision_tower.": "encoder.vision_tower.",
             "model.visual_resampler.": "encoder.visual_resampler.",
             "lm_head.": "language_model.lm_head.",
         },
@@ -114,7 +115,8 @@ class SaisaForConditionalGeneration(nn.Module, SupportsMultiModal):
             return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
         features_VC, visual_N = pending
         common = self.record.common(self._attention_names[0])
-        runs = runs_of(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, visual_N)
+        seq_lens = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
+        runs = runs_of(common.query_start_loc_cpu, seq_lens, visual_N)
         visual_rows = visual_N.nonzero().squeeze(1).to(positions.device)
         slots_of = {name: slots[visual_rows] for name, slots in context.slot_mapping.items()}
         self.visual.write(features_VC, positions[visual_rows], slots_of)
@@ -131,9 +133,20 @@ class SaisaForConditionalGeneration(nn.Module, SupportsMultiModal):
         return logits
 
     def load_weights(self, weights) -> set[str]:
-        loaded = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
-        if self._on_cpu and isinstance(self.visual, VisualCacheWriter):
-            self.visual.copy_weights()
+        tower: dict[str, Tensor] = {}
+
+        def others():
+            for name, tensor in weights:
+                if name.startswith(TOWER):
+                    tower[name.removeprefix(TOWER)] = tensor
+                else:
+                    yield name, tensor
+
+        loaded = AutoWeightsLoader(self).load_weights(others(), mapper=self.hf_to_vllm_mapper)
+        if isinstance(self.encoder, VisualEncoder):  # vLLM leaves it out of an engine that takes no images
+            loaded |= {f"encoder.vision_tower.{name}" for name in self.encoder.load_tower(tower)}
+            if self._on_cpu:
+                self.visual.copy_weights()
         return loaded
 
     # --- a step with visual rows ---

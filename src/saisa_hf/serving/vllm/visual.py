@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 from saisa_hf.compat_saisa import ACT2FN
-from saisa_hf.vision_saisa import EncodesImages, SaisaVisualResampler, build_vision_tower
+from saisa_hf.vision_saisa import EncodesImages, NestedEncoder, SaisaVisualResampler, build_vision_tower
 
 
 class VisualEncoder(EncodesImages, nn.Module):
@@ -25,6 +25,20 @@ class VisualEncoder(EncodesImages, nn.Module):
         self.vision_tower = build_vision_tower(config.vision_config).to(dtype)
         if config.visual_token_reduction == "resampler":
             self.visual_resampler = SaisaVisualResampler(config).to(dtype)
+
+    def load_tower(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Loads the encoder from tensors named as in checkpoints, which transformers may have renamed since. Returns the names
+        of its parameters. Raises ValueError if some are missing."""
+        nested = isinstance(self.vision_tower, NestedEncoder)
+        encoder = self.vision_tower.vision_model if nested else self.vision_tower
+        own = {name.removeprefix("vision_model.") if nested else name: x for name, x in tensors.items()}
+        loaded, info = type(encoder).from_pretrained(
+            None, config=encoder.config, state_dict=own, dtype=torch.get_default_dtype(), output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"The checkpoint lacks tensors of the vision tower: {', '.join(missing[:3])}, {len(missing)} in all.")
+        encoder.load_state_dict(loaded.state_dict())
+        return [name for name, _ in self.vision_tower.named_parameters()]
 
     def features(self, pixel_values, **sizes) -> tuple[Tensor, ...]:
         """(V, C) for each image. `pixel_values` is one tensor, or a list of them where images differ in size."""
