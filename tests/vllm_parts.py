@@ -59,7 +59,7 @@ TEXT_CONFIGS = {
     "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
-        {"query_pre_attn_scalar": 40, "sliding_window": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+        {"query_pre_attn_scalar": 40, "sliding_window": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 9.0},
     ),
     "gemma3": (
         "Gemma3TextConfig",
@@ -154,10 +154,12 @@ def make_checkpoint(folder, text="llama", vision="clip", seed=0, dtype=torch.flo
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=words.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)) and text != "gemma_untied",
+        tie_word_embeddings=bool(getattr(text_config, "tie_word_embeddings", False)),
         **kwargs,
     )
     model = randomize(SaisaForConditionalGeneration(made), seed).to(dtype).eval()
+    if text.startswith("gemma"):  # embeddings are scaled up in front and are the head behind: else one logit takes all
+        model.get_input_embeddings().weight.data *= 0.1
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
     model.save_pretrained(folder)
     processor = SaisaProcessor(image_processor, words, chat_template=TEMPLATE, **arguments, **reduction)
@@ -216,7 +218,10 @@ def random_cases(count: int, seed=0, most_images=4, images=None) -> list[Case]:
 def answer(cases: list[Case], checkpoint: str, new_tokens=12, dtype=torch.float32) -> list[Case]:
     """Fills in what this package answers under transformers: greedy, without end."""
     torch.set_num_threads(1)
-    model = SaisaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype).eval()
+    # transformers' sdpa leaves out the bound of the scores that Gemma 2 was trained with; vLLM's kernels have it
+    bounded = getattr(SaisaConfig.from_pretrained(checkpoint).text_config, "attn_logit_softcapping", None) is not None
+    choice = {"attn_implementation": "eager"} if bounded else {}
+    model = SaisaForConditionalGeneration.from_pretrained(checkpoint, dtype=dtype, **choice).eval()
     processor = SaisaProcessor.from_pretrained(checkpoint)
     image_token = model.config.image_token_id
     for case in cases:

@@ -27,6 +27,7 @@ DECODERS = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
 }
+ALWAYS_TIED = ("gemma2", "gemma3_text")
 MIXTURES = ("qwen3_moe", "mixtral")
 # rotary embeddings that vLLM computes from the longest possible sequence, transformers from the sequence at hand
 STRETCHED = ("dynamic", "longrope")
@@ -74,6 +75,8 @@ def check_checkpoint(config) -> None:
         missing = ", ".join(sorted(set(FAMILIES) - set(DECODERS)))
         why = f"vLLM has no decoder of its own for it (nor for others of {missing}). {IN_TRANSFORMERS}"
         raise refusal(f"a language model of type {text.model_type!r}", why)
+    if text.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
+        raise refusal("tie_word_embeddings=False", f"vLLM's decoder for {text.model_type} has no head of its own. {IN_TRANSFORMERS}")
     for rope_type in rope_types(text):
         if rope_type in STRETCHED:
             why = f"vLLM stretches it by the longest possible sequence, not by the one at hand. {IN_TRANSFORMERS}"
