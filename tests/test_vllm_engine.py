@@ -12,14 +12,14 @@ import pytest
 pytest.importorskip("vllm")
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
-import torch  # noqa: E402
-import vllm_parts as parts  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
-from vllm.exceptions import VLLMValidationError  # noqa: E402
-from vllm.sampling_params import StructuredOutputsParams  # noqa: E402
+import torch
+import vllm_parts as parts
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
-from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor  # noqa: E402
+from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 
 
 NEW_TOKENS = 8

@@ -79,7 +79,7 @@ def test_parts_are_the_same_runs_in_the_same_order(most):
 
 
 def test_marks_that_do_not_fit_the_rows_are_an_error():
-    with pytest.raises(ValueError, match="3 rows .* with 2 marks"):
+    with pytest.raises(ValueError, match=r"3 rows .* with 2 marks"):
         runs_of(torch.tensor([0, 3]), torch.tensor([3]), torch.zeros(2, dtype=torch.bool))
     with pytest.raises(ValueError, match="no more rows than tokens"):
         runs_of(torch.tensor([0, 3]), torch.tensor([2]), torch.zeros(3, dtype=torch.bool))

@@ -1,5 +1,6 @@
-"""Tiny random SAISA checkpoints, random prompts with images, and answers of this package under transformers, to compare vLLM's
-with. Everything is small enough that an engine on one core answers in seconds."""
+"""Tiny random SAISA checkpoints, random prompts with images, and this package's answers, to compare vLLM's with.
+
+Everything is small enough that an engine on one core answers in seconds."""
 
 import random
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.processing_saisa import add_image_token
 
 
-WORDS = "what is in the image a digit red blue green left right of and how many circles squares are there".split()
+WORDS = "what is in the image a digit red blue green left right of and how many circles squares are there"
+WORDS = WORDS.split(" ")
 SPECIALS = ["<pad>", "<s>", "</s>"]
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% if message['content'] is string %}"
@@ -59,7 +61,12 @@ TEXT_CONFIGS = {
     "qwen3": ("Qwen3Config", {}),
     "gemma2": (
         "Gemma2Config",
-        {"query_pre_attn_scalar": 40, "sliding_window": 24, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 9.0},
+        {
+            "query_pre_attn_scalar": 40,
+            "sliding_window": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 9.0,
+        },
     ),
     "gemma3": (
         "Gemma3TextConfig",
@@ -265,7 +272,12 @@ def compare(cases: list[Case], outputs, tolerance=1e-4) -> Comparison:
     """Compares `RequestOutput`s of vLLM, greedy and with `logprobs=0`, with the answers in `cases`."""
     equal, ties, error, different = 0, 0, 0.0, []
     for index, (case, output) in enumerate(zip(cases, outputs)):
-        assert list(output.prompt_token_ids) == case.prompt_ids, (index, case.text, output.prompt_token_ids, case.prompt_ids)
+        assert list(output.prompt_token_ids) == case.prompt_ids, (
+            index,
+            case.text,
+            output.prompt_token_ids,
+            case.prompt_ids,
+        )
         found, logprobs = list(output.outputs[0].token_ids), output.outputs[0].logprobs
         values = [step[token].logprob for step, token in zip(logprobs, found)]
         first = next((i for i, (a, b) in enumerate(zip(found, case.ids)) if a != b), len(found))

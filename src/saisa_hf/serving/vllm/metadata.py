@@ -5,6 +5,8 @@ Both of vLLM's model runners hand a `CommonAttentionMetadata` to the metadata bu
 builders here are vLLM's own, made to remember what they were given, so that the model can ask for metadata of runs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata, subclass_attention_backend
@@ -39,7 +41,7 @@ class StepRecord:
 
 def remembering(backend, record: StepRecord):
     """`backend`, whose metadata builders keep in `record` what they are given."""
-    underlying = backend.get_builder_cls()
+    underlying: Any = backend.get_builder_cls()
 
     class Builder(underlying):
         supports_update_block_table = False  # each group is to be built, so that its blocks are known

@@ -33,6 +33,7 @@ from .refusals import DECODERS, check_layers
 from .runs import Runs, runs_of
 from .visual import VisualCacheWriter, VisualEncoder
 
+
 TOWER = "model.vision_tower."
 
 
@@ -169,9 +170,9 @@ class SaisaForConditionalGeneration(nn.Module, SupportsMultiModal):
             torch.accelerator.synchronize()  # the next part's metadata may use the same buffers
 
     def _write_before_decoding(self, features_VC: Tensor, visual_N: Tensor) -> None:
-        """For a step of one row per request, which the model runner may replay as a captured graph of the whole model, without
-        `forward`: the keys and values of visual rows are written now, and their slots taken out of the step, so that
-        what the decoder makes of these rows is written nowhere. Nothing reads their outputs."""
+        """For a step of one row per request, which the model runner may replay as a captured graph of the whole model,
+        without `forward`: the keys and values of visual rows are written now, and their slots taken out of the step, so
+        that what the decoder makes of these rows is written nowhere. Nothing reads their outputs."""
         common = self.record.common(self._attention_names[0])
         visual_rows = visual_N.nonzero().squeeze(1).to(common.slot_mapping.device)
         mappings = {name: self.record.common(name).slot_mapping for name in self._attention_names}

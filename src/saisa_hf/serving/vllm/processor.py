@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Images of requests as `SaisaProcessor` makes tensors of them, and a placeholder for each visual token in the prompt's ids."""
+"""Images of requests as tensors that `SaisaProcessor` makes of them, and prompts with a placeholder for each visual token."""
 
 from itertools import groupby
 
@@ -100,8 +100,8 @@ def _one_per_image(token_ids: list[int], token: int, lengths: list[int]) -> list
             length = remaining.pop(0)
             if length > left:
                 raise ValueError(
-                    f"The prompt has {len(ids)} image tokens ({token}) in a row, which the images, of {lengths} visual tokens, "
-                    "do not fill one after the other."
+                    f"The prompt has {len(ids)} image tokens ({token}) in a row, which the images, of {lengths} visual "
+                    "tokens, do not fill one after the other."
                 )
             left -= length
             kept.append(token)

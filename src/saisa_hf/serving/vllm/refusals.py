@@ -1,11 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What this plug-in does not serve, and why, in words. All of it is found before a wrong answer can be.
 
-`SaisaChecks` is what vLLM calls with the settings of an engine, `check_layers` what the model calls with the decoder that vLLM
-built, and `check_prompt` what the renderer calls with each prompt.
+`SaisaChecks` is what vLLM calls with the settings of an engine, `check_layers` what the model calls with the decoder that
+vLLM built, and `check_prompt` what the renderer calls with each prompt.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.sampling_params import SamplingParams
@@ -76,7 +77,10 @@ def check_checkpoint(config) -> None:
         why = f"vLLM has no decoder of its own for it (nor for others of {missing}). {IN_TRANSFORMERS}"
         raise refusal(f"a language model of type {text.model_type!r}", why)
     if text.model_type in ALWAYS_TIED and not config.tie_word_embeddings:
-        raise refusal("tie_word_embeddings=False", f"vLLM's decoder for {text.model_type} has no head of its own. {IN_TRANSFORMERS}")
+        raise refusal(
+            "tie_word_embeddings=False",
+            f"vLLM's decoder for {text.model_type} has no head of its own. {IN_TRANSFORMERS}",
+        )
     for rope_type in rope_types(text):
         if rope_type in STRETCHED:
             why = f"vLLM stretches it by the longest possible sequence, not by the one at hand. {IN_TRANSFORMERS}"
@@ -96,7 +100,10 @@ def engine_problems(vllm_config):
     if vllm_config.lora_config is not None:
         yield "LoRA adapters", "merge the adapter into the checkpoint (PEFT's merge_and_unload)."
     if vllm_config.speculative_config is not None:
-        yield "speculative decoding", "a drafter would need the visual keys and values too. Leave speculative_config out."
+        yield (
+            "speculative decoding",
+            "a drafter would need the visual keys and values too. Leave speculative_config out.",
+        )
     if parallel.pipeline_parallel_size > 1:
         size = parallel.pipeline_parallel_size
         yield f"pipeline_parallel_size={size}", "visual features reach the first stage alone. Use tensor_parallel_size."
@@ -132,7 +139,7 @@ def uses_breakable_graphs() -> bool:
 def check_layers(layers: Sequence) -> None:
     """Raises ValueError if the decoder that vLLM built has not what visual keys and values are made with."""
     for layer in layers:
-        attention = getattr(layer, "self_attn", None)
+        attention: Any = getattr(layer, "self_attn", None)
         parts = [(layer, "input_layernorm"), *((attention, name) for name in ("qkv_proj", "q_size", "kv_size", "attn"))]
         missing = [name for owner, name in parts if not hasattr(owner, name)]
         if missing:
@@ -153,12 +160,13 @@ def check_prompt(token_ids: list[int], image_token: int, visual_tokens: int) -> 
     found = token_ids.count(image_token)
     if found != visual_tokens:
         raise ValueError(
-            f"The prompt has {found} image tokens ({image_token}), its images have {visual_tokens} visual tokens: give one image "
-            "for each image token in the text."
+            f"The prompt has {found} image tokens ({image_token}), its images have {visual_tokens} visual tokens: give "
+            "one image for each image token in the text."
         )
     if token_ids and token_ids[-1] == image_token:
         raise ValueError(
-            "The prompt ends in an image, but visual tokens predict nothing: put a text token behind it, a newline for instance."
+            "The prompt ends in an image, but visual tokens predict nothing: put a text token behind it, for instance a "
+            "newline."
         )
 
 

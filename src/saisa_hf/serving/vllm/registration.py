@@ -14,8 +14,8 @@ logger = logging.getLogger(__name__)
 def register() -> None:
     """Makes SAISA's architecture, its tokenization and its checks known to vLLM. May be called any number of times.
 
-    With a vLLM that was not tested, other models are served as ever, and a SAISA checkpoint is refused with an error that names
-    both versions: vLLM's internals, which the attention metadata are made of, change with every minor release.
+    With a vLLM that was not tested, other models are served as ever, and a SAISA checkpoint is refused with an error that
+    names both versions: vLLM's internals, which the attention metadata are made of, change with every minor release.
     """
     import vllm
 
@@ -63,6 +63,13 @@ def _refuse(problem: str) -> None:
     from saisa_hf import SaisaConfig
 
     class RefusedConfig(SaisaConfig):
+        def __init__(self, *args, **kwargs):
+            raise RuntimeError(problem)
+
+        @classmethod
+        def from_dict(cls, *args, **kwargs):
+            raise RuntimeError(problem)
+
         @classmethod
         def from_pretrained(cls, *args, **kwargs):
             raise RuntimeError(problem)

@@ -18,7 +18,7 @@ class SaisaRenderer(HfRenderer):
     def __init__(self, config, tokenizer):
         super().__init__(config, tokenizer)
         self._image_token_id = config.model_config.hf_config.image_token_id
-        self._processor = None
+        self._processor: SaisaProcessor | None = None
         if self.tokenizer is not None:
             # a copy, so that the tokenizer is the one whose calls vLLM spreads over threads
             self._processor = copy.copy(cached_processor_from_config(config.model_config, SaisaProcessor))
@@ -35,6 +35,7 @@ class SaisaRenderer(HfRenderer):
 
     def _rows(self, text: str, **options) -> dict:
         """What `SaisaProcessor` makes of a text, with one token for each image."""
+        assert self._processor is not None  # there is no text without a tokenizer
         images = text.count(self._processor.image_token)
         return self._processor._tokenize([text], [1] * images, {"return_mm_token_type_ids": False, **options})
 
@@ -47,8 +48,8 @@ class SaisaRenderer(HfRenderer):
         return conversation, self._with_bos(prompt)
 
     def _with_bos(self, prompt):
-        """A rendered conversation with the special tokens that `SaisaProcessor.apply_chat_template` adds to one which does not
-        bring its own; vLLM takes templates to be complete."""
+        """A rendered conversation with the special tokens that `SaisaProcessor.apply_chat_template` adds to one which does
+        not bring its own; vLLM takes templates to be complete."""
         text = prompt.get("prompt")
         if self._processor is None or "prompt_token_ids" in prompt or not isinstance(text, str):
             return prompt

@@ -3,8 +3,8 @@
 
 A step has rows of several requests, one request after the other, each a stretch of its prompt or one new token. A run is a
 stretch of text rows of one request between images or between an image and an end. A text token sees all that is in front of
-it, so that a run which ends at position b is, to an attention kernel, a sequence of its own: its queries are the last of b + 1
-keys, which lie in the blocks of its request.
+it, so that a run which ends at position b is, to an attention kernel, a sequence of its own: its queries are the last of
+b + 1 keys, which lie in the blocks of its request.
 
 Shape suffixes: N rows of the step, Q requests, T text rows, V visual rows, R runs.
 """
@@ -67,8 +67,8 @@ def runs_of(query_start: Tensor, seq_lens: Tensor, visual: Tensor) -> Runs:
     rows, lengths = int(query_start[-1]), query_start.diff()
     if len(visual) < rows or bool((lengths > seq_lens).any()):
         raise ValueError(
-            f"The step has {rows} rows of lengths {lengths.tolist()}, with {len(visual)} marks of visual tokens and sequences of "
-            f"{seq_lens.tolist()} tokens: expected a mark for each row, and no more rows than tokens."
+            f"The step has {rows} rows of lengths {lengths.tolist()}, with {len(visual)} marks of visual tokens and "
+            f"sequences of {seq_lens.tolist()} tokens: expected a mark for each row, and no more rows than tokens."
         )
     request_N = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     seen_N = torch.arange(rows) + (seq_lens - query_start[1:])[request_N] + 1  # tokens up to each row's

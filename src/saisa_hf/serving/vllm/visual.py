@@ -1,8 +1,8 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """From pixels to keys and values in vLLM's paged cache: the encoder of `saisa_hf`, and projectors that vLLM can shard.
 
-Shape suffixes: V visual tokens of a step, C width of the encoder's features, D hidden size, K key/value heads of this process,
-H head size.
+Shape suffixes: V visual tokens of a step, C width of the encoder's features, D hidden size, K key/value heads of this
+process, H head size.
 """
 
 import torch
@@ -27,8 +27,8 @@ class VisualEncoder(EncodesImages, nn.Module):
             self.visual_resampler = SaisaVisualResampler(config).to(dtype)
 
     def load_tower(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Loads the encoder from tensors named as in checkpoints, which transformers may have renamed since. Returns the names
-        of its parameters. Raises ValueError if some are missing."""
+        """Loads the encoder from tensors named as in checkpoints, which transformers may have renamed since. Returns the
+        names of its parameters. Raises ValueError if some are missing."""
         nested = isinstance(self.vision_tower, NestedEncoder)
         encoder = self.vision_tower.vision_model if nested else self.vision_tower
         own = {name.removeprefix("vision_model.") if nested else name: x for name, x in tensors.items()}
@@ -36,7 +36,9 @@ class VisualEncoder(EncodesImages, nn.Module):
             None, config=encoder.config, state_dict=own, dtype=torch.get_default_dtype(), output_loading_info=True
         )
         if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"The checkpoint lacks tensors of the vision tower: {', '.join(missing[:3])}, {len(missing)} in all.")
+            raise ValueError(
+                f"The checkpoint lacks tensors of the vision tower: {', '.join(missing[:3])}, {len(missing)} in all."
+            )
         encoder.load_state_dict(loaded.state_dict())
         return [name for name, _ in self.vision_tower.named_parameters()]
 
@@ -126,7 +128,9 @@ class VisualCacheWriter(nn.Module):
     def __init__(self, layers, config, quant_config, prefix: str):
         super().__init__()
         count = 1 if config.projector_sharing == "shared" else len(layers)
-        self.projectors = nn.ModuleList(Projector(config, quant_config, f"{prefix}.projectors.{i}") for i in range(count))
+        self.projectors = nn.ModuleList(
+            Projector(config, quant_config, f"{prefix}.projectors.{i}") for i in range(count)
+        )
         self.shared = config.projector_sharing == "shared"
         self.keys_and_values = [LayerKeysAndValues(layer) for layer in layers]
 
