@@ -11,8 +11,9 @@ from vllm.multimodal.processing import (
     PromptReplacement,
 )
 
-from saisa_hf import SaisaConfig, SaisaProcessor
-from saisa_hf.vision_saisa import image_size, reduced_length
+from ...configuration_saisa import SaisaConfig
+from ...processing_saisa import SaisaProcessor
+from ...vision_saisa import image_size, reduced_length
 
 
 class SaisaProcessingInfo(BaseProcessingInfo):

@@ -12,7 +12,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
-from saisa_hf.language_models_saisa import FAMILIES
+from ...language_models_saisa import FAMILIES
 
 
 # families of language models that vLLM has a decoder of its own for

@@ -60,7 +60,7 @@ def _register() -> None:
 
 def _refuse(problem: str) -> None:
     """Makes vLLM raise `problem` when it reads the config of a SAISA checkpoint, and not before."""
-    from saisa_hf import SaisaConfig
+    from ...configuration_saisa import SaisaConfig
 
     class RefusedConfig(SaisaConfig):
         def __init__(self, *args, **kwargs):

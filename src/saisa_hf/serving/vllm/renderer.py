@@ -6,9 +6,7 @@ import copy
 from vllm.renderers.hf import HfRenderer
 from vllm.transformers_utils.processor import cached_processor_from_config
 
-from saisa_hf import SaisaProcessor
-from saisa_hf.processing_saisa import begins_with_bos
-
+from ...processing_saisa import SaisaProcessor, begins_with_bos
 from .refusals import check_prompt
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 
-from saisa_hf.compat_saisa import ACT2FN
-from saisa_hf.vision_saisa import EncodesImages, NestedEncoder, SaisaVisualResampler, build_vision_tower
+from ...compat_saisa import ACT2FN
+from ...vision_saisa import EncodesImages, NestedEncoder, SaisaVisualResampler, build_vision_tower
 
 
 class VisualEncoder(EncodesImages, nn.Module):
@@ -81,12 +81,14 @@ class LayerKeysAndValues:
     def __init__(self, layer: nn.Module):
         self.norm, self.attention = layer.input_layernorm, layer.self_attn
         self.cached = self.attention.attn
-        self._copy = None
+        self._copy: tuple[Tensor, Tensor | None] | None = None
 
     def copy_weights(self) -> None:
         """Keeps the key and value rows of the projection: on a CPU vLLM packs the matrix and drops it after loading."""
-        projection = self.attention.qkv_proj
-        self._copy = [None if x is None else x[self.attention.q_size :].detach().clone() for x in _weights(projection)]
+        weight, bias = _weights(self.attention.qkv_proj)
+        size = self.attention.q_size
+        assert weight is not None
+        self._copy = weight[size:].detach().clone(), None if bias is None else bias[size:].detach().clone()
 
     def write(self, visual_VD: Tensor, positions_V: Tensor, slots_V: Tensor) -> None:
         """Puts keys and values of projected visual tokens into the paged cache, at `slots_V`."""
