@@ -2,57 +2,25 @@
 
 `make test-vllm` runs these; they are skipped where vLLM is not installed."""
 
-import gc
-import os
 import re
 
 import pytest
 
 
 pytest.importorskip("vllm")
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 import torch
 import vllm_parts as parts
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
+from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import StructuredOutputsParams
+from vllm_engine import Engine, assert_equal, greedy
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 
 
 NEW_TOKENS = 8
-GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0)
-
-
-class Engine:
-    """An engine, with what passes through its model counted."""
-
-    def __init__(self, checkpoint, **options):
-        options = {"max_num_seqs": 4, "max_num_batched_tokens": 48, "enforce_eager": True, "block_size": 32} | options
-        self.llm = LLM(
-            checkpoint, dtype="float32", max_model_len=256, limit_mm_per_prompt={"image": 4}, seed=0, **options
-        )
-        worker = self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        self.model = worker.model_runner.model
-        self.scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
-        self.fed, self.encoded, self.projected = [], [], []
-        layer = self.model.language_model.model.layers[-1]
-        layer.mlp.register_forward_hook(lambda module, inputs, output: self.fed.append(len(output)))
-        self.model.encoder.vision_tower.register_forward_hook(lambda *call: self.encoded.append(1))
-        projector = self.model.visual.projectors[0]
-        projector.register_forward_hook(lambda module, inputs, output: self.projected.append(len(output)))
-
-    def answers(self, cases, sampling=GREEDY):
-        for counted in (self.fed, self.encoded, self.projected):
-            counted.clear()
-        return self.llm.generate([case.request for case in cases], sampling, use_tqdm=False)
-
-    def close(self):
-        self.llm = self.model = self.scheduler = None
-        gc.collect()
-        cleanup_dist_env_and_memory()
+GREEDY = greedy(NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +45,6 @@ def processor(checkpoint):
     return SaisaProcessor.from_pretrained(checkpoint)
 
 
-def assert_equal(cases, outputs):
-    comparison = parts.compare(cases, outputs)
-    assert not comparison.different and comparison.error < 1e-4, str(comparison)
-
-
 def image_token(engine):
     return engine.model.config.image_token_id
 
@@ -92,7 +55,7 @@ def image_token(engine):
 def test_answers_are_those_of_transformers_and_visual_rows_pass_no_layer(engine, cases):
     """Chunks of 48 tokens cut images; prefills and decoding steps share steps."""
     engine.llm.reset_prefix_cache()
-    assert_equal(cases, engine.answers(cases))
+    assert_equal(cases, engine.answers(cases, GREEDY))
     token = image_token(engine)
     visual = sum(case.prompt_ids.count(token) for case in cases)
     text = sum(len(case.prompt_ids) for case in cases) - visual
@@ -106,9 +69,9 @@ def test_a_second_question_encodes_nothing_and_projects_what_block_boundaries_le
     texts = ["<image>\n<image>\nwhat is red ASSISTANT:", "<image>\n<image>\nhow many circles are there ASSISTANT:"]
     asked = parts.answer([parts.Case(text, images) for text in texts], checkpoint, NEW_TOKENS)
     engine.llm.reset_prefix_cache()
-    assert_equal(asked[:1], engine.answers(asked[:1]))
+    assert_equal(asked[:1], engine.answers(asked[:1], GREEDY))
     assert len(engine.encoded) > 0 and sum(engine.projected) == asked[0].prompt_ids.count(token)
-    outputs = engine.answers(asked[1:])
+    outputs = engine.answers(asked[1:], GREEDY)
     assert_equal(asked[1:], outputs)
     assert outputs[0].num_cached_tokens == 32 and not engine.encoded  # one block of 32
     assert sum(engine.projected) == asked[1].prompt_ids[32:].count(token) > 0
@@ -117,7 +80,7 @@ def test_a_second_question_encodes_nothing_and_projects_what_block_boundaries_le
 def test_every_request_alone_answers_as_in_a_batch(engine, cases):
     engine.llm.reset_prefix_cache()
     for case in cases[:6]:
-        assert_equal([case], engine.answers([case]))
+        assert_equal([case], engine.answers([case], GREEDY))
 
 
 def test_prompts_of_ids_with_one_token_per_image_or_per_visual_token(engine, cases, processor):
@@ -169,7 +132,7 @@ def test_sampled_answers_have_the_log_probabilities_of_transformers(engine, case
 
 def test_stop_strings_and_guided_answers(engine, cases, processor):
     case = next(case for case in cases if case.images)
-    whole = engine.answers([case])[0].outputs[0]
+    whole = engine.answers([case], GREEDY)[0].outputs[0]
     stop = processor.tokenizer.decode(case.ids[3:4])
     stopped = engine.answers([case], SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, stop=[stop]))
     assert whole.text.startswith(stopped[0].outputs[0].text) and stop not in stopped[0].outputs[0].text
@@ -219,7 +182,7 @@ def test_a_step_of_one_visual_row_is_right_without_forward(engine, cases, monkey
     calls = []
     monkeypatch.setattr(engine.model, "_run_text", lambda *arguments: calls.append(arguments))
     chosen = [case for case in cases if case.images][:3]
-    assert_equal(chosen, engine.answers(chosen))
+    assert_equal(chosen, engine.answers(chosen, GREEDY))
     assert not calls and set(engine.fed) == {1}
 
 
@@ -228,7 +191,42 @@ def test_runs_in_parts_answer_alike(engine, cases, monkeypatch):
     monkeypatch.setattr(engine.model, "_most_runs", 2)
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
     engine.llm.reset_prefix_cache()
-    assert_equal(cases, engine.answers(cases))
+    assert_equal(cases, engine.answers(cases, GREEDY))
+
+
+def test_metadata_of_the_newer_model_runner_answer_alike(engine, cases, monkeypatch):
+    """vLLM's second model runner, which does not run on CPUs, makes attention metadata in another function."""
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+
+    calls = []
+
+    def build(num_tokens, num_reqs, max_query_len, slot_mappings, **kwargs):
+        calls.append(num_reqs)
+        computed = runner.input_batch.num_computed_tokens_cpu_tensor[:num_reqs]
+        metadata = build_attn_metadata(
+            attn_groups=runner.attn_groups,
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            query_start_loc_gpu=runner.query_start_loc.gpu[: num_reqs + 1],
+            query_start_loc_cpu=torch.from_numpy(runner.query_start_loc.np[: num_reqs + 1]),
+            max_query_len=max_query_len,
+            seq_lens=runner.seq_lens,
+            max_seq_len=int(runner.optimistic_seq_lens_cpu[:num_reqs].max()),
+            block_tables=[table.get_device_tensor(num_reqs) for table in runner.input_batch.block_table.block_tables],
+            slot_mappings=torch.stack([slot_mappings[i] for i in sorted(slot_mappings)]),
+            kv_cache_config=runner.kv_cache_config,
+            seq_lens_cpu_upper_bound=runner.optimistic_seq_lens_cpu,
+            positions=runner.positions,
+            is_prefilling=computed < runner.input_batch.num_prompt_tokens_cpu_tensor[:num_reqs],
+            req_idx=torch.arange(num_reqs).numpy(),
+        )
+        return metadata, None
+
+    runner = engine.runner
+    monkeypatch.setattr(runner, "_build_attention_metadata", build)
+    engine.llm.reset_prefix_cache()
+    assert_equal(cases, engine.answers(cases, GREEDY))
+    assert calls
 
 
 def test_preempted_requests_are_computed_again(checkpoint, engine):

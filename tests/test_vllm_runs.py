@@ -61,7 +61,7 @@ def test_a_step_of_visual_rows_alone_has_no_run():
 
 def test_padding_behind_the_rows_and_requests_without_rows_are_left_out():
     visual = torch.tensor([False, True, False, True, True])
-    runs = runs_of(torch.tensor([0, 3, 3]), torch.tensor([3, 0]), visual)
+    runs = runs_of(torch.tensor([0, 3, 3]), torch.tensor([3, 0, 9]), visual)
     assert runs.text_rows.tolist() == [0, 2] and runs.request.tolist() == [0, 0] and runs.seq_lens.tolist() == [1, 3]
 
 

@@ -57,7 +57,7 @@ def runs_of(query_start: Tensor, seq_lens: Tensor, visual: Tensor) -> Runs:
 
     Args:
         query_start: (Q + 1,) where the rows of each request begin; the last is N. Requests without a row have none.
-        seq_lens: (Q,) tokens of each request up to its last row, that one included.
+        seq_lens: (Q,) tokens of each request up to its last row, that one included. Further elements are padding.
         visual: (N,) bool, rows of visual tokens. Further elements are padding.
 
     Raises:
@@ -65,6 +65,7 @@ def runs_of(query_start: Tensor, seq_lens: Tensor, visual: Tensor) -> Runs:
     """
     query_start, seq_lens, visual = query_start.long().cpu(), seq_lens.long().cpu(), visual.bool().cpu()
     rows, lengths = int(query_start[-1]), query_start.diff()
+    seq_lens = seq_lens[: len(lengths)]
     if len(visual) < rows or bool((lengths > seq_lens).any()):
         raise ValueError(
             f"The step has {rows} rows of lengths {lengths.tolist()}, with {len(visual)} marks of visual tokens and "
