@@ -1,5 +1,9 @@
 """Every language model, encoder and setting that the vLLM plug-in serves, beside transformers: an engine for each."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 
@@ -79,3 +83,11 @@ def test_an_engine_without_images_has_no_encoder(tmp_path):
         assert not list(engine.model.encoder.parameters()) and not list(engine.model.visual.parameters())
     finally:
         engine.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["llama", "qwen3"])
+def test_tensor_parallelism_over_two_processes(text, tmp_path):
+    worker = Path(__file__).parent / "vllm_tp_worker.py"
+    done = subprocess.run([sys.executable, worker, tmp_path, text], capture_output=True, text=True, timeout=900)
+    assert "COMPARISON 12/12 equal" in done.stdout, done.stderr[-3000:]

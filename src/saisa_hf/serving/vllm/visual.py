@@ -87,7 +87,8 @@ class LayerKeysAndValues:
         """Keeps the key and value rows of the projection: on a CPU vLLM packs the matrix and drops it after loading."""
         weight, bias = _weights(self.attention.qkv_proj)
         size = self.attention.q_size
-        assert weight is not None
+        if weight is None or not weight.numel():
+            return
         self._copy = weight[size:].detach().clone(), None if bias is None else bias[size:].detach().clone()
 
     def write(self, visual_VD: Tensor, positions_V: Tensor, slots_V: Tensor) -> None:
