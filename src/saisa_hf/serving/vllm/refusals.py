@@ -32,6 +32,9 @@ ALWAYS_TIED = ("gemma2", "gemma3_text")
 MIXTURES = ("qwen3_moe", "mixtral")
 # rotary embeddings that vLLM computes from the longest possible sequence, transformers from the sequence at hand
 STRETCHED = ("dynamic", "longrope")
+QUANTIZATIONS = (
+    "fp8",
+)  # of linear layers, while they are loaded; visual keys and values then come from whole projections
 IN_TRANSFORMERS = "Serve it with `transformers serve`."
 
 
@@ -41,8 +44,10 @@ class SaisaChecks(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_model_config(model_config) -> None:
         check_checkpoint(model_config.hf_config)
-        if model_config.quantization == "bitsandbytes":
-            raise refusal("quantization='bitsandbytes'", "vLLM's loader does not know the names of SAISA's tensors.")
+        if model_config.quantization not in (None, *QUANTIZATIONS):
+            allowed = ", ".join(QUANTIZATIONS)
+            why = f"SAISA's tensors were not tried with it. vLLM can quantize while it loads: {allowed}."
+            raise refusal(f"quantization={model_config.quantization!r}", why)
         if model_config.enable_prompt_embeds:
             raise refusal("enable_prompt_embeds=True", "embeddings do not tell which tokens are visual. Leave it out.")
         multimodal = model_config.multimodal_config
