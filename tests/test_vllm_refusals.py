@@ -97,6 +97,9 @@ def test_rotations_that_depend_on_the_sequence_are_refused(checkpoint, tmp_path,
         ),
         ({"quantization": "bitsandbytes"}, "quantization='bitsandbytes'"),
         ({"quantization": "experts_int8"}, "quantization='experts_int8'"),
+        ({"mm_encoder_only": True}, "mm_encoder_only=True"),
+        ({"cpu_offload_gb": 1}, "offloading of weights"),
+        ({"runner": "pooling"}, "runner='pooling'"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds=True"),
         ({"enable_mm_embeds": True}, "enable_mm_embeds=True"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=True"),
@@ -197,6 +200,37 @@ def test_a_chat_without_a_bos_of_its_own_gets_one(renderer, checkpoint):
     )
     expected = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True)[0]
     assert prompt["prompt_token_ids"] == expected and expected[0] == renderer.tokenizer.bos_token_id
+
+
+def ask(renderer, images, **extra):
+    prompt = {"prompt_token_ids": rendered(renderer, "<image> is red"), "multi_modal_data": {"image": images}, **extra}
+    return renderer._process_tokens(prompt)
+
+
+def test_a_request_cannot_change_the_processor(renderer):
+    assert len(ask(renderer, parts.pictures(1))["prompt_token_ids"]) > 16
+    with pytest.raises(ValueError, match=r"mm_processor_kwargs in a request \(image_seq_length\)"):
+        ask(renderer, parts.pictures(1), mm_processor_kwargs={"image_seq_length": 90})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("processor_config.json", {"image_seq_length": 90}, "90 placeholders .* 16 visual tokens"),
+        (
+            "preprocessor_config.json",
+            {"size": {"height": 40, "width": 40}},
+            "40 x 40 pixels, but clip_vision_model takes 32",
+        ),
+    ],
+)
+def test_a_processor_that_does_not_fit_the_encoder_is_refused_by_request(checkpoint, tmp_path, name, change, message):
+    """In the server, not in the engine, which would stop."""
+    shutil.copytree(checkpoint, tmp_path / "changed")
+    path = tmp_path / "changed" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        ask(renderer_from_config(engine_config(str(tmp_path / "changed"))), parts.pictures(1))
 
 
 def test_placeholders_are_taken_back_image_by_image():

@@ -102,6 +102,10 @@ class SaisaForConditionalGeneration(nn.Module, SupportsMultiModal):
         if multimodal_embeddings is not None and len(multimodal_embeddings):
             assert is_multimodal is not None  # the model runners give both
             features, visual = torch.cat(list(multimodal_embeddings)), is_multimodal.cpu()
+            if len(features) != int(visual.sum()):
+                raise ValueError(
+                    f"{len(features)} visual tokens for {int(visual.sum())} placeholders: see check_pixels."
+                )
             if self._graphs_of_all and self.record.common(self._attention_names[0]).max_query_len == 1:
                 self._write_before_decoding(features, visual)
             else:

@@ -14,6 +14,7 @@ from vllm.multimodal.processing import (
 from ...configuration_saisa import SaisaConfig
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import image_size, reduced_length
+from .refusals import check_pixels, check_request_settings
 
 
 class SaisaProcessingInfo(BaseProcessingInfo):
@@ -58,20 +59,25 @@ class SaisaDummyInputs(BaseDummyInputsBuilder[SaisaProcessingInfo]):
 class SaisaMultiModalProcessor(BaseMultiModalProcessor[SaisaProcessingInfo]):
     """From the ids of a prompt with one image token per image to those with one per visual token."""
 
+    def apply(self, inputs, timing_ctx):
+        check_request_settings(inputs.hf_processor_mm_kwargs)
+        return super().apply(inputs, timing_ctx)
+
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         return {name: MultiModalFieldConfig.batched("image") for name in names if name in hf_inputs}
 
     def _get_prompt_updates(self, mm_items, hf_processor_mm_kwargs, out_mm_kwargs):
-        processor = self.info.get_hf_processor(**hf_processor_mm_kwargs)
-        token = self.info.get_hf_config().image_token_id
+        config, processor = self.info.get_hf_config(), self.info.get_hf_processor()
 
         def placeholders(index: int) -> list[int]:
             item = out_mm_kwargs["image"][index]
             sizes = {name: [item[name].data] for name in ("pixel_values", "spatial_shapes") if name in item}
-            return [token] * processor._counts(sizes)[0]
+            count = processor._counts(sizes)[0]
+            check_pixels(config, tuple(sizes["pixel_values"][0].shape), count)
+            return [config.image_token_id] * count
 
-        return [PromptReplacement(modality="image", target=[token], replacement=placeholders)]
+        return [PromptReplacement(modality="image", target=[config.image_token_id], replacement=placeholders)]
 
     def _apply_prompt_updates(self, token_ids, mm_prompt_updates):
         """vLLM's own, for ids with one image token per image or, as `SaisaProcessor` makes them, one per visual token."""

@@ -13,6 +13,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from ...language_models_saisa import FAMILIES
+from ...vision_saisa import image_size
 
 
 # families of language models that vLLM has a decoder of its own for
@@ -29,6 +30,7 @@ DECODERS = {
     "mixtral": "MixtralForCausalLM",
 }
 ALWAYS_TIED = ("gemma2", "gemma3_text")
+FIXED_SIZE = ("clip_vision_model", "siglip_vision_model")  # encoders whose positions are those of one size
 MIXTURES = ("qwen3_moe", "mixtral")
 # rotary embeddings that vLLM computes from the longest possible sequence, transformers from the sequence at hand
 STRETCHED = ("dynamic", "longrope")
@@ -48,11 +50,15 @@ class SaisaChecks(VerifyAndUpdateConfig):
             allowed = ", ".join(QUANTIZATIONS)
             why = f"SAISA's tensors were not tried with it. vLLM can quantize while it loads: {allowed}."
             raise refusal(f"quantization={model_config.quantization!r}", why)
+        if model_config.runner_type != "generate":
+            raise refusal(f"runner={model_config.runner_type!r}", "visual rows have no hidden states to pool.")
         if model_config.enable_prompt_embeds:
             raise refusal("enable_prompt_embeds=True", "embeddings do not tell which tokens are visual. Leave it out.")
         multimodal = model_config.multimodal_config
         if multimodal is not None and multimodal.enable_mm_embeds:
             raise refusal("enable_mm_embeds=True", "images are taken as pixels. Leave it out.")
+        if multimodal is not None and multimodal.mm_encoder_only:
+            raise refusal("mm_encoder_only=True", "features are made where they are used. Leave it out.")
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = "saisa"  # tokenizes as SaisaProcessor does
         model_config.logits_processors = [*(model_config.logits_processors or []), NoLogprobsOfPrompts]
@@ -128,6 +134,12 @@ def engine_problems(vllm_config):
         yield "an encoder cache connector (ec_transfer_config)", "features are made where they are used. Leave it out."
     if vllm_config.cache_config.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill=True", "no language model of SAISA shares keys and values between layers."
+    offload = getattr(vllm_config, "offload_config", None)
+    if offload is not None and (offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0):
+        yield (
+            "offloading of weights",
+            "visual keys and values are made outside of the layers that it wraps. Leave it out.",
+        )
     if uses_breakable_graphs():
         yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "a replayed graph would skip the visual rows of a step. Set it to 0."
 
@@ -172,6 +184,35 @@ def check_prompt(token_ids: list[int], image_token: int, visual_tokens: int) -> 
         raise ValueError(
             "The prompt ends in an image, but visual tokens predict nothing: put a text token behind it, for instance a "
             "newline."
+        )
+
+
+def check_request_settings(settings) -> None:
+    """Raises ValueError if a request brings settings of the processor (`mm_processor_kwargs`): with other numbers of visual
+    tokens than the model makes, the engine would stop for everybody."""
+    if settings:
+        raise refusal(
+            f"mm_processor_kwargs in a request ({', '.join(sorted(settings))})",
+            "they are the server's to choose. Give them when you start it, or save them with the checkpoint.",
+        )
+
+
+def check_pixels(config, shape: tuple[int, ...], placeholders: int) -> None:
+    """Raises ValueError if the encoder does not take an image of processed pixels (channels, height, width), or makes other
+    than so many visual tokens of it. Patches of SigLIP 2, which bring their grid, are of any number."""
+    if len(shape) != 3:
+        return
+    size, own = shape[1:], image_size(config.vision_config)
+    if config.vision_config.model_type in FIXED_SIZE and size != own:
+        raise ValueError(
+            f"The image processor makes images of {size[0]} x {size[1]} pixels, but {config.vision_config.model_type} takes "
+            f"{own[0]} x {own[1]}: set its size in the checkpoint's preprocessor_config.json."
+        )
+    expected = config.visual_tokens_of(*size)
+    if expected is not None and expected != placeholders:
+        raise ValueError(
+            f"The processor puts {placeholders} placeholders for an image of {size[0]} x {size[1]} pixels, but the model "
+            f"makes {expected} visual tokens of it: make processor_config.json fit config.json."
         )
 
 
