@@ -3,8 +3,8 @@
     python benchmarks/serving.py                              # two cores: some minutes
     python benchmarks/serving.py --layers 4 --requests 8      # a quick look
 
-It needs the environment of `make test-vllm`. Both models have random weights; LLaVA is vLLM's own. Times are medians of passes that
-take turns, and what counts is their ratio.
+It needs the environment of `make test-vllm`. Both models have random weights; LLaVA is vLLM's own. Times are medians of
+passes that take turns, and what counts is their ratio.
 """
 
 import argparse
