@@ -32,6 +32,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
+from saisa_hf.costs.flops import Step, step_flops
 
 
 CONCURRENCY = (1, 8, 32)
@@ -66,10 +67,20 @@ def main() -> None:
         exec(STAND_IN, {})
         engines = {name: make(Path(folder) / name, args) for name, make in {"SAISA": saisa, "LLaVA": llava}.items()}
         results = measured(engines, args)
+    results["FLOPs of a prefill, encoder left out"] = flops(args)
     results["settings"] = {key: str(value) for key, value in vars(args).items()} | {"vllm": version()}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def flops(args) -> dict[str, float]:
+    """Of a prompt with one image, by the formulas of `saisa_hf.costs`, whose rows are those that the engines feed."""
+    words, text, vision, _ = configs(args)
+    config = SaisaConfig(vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>"))
+    prompt = words("\n" + " ".join(parts.WORDS[i % len(parts.WORDS)] for i in range(args.words)))
+    step = Step(text=len(prompt["input_ids"]), visual=config.image_seq_length, logits=1)
+    return {name: float(sum(step_flops(config, name.lower(), step).values())) for name in ("SAISA", "LLaVA")}
 
 
 def version() -> str:
