@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ pytest.importorskip("vllm")
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 import vllm_parts as parts
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.renderers.params import ChatParams, TokenizeParams
 from vllm.renderers.registry import renderer_from_config
 
@@ -22,6 +25,7 @@ from saisa_hf import SaisaProcessor
 from saisa_hf.processing_saisa import add_image_token
 from saisa_hf.serving.vllm import registration
 from saisa_hf.serving.vllm.processor import _one_per_image
+from saisa_hf.serving.vllm.refusals import SaisaChecks
 
 
 REFERENCE = Path(__file__).parent / "fixtures" / "reference"
@@ -108,6 +112,25 @@ def test_rotations_that_depend_on_the_sequence_are_refused(checkpoint, tmp_path,
 def test_settings_that_do_not_go_with_visual_keys_are_refused(checkpoint, options, message):
     with pytest.raises((ValueError, NotImplementedError), match=message):
         engine_config(checkpoint, **options)
+
+
+@pytest.mark.parametrize("runner", ["0", "1"])
+def test_both_model_runners_refuse_log_probabilities_of_prompts(checkpoint, monkeypatch, runner):
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+
+    config = engine_config(checkpoint)
+    config.model_config.logits_processors = None
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)  # without Triton vLLM makes no such config
+    SaisaChecks.verify_and_update_config(config)
+    assert config.use_v2_model_runner == (runner == "1")
+    if config.use_v2_model_runner:
+        validate = build_custom_logits_processors_params_validator(config.model_config.logits_processors)
+    else:
+        validate = partial(validate_logits_processors_parameters, config.model_config.logits_processors)
+    validate(SamplingParams(logprobs=2))
+    with pytest.raises((ValueError, VLLMValidationError), match="prompt_logprobs=2"):
+        validate(SamplingParams(prompt_logprobs=2))
 
 
 def test_a_vllm_that_was_not_tested_is_named_with_the_versions_that_were():

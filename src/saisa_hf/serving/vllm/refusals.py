@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.sampling_params import SamplingParams
-from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor import LogitsProcessor as LogitsProcessorOfFirstRunner
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from ...language_models_saisa import FAMILIES
 from ...vision_saisa import image_size
@@ -61,12 +61,15 @@ class SaisaChecks(VerifyAndUpdateConfig):
             raise refusal("mm_encoder_only=True", "features are made where they are used. Leave it out.")
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = "saisa"  # tokenizes as SaisaProcessor does
-        model_config.logits_processors = [*(model_config.logits_processors or []), NoLogprobsOfPrompts]
 
     @staticmethod
     def verify_and_update_config(vllm_config) -> None:
         for given, why in engine_problems(vllm_config):
             raise refusal(given, why)
+        # the two model runners have logits processors of different classes, and each refuses those of the other
+        own = NoPromptLogprobs if vllm_config.use_v2_model_runner else NoPromptLogprobsInFirstRunner
+        others = vllm_config.model_config.logits_processors or []
+        vllm_config.model_config.logits_processors = [*others, own]
 
 
 def refusal(given: str, why: str) -> ValueError:
@@ -216,16 +219,28 @@ def check_pixels(config, shape: tuple[int, ...], placeholders: int) -> None:
         )
 
 
-class NoLogprobsOfPrompts(LogitsProcessor):
+class NoPromptLogprobs(LogitsProcessor):
     """Refuses `prompt_logprobs`. It leaves logits alone: vLLM asks logits processors whether a request is all right."""
 
     @classmethod
-    def validate_params(cls, sampling_params: SamplingParams) -> None:
+    def validate_params(cls, sampling_params) -> None:
         if sampling_params.prompt_logprobs is not None:
             raise refusal(
                 f"prompt_logprobs={sampling_params.prompt_logprobs}",
                 "a visual token predicts nothing, so that a prompt with images has no log-probabilities. Leave it out.",
             )
+
+    def add_request(self, req_idx, sampling_params) -> bool:
+        return False
+
+    def apply(self, logits, ctx):
+        return logits
+
+
+class NoPromptLogprobsInFirstRunner(LogitsProcessorOfFirstRunner):
+    """The same for vLLM's older model runner, which runs on CPUs."""
+
+    validate_params = NoPromptLogprobs.validate_params
 
     def __init__(self, vllm_config, device, is_pin_memory):
         pass
