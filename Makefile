@@ -40,7 +40,7 @@ test-newest: $(ENV5)/.ready     ## a quick suite on the newest transformers, hub
 
 test-vllm: $(VLLM)/.ready       ## the vLLM plug-in beside transformers, on the CPU build of vLLM
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm_runs.py tests/test_vllm_metadata.py \
-		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py
+		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py tests/test_vllm_limits.py
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py

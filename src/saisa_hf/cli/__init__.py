@@ -30,12 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     """
     traceback, arguments = os.environ.get("SAISA_TRACEBACK", "") not in ("", "0"), argparse.Namespace()
     try:
+        argv, further = serve.behind_dashes(sys.argv[1:] if argv is None else argv)
         arguments, unknown = make_parser().parse_known_args(argv)
         if unknown:
             arguments.refuse(arguments, unknown)
         for name, role in MODELS.items():
             if name in arguments:  # to import torch, only to say that this is not there, would take seconds
                 check_local(role, getattr(arguments, name))
+        if further:
+            arguments.further = further
         return arguments.run(arguments)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)

@@ -12,18 +12,22 @@ Answers requests in OpenAI's format (chat completions and responses, streamed or
 
   saisa serve ./saisa-vicuna
   saisa serve ./saisa-vicuna --host 0.0.0.0 --port 80 --max-image-pixels 5000000
+  saisa serve ./saisa-vicuna --backend vllm -- --tensor-parallel-size 2
 
-It is transformers' server with limits: images come as data: URIs or from public addresses, are read beside other requests,
-and a request that cannot be answered gets status 400 and a reason. Limits of images can be set in the environment as well.
+It is vLLM's server where vLLM is installed, else transformers' server, with the same limits: images come as data: URIs or
+from public addresses, are read beside other requests, and a request that cannot be answered gets status 400 and a reason.
+Limits of images can be set in the environment as well.
 """
 
 
 def add_to(commands: Commands) -> None:
     summary = "answer HTTP requests in OpenAI's format"
     command = add_command(commands, "serve", run, summary=summary, description=HELP)
+    command.set_defaults(further=())
     add = command.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="folder, or hub id, of a SAISA checkpoint")
-    add("--backend", choices=("transformers",), default="transformers", help="what runs the model")
+    backend = "what runs the model (default: auto, vLLM if it is installed); options behind -- are for vllm serve"
+    add("--backend", choices=("auto", "vllm", "transformers"), default="auto", help=backend)
     add("--host", metavar="ADDRESS", default="127.0.0.1", help="listen here (default: %(default)s, this machine alone)")
     add("--port", metavar="N", type=port, default=8000, help="(default: %(default)s)")
     add_placement(command)
@@ -43,6 +47,14 @@ def add_to(commands: Commands) -> None:
     add("--allow-local-files", action="store_true", default=None, help="let requests name files of this machine")
 
 
+def behind_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line of this command in two: what is for it, and what stands behind `--`, for vLLM. Others stay whole."""
+    if argv[:1] != ["serve"] or "--" not in argv:
+        return argv, []
+    where = argv.index("--")
+    return argv[:where], argv[where + 1 :]
+
+
 def port(text: str) -> int:
     """A port's number, as argparse reads it."""
     if not (text.isdecimal() and 0 < int(text[:9]) < 2**16):
@@ -55,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .options import given
 
     options = given(arguments)
+    options["further"] = tuple(options["further"])
     limits = {name: options.pop(name) for name in DEFAULTS}
     serve(backend=options.pop("backend"), options=ServeOptions(**options), **limits)
     return 0

@@ -50,6 +50,8 @@ class Guard:
         self.at_work = 0
 
     async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         if (scope["method"], scope["path"]) not in ROUTES:

@@ -36,6 +36,9 @@ CHARACTERS = 64  # of a token, at most: what is longer than the context for cert
 
 def start(options: ServeOptions) -> None:
     """Serves until the process is stopped."""
+    if options.further:
+        given = " ".join(options.further)
+        raise ValueError(f"{given!r:.80} behind -- is for vLLM, but the backend is transformers.")
     for module in ("fastapi", "uvicorn", "openai"):
         needs(module, "saisa serve", package="transformers[serving]", extra="serve")
     if VERSION < (5, 6):

@@ -5,6 +5,7 @@
 vLLM built, and `check_prompt` what the renderer calls with each prompt.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from ...language_models_saisa import FAMILIES
 from ...vision_saisa import image_size
+from .registration import CONNECTOR
 
 
 # families of language models that vLLM has a decoder of its own for
@@ -59,6 +61,10 @@ class SaisaChecks(VerifyAndUpdateConfig):
             raise refusal("enable_mm_embeds=True", "images are taken as pixels. Leave it out.")
         if multimodal is not None and multimodal.mm_encoder_only:
             raise refusal("mm_encoder_only=True", "features are made where they are used. Leave it out.")
+        if multimodal is not None:
+            # A request that is refused after its images were processed (`n` is too large, say) leaves them in the cache of
+            # the process that answers HTTP, as if the engine had them too: each later request with one of them would fail.
+            multimodal.mm_processor_cache_gb = 0
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = "saisa"  # tokenizes as SaisaProcessor does
 
@@ -188,6 +194,14 @@ def check_prompt(token_ids: list[int], image_token: int, visual_tokens: int) -> 
             "The prompt ends in an image, but visual tokens predict nothing: put a text token behind it, for instance a "
             "newline."
         )
+
+
+def check_names(names) -> None:
+    """Raises ValueError if a chat's images bring names of their own (`uuid`) to a server for strangers: vLLM would take the
+    name for the content, so that one client could put another image into its caches in place of someone else's."""
+    is_for_strangers = os.environ.get("VLLM_MEDIA_CONNECTOR") == CONNECTOR
+    if is_for_strangers and any(name is not None for each in (names or {}).values() for name in each or ()):
+        raise refusal("uuid of an image", "images are known by their pixels. Leave it out.")
 
 
 def check_request_settings(settings) -> None:

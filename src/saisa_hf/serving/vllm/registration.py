@@ -2,10 +2,12 @@
 """What vLLM calls when it loads its plug-ins. Nothing heavy is imported here: every process of vLLM does this."""
 
 import logging
+import os
 import re
 
 
 ARCHITECTURE = "SaisaForConditionalGeneration"
+CONNECTOR = "saisa"  # the value of VLLM_MEDIA_CONNECTOR with which images are read within limits
 OLDEST, NEWEST = (0, 32), (0, 32)  # the minor releases of vLLM that this was tested with
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,19 @@ def _register() -> None:
     MODELS_CONFIG_MAP[ARCHITECTURE] = SaisaChecks
     RENDERER_REGISTRY.register("saisa", f"{__package__}.renderer", "SaisaRenderer")
     TokenizerRegistry.register("saisa", "vllm.tokenizers.hf", "CachedHfTokenizer")
+    if os.environ.get("VLLM_MEDIA_CONNECTOR") == CONNECTOR:
+        _limit_images()
+
+
+def _limit_images() -> None:
+    """Lets vLLM read images with this package's code, within the limits that `saisa serve` has by default."""
+    from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY
+
+    from ..run import put_limits
+    from .limits import LimitedImages
+
+    put_limits({})
+    MEDIA_CONNECTOR_REGISTRY.register(CONNECTOR)(LimitedImages)
 
 
 def _refuse(problem: str) -> None:
