@@ -11,22 +11,24 @@ import pytest
 from saisa_hf.cli import main
 from saisa_hf.demo.run import CHECKPOINT
 from saisa_hf.serving import with_vllm
-from saisa_hf.serving.run import BACKENDS, ServeOptions
+from saisa_hf.serving.run import ServeOptions
 
 
 REFUSED = "SAISA in vLLM does not support visual_layers=[1]: no kernels."
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if "SAISA_IMAGE" not in name})
 
 
 @pytest.fixture
 def started(monkeypatch):
     """What the two servers were started with: (backend, command line of vLLM or options)."""
     seen = []
-    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if "SAISA_IMAGE" not in name})
     monkeypatch.setattr(sys, "argv", ["saisa"])
-    for name in BACKENDS:
-        stand_in = SimpleNamespace(start=lambda options, name=name: seen.append((name, options)))
-        if name == "transformers":
-            monkeypatch.setitem(sys.modules, "saisa_hf.serving.with_transformers", stand_in)
+    stand_in = SimpleNamespace(start=lambda options: seen.append(("transformers", options)))
+    monkeypatch.setitem(sys.modules, "saisa_hf.serving.with_transformers", stand_in)
     main_of_vllm = ModuleType("vllm.entrypoints.cli.main")
     main_of_vllm.main = lambda: seen.append(("vllm", sys.argv[1:]))
     monkeypatch.setitem(sys.modules, "vllm.entrypoints.cli.main", main_of_vllm)

@@ -75,7 +75,7 @@ def start(options: ServeOptions) -> None:
         raise ValueError(f"--backend vllm: {problem}.")
     command = arguments(options, importlib.import_module("vllm.platforms").current_platform.device_type)
     ImageLimits.of_process()  # a limit that is none is named now
-    os.environ |= environment(options)
+    os.environ.update(environment(options))
     sys.argv = ["vllm", *command]  # which the processes that it starts read as well
     main: Any = importlib.import_module("vllm.entrypoints.cli.main").main
     main()

@@ -5,7 +5,6 @@
 vLLM built, and `check_prompt` what the renderer calls with each prompt.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
 from ...language_models_saisa import FAMILIES
 from ...vision_saisa import image_size
-from .registration import CONNECTOR
 
 
 # families of language models that vLLM has a decoder of its own for
@@ -197,10 +195,9 @@ def check_prompt(token_ids: list[int], image_token: int, visual_tokens: int) -> 
 
 
 def check_names(names) -> None:
-    """Raises ValueError if a chat's images bring names of their own (`uuid`) to a server for strangers: vLLM would take the
-    name for the content, so that one client could put another image into its caches in place of someone else's."""
-    is_for_strangers = os.environ.get("VLLM_MEDIA_CONNECTOR") == CONNECTOR
-    if is_for_strangers and any(name is not None for each in (names or {}).values() for name in each or ()):
+    """Raises ValueError if a chat's images bring names of their own (`uuid`): vLLM takes the name for the content, so that
+    one client could put another image into its caches in place of someone else's."""
+    if any(name is not None for each in (names or {}).values() for name in each or ()):
         raise refusal("uuid of an image", "images are known by their pixels. Leave it out.")
 
 

@@ -2,12 +2,14 @@
 """Prompts of requests as the ids that `SaisaProcessor` makes of them: texts are tokenized around their images, not whole."""
 
 import copy
+import os
 
 from vllm.renderers.hf import HfRenderer
 from vllm.transformers_utils.processor import cached_processor_from_config
 
 from ...processing_saisa import SaisaProcessor, begins_with_bos
 from .refusals import check_names, check_prompt
+from .registration import CONNECTOR
 
 
 class SaisaRenderer(HfRenderer):
@@ -48,7 +50,8 @@ class SaisaRenderer(HfRenderer):
     def _with_bos(self, prompt):
         """A rendered conversation with the special tokens that `SaisaProcessor.apply_chat_template` adds to one which does
         not bring its own; vLLM takes templates to be complete."""
-        check_names(prompt.get("multi_modal_uuids"))
+        if os.environ.get("VLLM_MEDIA_CONNECTOR") == CONNECTOR:  # it is a server for strangers
+            check_names(prompt.get("multi_modal_uuids"))
         text = prompt.get("prompt")
         if self._processor is None or "prompt_token_ids" in prompt or not isinstance(text, str):
             return prompt
