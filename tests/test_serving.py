@@ -71,6 +71,13 @@ def test_the_guard_hands_on_what_is_as_expected_and_refuses_the_rest(monkeypatch
     for headers, chunks in (((b"content-length", b"11"), (b"",)), ((b"a", b"b"), (b"123456", b"78901"))):
         status, body = asked(guard, chunks=chunks, headers=[headers])
         assert status == 413 and "max_request_bytes=10" in json.loads(body)["error"]["message"]
+    closed = []
+
+    async def close(message):
+        closed.append(message["type"])
+
+    asyncio.run(guard({"type": "websocket", "path": "/v1/realtime"}, None, close))
+    assert closed == ["websocket.close"]
     monkeypatch.setattr("saisa_hf.serving.guard.SECONDS_FOR_A_BODY", 0.1)
     assert asked(guard, chunks=())[0] == 408
     guard.at_work = 1

@@ -103,8 +103,10 @@ def arguments(options: ServeOptions, device: str) -> list[str]:
         ValueError: an option does not apply to vLLM, or would leave a limit out.
     """
     if options.device not in ("auto", device):
-        where = "Choose among several with CUDA_VISIBLE_DEVICES." if device == "cuda" else ""
-        raise ValueError(f"--device {options.device}: this vLLM runs on {device!r}. {where}".rstrip())
+        where = " Choose among several with CUDA_VISIBLE_DEVICES, or" if device == "cuda" else " Or"
+        raise ValueError(
+            f"--device {options.device}: this vLLM runs on {device!r}.{where} serve with --backend transformers."
+        )
     if options.attn_implementation is not None:
         raise ValueError(
             f"--attn-implementation {options.attn_implementation} is transformers'. vLLM chooses by itself; behind -- its "
