@@ -86,7 +86,8 @@ def _begin(folder: Path, new: Path) -> None:
     names = {path.relative_to(new).as_posix() for path in _files(new)}
     for path in folder.glob("*_saisa.py"):
         if path.name in names and filecmp.cmp(path, new / path.name, shallow=False):
-            (new / path.name).unlink()
+            if path.is_symlink():  # it stays one; a file is replaced, as 4.57 uploads what is newer than before
+                (new / path.name).unlink()
         elif path.name in names:  # what names code is not to be loaded while the code changes
             for entry in ENTRIES:
                 if (folder / entry).is_file() and entry not in names:
