@@ -25,13 +25,14 @@ def bounded(seconds: float = 10, megabytes: int = 500) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     before = signal.signal(signal.SIGALRM, stop)
     resource.setrlimit(resource.RLIMIT_DATA, (used + megabytes * 2**20, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)  # of a limit around this one, pytest-timeout's for instance
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)
 
 
 def unclear(

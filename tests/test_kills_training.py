@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import random
 import shutil
+import threading
 import time
 
 import pytest
 from safetensors.torch import load_file
+from tqdm import tqdm
 from training_parts import run_options, write_start
 
 from saisa_hf import SaisaForConditionalGeneration
@@ -26,6 +28,7 @@ FORKS.set_forkserver_preload(["saisa_hf.training.run", "saisa_hf.cli", "training
 
 def work(config, calls, last):
     """Runs `saisa train`; kills the process at call number `last` of those that rename something. Counts them in `calls`."""
+    tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
     rename = os.replace
 
     def counted(*arguments, **options):
