@@ -4,8 +4,12 @@
 import contextlib
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+
+# what JSON can hold in place of what is expected
+JSON_VALUES = (None, 0, -1, 1.5, True, "", "a", [], {}, [[]], [None], {"a": 1}, 10**30, "\ud800", "<image>", "\0")
 
 
 class OutOfTime(BaseException):
@@ -57,3 +61,12 @@ def unclear(
             else:
                 wrong[case] = f"{type(error).__name__}: {str(error)[:300]}"
     return wrong, right, refused
+
+
+def refused_clearly(cases: Sequence, calls: Iterable[tuple[str, Callable[[], object]]], **bounds) -> int:
+    """Asserts that each of `calls`, one for each of `cases`, was right or ended in a clear error; `bounds` as in `unclear`.
+    Returns how many were refused."""
+    wrong, right, refused = unclear(calls, **bounds)
+    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(f"{case}: {text}" for case, text in wrong.items())
+    assert right + refused == len(cases)
+    return refused

@@ -45,6 +45,18 @@ def tower_tensors():
     return {name: torch.from_numpy(value) for name, value in values.items()}
 
 
+def narrow_parts():
+    """(tensors with a narrower encoder, its config): small enough for conversions by the dozen."""
+    narrow, wide = {"hidden_size": 32, "intermediate_size": 64}, read("vision_config.json")
+    sizes = {wide[key]: narrow[key] for key in narrow}
+    towers = {f"model.vision_tower.vision_tower.{name}": value for name, value in tower_tensors().items()}
+    tensors = {
+        name: value[tuple(slice(sizes.get(size, size)) for size in value.shape)].clone()
+        for name, value in (language_tensors() | towers).items()
+    }
+    return tensors, wide | narrow
+
+
 def write_weights(folder, tensors, form="safetensors", shards=1):
     single = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
     stem, suffix = single.rsplit(".", 1)

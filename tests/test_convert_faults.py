@@ -16,9 +16,9 @@ import pytest
 import torch
 from hostile import bounded
 from test_convert import (
-    REFERENCE,
     authors_checkpoint,
     language_tensors,
+    narrow_parts,
     old_words_tokenizer,
     tower_tensors,
     write_weights,
@@ -54,18 +54,11 @@ def names(folder):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A checkpoint in three files, with a tokenizer and a narrower encoder: half a megabyte, for conversions by the dozen."""
-    narrow = {"hidden_size": 32, "intermediate_size": 64}
-    wide = json.loads((REFERENCE / "mha" / "vision_config.json").read_text())
-    sizes = {wide[key]: narrow[key] for key in narrow}
-    towers = {f"model.vision_tower.vision_tower.{name}": value for name, value in tower_tensors().items()}
-    tensors = {
-        name: value[tuple(slice(sizes.get(size, size)) for size in value.shape)].clone()
-        for name, value in (language_tensors() | towers).items()
-    }
+    tensors, vision_config = narrow_parts()
     folder = tmp_path_factory.mktemp("source") / "source"
     authors_checkpoint(folder, False, "bin", 3, tensors, old_words_tokenizer(), mm_hidden_size=32)
     (folder / "vision" / "pytorch_model.bin").unlink()
-    (folder / "vision" / "config.json").write_text(json.dumps(wide | narrow))
+    (folder / "vision" / "config.json").write_text(json.dumps(vision_config))
     return folder
 
 

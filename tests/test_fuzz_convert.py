@@ -7,8 +7,8 @@ import random
 import shutil
 
 import pytest
-from hostile import unclear
-from test_convert import REFERENCE, authors_checkpoint, language_tensors, old_words_tokenizer, tower_tensors
+from hostile import refused_clearly
+from test_convert import authors_checkpoint, narrow_parts, old_words_tokenizer
 from test_fuzz_weights import HTML, MAKE, NO_JSON, NO_MAPS, NO_SHARDS, cut, flip, place, replaced, write
 
 from saisa_hf import SaisaForConditionalGeneration
@@ -24,14 +24,7 @@ STRANGE = (None, True, -1, 0, 1.5, 10**9, 10**400, "", "x", [], ["a"], {}, {"a":
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """A narrow checkpoint with a tokenizer, in one file, in three, and in three pickles: a quarter of a megabyte each."""
-    narrow = {"hidden_size": 32, "intermediate_size": 64}
-    wide = json.loads((REFERENCE / "mha" / "vision_config.json").read_text())
-    sizes = {wide[key]: narrow[key] for key in narrow}
-    towers = {f"model.vision_tower.vision_tower.{name}": value for name, value in tower_tensors().items()}
-    tensors = {
-        name: value[tuple(slice(sizes.get(size, size)) for size in value.shape)].clone()
-        for name, value in (language_tensors() | towers).items()
-    }
+    tensors, vision_config = narrow_parts()
     folder = tmp_path_factory.mktemp("sources")
     for name, form, shards in (("one", "safetensors", 1), ("many", "safetensors", 3), ("pickles", "bin", 3)):
         source = authors_checkpoint(
@@ -46,7 +39,7 @@ def sources(tmp_path_factory):
         )
         for weights in (source / "vision").glob("*model*"):
             weights.unlink()
-        (source / "vision" / "config.json").write_text(json.dumps(wide | narrow))
+        (source / "vision" / "config.json").write_text(json.dumps(vision_config))
         (source / GENERATION).write_text(json.dumps({"eos_token_id": 2, "do_sample": True, "temperature": 0.5}))
     return folder
 
@@ -157,10 +150,7 @@ def named(case, error):
 
 def check(sources, folder, cases):
     clear = (ValueError, OSError, FileNotFoundError)
-    wrong, right, refused = unclear(converting(sources, folder, cases), clear, named, seconds=20)
-    assert not wrong, f"{len(wrong)} of {len(cases)}:\n" + "\n".join(f"{case}: {text}" for case, text in wrong.items())
-    assert right + refused == len(cases)
-    return refused
+    return refused_clearly(cases, converting(sources, folder, cases), clear=clear, names=named, seconds=20)
 
 
 def test_some_damaged_sources_are_converted_or_end_in_an_error_that_names_the_file(sources, tmp_path):

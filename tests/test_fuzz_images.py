@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hostile import unclear
+from hostile import JSON_VALUES, unclear
 from PIL import Image
 from test_chat import tiny_processor
 from test_image_sources import gif
@@ -285,27 +285,7 @@ def test_arrays_of_any_shape_and_type_are_read_or_named():
 # --- chats and prompts ------------------------------------------------------------------------------------------------
 
 
-VALUES = [
-    None,
-    0,
-    -1,
-    1.5,
-    True,
-    "",
-    "a",
-    [],
-    {},
-    [[]],
-    [None],
-    {"a": 1},
-    10**30,
-    "\ud800",
-    "<image>",
-    "\0",
-    b"a",
-    ("a",),
-    object(),
-]
+VALUES = [*JSON_VALUES, b"a", ("a",), object()]
 VALUES += [
     {"type": "text"},
     {"type": "image"},

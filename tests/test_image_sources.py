@@ -111,13 +111,20 @@ class Hostile(http.server.BaseHTTPRequestHandler):
             time.sleep(0.05)
 
 
-@pytest.fixture(scope="module")
-def address():
+@contextlib.contextmanager
+def hostile_server():
+    """The address of a server on this machine that answers as `Hostile` does."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def address():
+    with hostile_server() as address:
+        yield address
 
 
 def read(url, **options):

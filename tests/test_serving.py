@@ -21,9 +21,10 @@ from pathlib import Path
 
 import pytest
 import transformers
+from hostile import JSON_VALUES
 from packaging.version import Version
 from PIL import Image
-from test_image_sources import Hostile, encoded, gif
+from test_image_sources import Hostile, encoded, gif, hostile_server
 
 from saisa_hf.cli import main
 from saisa_hf.demo.run import CHECKPOINT
@@ -180,11 +181,8 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as hostile:
-        hostile.daemon_threads = True
-        threading.Thread(target=hostile.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{hostile.server_port}"
-        hostile.shutdown()
+    with hostile_server() as address:
+        yield address
 
 
 def uri(data, kind="png"):
@@ -371,25 +369,7 @@ def test_private_addresses_are_refused_and_a_flood_of_slow_ones_leaves_others_al
 def test_requests_at_random_never_end_in_a_server_error(server):
     """300 requests, each a valid one with something replaced."""
     chance = random.Random(0)
-    values = [
-        None,
-        0,
-        -1,
-        1.5,
-        True,
-        "",
-        "a",
-        [],
-        {},
-        [[]],
-        [None],
-        {"a": 1},
-        10**30,
-        "\ud800",
-        "<image>",
-        "\0",
-        ["a"] * 9,
-    ]
+    values = [*JSON_VALUES, ["a"] * 9]
     values += [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "text"}, "{{ 1/0 }}", {"url": {}}]
 
     def mutated(value, depth=0):

@@ -804,6 +804,8 @@ def test_adapters_that_transformers_adds(model):
     try:
         model.add_adapter(config, "a")
     except ValueError as error:
+        if "version of PEFT" not in str(error):
+            raise
         pytest.skip(str(error))  # the newest transformers want the newest PEFT
     states = model.get_visual_states(pictures(1))
     for given, other, switch in ((states, plain, "disable_adapters"), (plain, states, "enable_adapters")):

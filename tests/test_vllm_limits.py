@@ -1,14 +1,12 @@
 """`saisa serve --backend vllm`: the limits of `saisa serve` hold in vLLM's server. It is started once."""
 
 import asyncio
-import http.server
 import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,7 +17,7 @@ import pytest
 pytest.importorskip("vllm")
 
 import vllm_parts as parts
-from test_image_sources import Hostile
+from test_image_sources import Hostile, hostile_server
 from test_vllm_serve import chat, expected_answer, image_part, whole_characters
 
 from saisa_hf.images_saisa import ImageError
@@ -77,11 +75,8 @@ def post(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hostile) as hostile:
-        hostile.daemon_threads = True
-        threading.Thread(target=hostile.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{hostile.server_port}"
-        hostile.shutdown()
+    with hostile_server() as address:
+        yield address
 
 
 def asking(*parts_of_it, **options):

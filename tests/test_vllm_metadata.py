@@ -93,12 +93,9 @@ def test_builders_remember_the_step_and_build_runs(name, config):
         assert builder_class.get_cudagraph_support(config, spec).value <= (
             AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE.value
         )
-        try:
-            builder = builder_class(spec, names, config, torch.device("cpu"))
-            common, visual, _ = common_metadata(4)
-            builder.build(0, common)
-        except Exception as error:
-            pytest.skip(f"{backend.__name__} does not build here: {type(error).__name__}: {error!s:.100}")
+        builder = builder_class(spec, names, config, torch.device("cpu"))
+        common, visual, _ = common_metadata(4)
+        builder.build(0, common)
         runs = runs_of(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, visual)
         built = record.metadata_of_runs(names, runs)
     assert record.common(names[1]) is common and built[names[0]] is built[names[1]]
