@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.refuse(arguments, unknown)
         for name, role in MODELS.items():
             if name in arguments:  # to import torch, only to say that this is not there, would take seconds
-                check_local(role, getattr(arguments, name))
+                check_local(role, getattr(arguments, name), presets=getattr(arguments, "presets", ()))
         if further:
             arguments.further = further
         return arguments.run(arguments)

@@ -27,6 +27,7 @@ def add_to(commands: Commands) -> None:
     command = add_command(commands, "flops", run, summary=summary, description=HELP)
     add = command.add_argument
     add("model", metavar="MODEL", help="preset, folder, or hub id")
+    command.set_defaults(presets=tuple(LANGUAGE_MODELS))
     visual = command.add_mutually_exclusive_group()
     visual.add_argument("--visual", metavar="N", type=count, help="visual tokens (default: those of one image)")
     images = "images, with as many tokens as the encoder gives"

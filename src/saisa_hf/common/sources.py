@@ -4,7 +4,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -15,7 +15,9 @@ _ENDINGS = (
 FILE_ENDINGS = tuple(_ENDINGS.split())
 
 
-def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Path | None:
+def check_local(
+    name: str, value: str | os.PathLike, files: bool = False, presets: Collection[str] = ()
+) -> Path | None:
     """The folder, or file, that `value` means; None if it is the id of a repository on the hub: 'name' or 'user/name'.
 
     What exists, or looks like a path, is never looked up on the hub: that would take minutes without a network, and end in an
@@ -25,6 +27,7 @@ def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Pat
     Args:
         name: what error messages call it: "MODEL", "data" ...
         files: whether it may be a file.
+        presets: names that mean something else than a folder or a repository, for the message.
 
     Raises:
         FileNotFoundError: it looks like a path, and is not there, or is a file where that is not expected.
@@ -40,7 +43,8 @@ def check_local(name: str, value: str | os.PathLike, files: bool = False) -> Pat
     first, _, rest = text.partition("/")
     not_here = "is not a folder" if not files else "is neither a file nor a folder"
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) or text.lower().endswith(FILE_ENDINGS):
-        raise FileNotFoundError(f"{name} {text!r} {not_here}, nor does it look like a hub id ('user/name').")
+        preset = f", and is no preset ({', '.join(presets)})" if presets else ""
+        raise FileNotFoundError(f"{name} {text!r} {not_here}, nor does it look like a hub id ('user/name'){preset}.")
     if rest and os.path.isdir(first) and not _is_cached(text):
         raise FileNotFoundError(
             f"{name} {text!r} {not_here}: the folder {first!r} is here, and has no {rest!r}. To name a repository of the "
