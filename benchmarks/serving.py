@@ -1,10 +1,12 @@
 """SAISA and LLaVA in vLLM: the same language model, encoder and requests, by turns, in one run.
 
-    python benchmarks/serving.py                              # two cores: some minutes
-    python benchmarks/serving.py --layers 4 --requests 8      # a quick look
+    python benchmarks/serving.py                              # two cores: a quarter of an hour
+    python benchmarks/serving.py --layers 4 --width 512 --requests 8 --alone 3    # a quick look
 
-It needs the environment of `make test-vllm`. Both models have random weights; LLaVA is vLLM's own. Times are medians of
-passes that take turns, and what counts is their ratio.
+It needs the environment of `make test-vllm`, and a machine that does nothing else. Both models have random weights; LLaVA is
+vLLM's own. Times are medians of rounds that take turns, and what counts is their ratio, beside that of the FLOPs. A prefill
+is the time in the model itself, from projectors to hidden states; the time to the first token has all in front of it too:
+image processor, encoder, scheduler.
 """
 
 import argparse
@@ -22,6 +24,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # functions of serving_clock.py run in the workers
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
@@ -30,12 +33,15 @@ import transformers
 import vllm_parts as parts
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from serving_clock import add_clock, cache_bytes, read_clock
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.costs.flops import Step, step_flops
 
 
 CONCURRENCY = (1, 8, 32)
+BLOCK = 64  # tokens in a block of the cache
+QUESTION = "\n"  # between image and words
 # vLLM's LLaVA imports the image processor of another model, which needs torchvision; there is none for this PyTorch. What it
 # imports is made up in every process: a LLaVA with CLIP does not call it.
 STAND_IN = """
@@ -53,12 +59,13 @@ sys.meta_path.insert(0, Finder())
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--image-size", type=int, default=336)
     parser.add_argument("--words", type=int, default=48, help="of a question")
     parser.add_argument("--answer", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--passes", type=int, default=3)
+    parser.add_argument("--alone", type=int, default=8, help="images that are asked about one at a time, in each round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -67,20 +74,32 @@ def main() -> None:
         exec(STAND_IN, {})
         engines = {name: make(Path(folder) / name, args) for name, make in {"SAISA": saisa, "LLaVA": llava}.items()}
         results = measured(engines, args)
-    results["FLOPs of a prefill, encoder left out"] = flops(args)
+    results["FLOPs of a prefill: first question"] = flops(args, cached=0)
+    results["FLOPs of a prefill: second question"] = flops(args, cached=parts_in_full_blocks(args))
     results["settings"] = {key: str(value) for key, value in vars(args).items()} | {"vllm": version()}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def flops(args) -> dict[str, float]:
-    """Of a prompt with one image, by the formulas of `saisa_hf.costs`, whose rows are those that the engines feed."""
+def flops(args, cached: int) -> dict[str, float]:
+    """Of a prompt with one image whose first `cached` tokens are in the cache, by the formulas of `saisa_hf.costs`, whose
+    rows are those that the engines feed. The encoder is left out."""
     words, text, vision, _ = configs(args)
     config = SaisaConfig(vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>"))
-    prompt = words("\n" + " ".join(parts.WORDS[i % len(parts.WORDS)] for i in range(args.words)))
-    step = Step(text=len(prompt["input_ids"]), visual=config.image_seq_length, logits=1)
+    begin, visual = len(words("")["input_ids"]), config.image_seq_length
+    prompt = len(words(QUESTION + " ".join(parts.WORDS[i % len(parts.WORDS)] for i in range(args.words)))["input_ids"])
+    cached_text = min(cached, begin) + max(0, cached - begin - visual)
+    cached_visual = cached - cached_text
+    step = Step(prompt - cached_text, visual - cached_visual, cached_text=cached_text, cached_visual=cached_visual)
     return {name: float(sum(step_flops(config, name.lower(), step).values())) for name in ("SAISA", "LLaVA")}
+
+
+def parts_in_full_blocks(args) -> int:
+    """Tokens of a prompt that a second question about its image finds in the cache: those of full blocks."""
+    words, _, vision, _ = configs(args)
+    shared = len(words(QUESTION)["input_ids"]) + (vision.image_size // vision.patch_size) ** 2
+    return shared // BLOCK * BLOCK
 
 
 def version() -> str:
@@ -140,10 +159,12 @@ def llava(folder: Path, args):
 def engine(folder: Path, args):
     from vllm import LLM
 
-    return LLM(
-        str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=2048, max_num_seqs=32, block_size=64,
+    llm = LLM(
+        str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=2048, max_num_seqs=32, block_size=BLOCK,
         max_num_batched_tokens=4096, limit_mm_per_prompt={"image": 1}, seed=0,
     )  # fmt: skip
+    llm.apply_model(add_clock)
+    return llm
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -156,7 +177,7 @@ def requests_of(first: int, count: int, args, question: int = 0) -> list[dict]:
         low = np.random.RandomState(index).rand(8, 8, 3) * 255
         image = Image.fromarray(low.astype("uint8")).resize((args.image_size, args.image_size))
         words = np.random.RandomState(1000 * question + index).choice(parts.WORDS, args.words)
-        made.append({"prompt": "<image>\n" + " ".join(words), "multi_modal_data": {"image": image}})
+        made.append({"prompt": "<image>" + QUESTION + " ".join(words), "multi_modal_data": {"image": image}})
     return made
 
 
@@ -170,23 +191,38 @@ def timed(llm, requests: list[dict], new_tokens: int) -> float:
 
 
 def measured(engines: dict, args) -> dict:
-    """Medians over passes in which the engines take turns."""
+    """Medians over rounds in which the engines take turns, request by request where they are asked one at a time."""
     found: dict[str, dict[str, list[float]]] = {}
-    for number in range(args.passes + 1):  # the first is to warm up
-        for name, llm in engines.items():
+
+    def note(key: str, name: str, value: float, counts: bool) -> None:
+        found.setdefault(key, {}).setdefault(name, []).extend([value] if counts else [])
+
+    for number in range(args.rounds + 1):  # the first is to warm up
+        first, counts = 1 + 10_000 * number, number > 0
+        for llm in engines.values():
             llm.reset_prefix_cache()
-            first, values = 1 + 10_000 * number, {}
-            values["first question, one token (s)"] = timed(llm, requests_of(first, 1, args), 1)
-            values["second question, one token (s)"] = timed(llm, requests_of(first, 1, args, question=1), 1)
-            for at_once in CONCURRENCY:
-                first += 1000
-                requests = requests_of(first, args.requests, args)
+        for index in range(first, first + args.alone):
+            for question, ordinal in enumerate(("first", "second")):
+                for name, llm in engines.items():
+                    read(llm, read_clock)
+                    seconds = timed(llm, requests_of(index, 1, args, question), 1)
+                    note(f"prefill, {ordinal} question (ms)", name, 1e3 * read(llm, read_clock), counts)
+                    note(f"time to first token, {ordinal} question (ms)", name, 1e3 * seconds, counts)
+        for at_once in CONCURRENCY:
+            first += 1000
+            requests = requests_of(first, args.requests, args)
+            for name, llm in engines.items():
                 batches = [requests[i : i + at_once] for i in range(0, len(requests), at_once)]
                 seconds = sum(timed(llm, batch, args.answer) for batch in batches)
-                values[f"requests per second, {at_once} at once"] = len(requests) / seconds
-            for key, value in values.items():
-                found.setdefault(key, {}).setdefault(name, []).extend([value] if number else [])
+                note(f"requests per second, {at_once} at once", name, len(requests) / seconds, counts)
+    for name, llm in engines.items():
+        tokens = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks * BLOCK
+        note("cache (bytes per token, visual or not)", name, read(llm, cache_bytes) / tokens, True)
     return {key: {name: statistics.median(x) for name, x in by_name.items()} for key, by_name in found.items()}
+
+
+def read(llm, function):
+    return llm.apply_model(function)[0]
 
 
 def show(results: dict) -> None:
