@@ -7,8 +7,6 @@ resumes only if the same is asked for; a finished run is left as it is.
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import re
@@ -17,11 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.identity import PARTIAL, differences, of_data, of_file, of_model, read_record, write_record
 from .options import ADAPTED, TrainingOptions
 
 
 RECORD = "training_run.json"
-PARTIAL = ".partial"  # what is not complete yet, or not any more, has a name that begins so
 NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 
 # options that may change while a run goes on: the result stays the same, but for rounding
@@ -30,8 +28,6 @@ FREE |= {"questions", "questions_limit", "bad_samples", "workers", "device", "pe
 FREE |= {"compile_backend", "attn_implementation", "gradient_checkpointing", "use_reentrant"}
 ORDER_OF_STREAMS = {"workers", "per_device_batch_size"}  # each worker makes batches of its own share of the samples
 
-WEIGHTS_AND_SETTINGS = {".json", ".safetensors", ".bin", ".model", ".jinja", ".txt"}
-BLOCK, MEGABYTE = 4096, 2**20
 LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some seconds
 
 
@@ -50,83 +46,8 @@ def request(options: TrainingOptions) -> dict[str, Any]:
     if options.images:
         settings["images"] = os.path.abspath(options.images)
     if os.path.isfile(options.chat_template):
-        settings["chat_template"] = "contents " + _digest(options.chat_template)
-    known = {"path": model, "contents": _of_folder(model, weights=True) if os.path.isdir(model) else _commit(model)}
-    return {"model": known, "data": [_data(path) for path in data], "settings": settings}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two requests, in words. What one of them does not know is not compared."""
-    found = []
-    if not _same(old["model"], new["model"]):
-        found.append(_change("model", [old["model"]], [new["model"]]))
-    if len(old["data"]) != len(new["data"]) or not all(map(_same, old["data"], new["data"])):
-        found.append(_change("data", old["data"], new["data"]))
-    before, now = old["settings"], new["settings"]
-    for key in [key for key in ("epochs", "max_steps") if (key in before) != (key in now)]:
-        before, now = {key: "not given", **before}, {key: "not given", **now}
-    found += [f"{key} was {before[key]!r}, is {now[key]!r}" for key in before if key in now and before[key] != now[key]]
-    return found
-
-
-def _same(one: dict[str, str], other: dict[str, str]) -> bool:
-    key = "contents" if one["contents"] and other["contents"] else "path"
-    return one[key] == other[key]
-
-
-def _change(name: str, old: list[dict[str, str]], new: list[dict[str, str]]) -> str:
-    before, now = (", ".join(repr(part["path"]) for part in parts) for parts in (old, new))
-    return f"the contents of {name} {now} have changed" if before == now else f"{name} was {before}, is {now}"
-
-
-def _data(path: str) -> dict[str, str]:
-    contents = _of_folder(path) if os.path.isdir(path) else _digest(path) if os.path.isfile(path) else ""
-    return {"path": path, "contents": contents}
-
-
-def _of_folder(folder: str, weights: bool = False) -> str:
-    """A digest of a folder: of the names and sizes of all files in it, and of the contents of those that describe them; with
-    `weights`, of the contents of weights and settings, those of a run left out."""
-    digest = hashlib.sha256()
-    for root, folders, names in os.walk(folder):
-        folders.sort()
-        if weights:
-            folders.clear()
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            if not os.path.isfile(path) or (weights and Path(name).suffix not in WEIGHTS_AND_SETTINGS):
-                continue
-            if weights and name in (RECORD, "trainer_state.json"):
-                continue
-            read = weights or name.startswith("metadata.")
-            about = [os.path.relpath(path, folder), os.path.getsize(path), _digest(path) if read else ""]
-            digest.update(json.dumps(about).encode())
-    return digest.hexdigest()[:32]
-
-
-def _digest(path: str) -> str:
-    """A digest of a file's contents; of large files that are not JSON, of its size and the beginning of each megabyte."""
-    about = os.stat(path)
-    whole = about.st_size <= 64 * MEGABYTE or path.endswith((".json", ".jsonl"))
-    return _digest_of(os.path.realpath(path), about.st_size, about.st_mtime_ns, whole)
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest_of(path: str, size: int, changed: int, whole: bool) -> str:
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for start in range(0, size, MEGABYTE):
-            file.seek(start)
-            digest.update(file.read(MEGABYTE if whole else BLOCK))
-    return digest.hexdigest()[:32]
-
-
-def _commit(repository: str) -> str:
-    """The commit of a repository of the hub that is in the cache, or empty."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    reference = Path(HF_HUB_CACHE, "models--" + repository.replace("/", "--"), "refs", "main")
-    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+        settings["chat_template"] = "contents " + of_file(options.chat_template)
+    return {"model": of_model(model), "data": [of_data(path) for path in data], "settings": settings}
 
 
 # --- what the output has ---
@@ -181,22 +102,13 @@ def has_record(output: str | Path) -> bool:
 
 
 def _read(output: Path) -> dict[str, Any] | None:
-    path = output / RECORD
-    if not path.is_file():
-        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        complete = isinstance(found["finished"], bool) and isinstance(found["settings"], dict)
-        parts = [found["model"], *found["data"]]
-        complete = complete and all(isinstance(part[key], str) for part in parts for key in ("path", "contents"))
-    except (ValueError, LookupError, TypeError, RecursionError):
-        complete = False
-    if not complete:
-        raise ValueError(
-            f"{path} is damaged, so that it is not known what the run in this folder was asked for. Choose another output, "
-            "or delete that run with overwrite."
-        )
-    return found
+        found = read_record(output / RECORD)
+        if found is None or isinstance(found.get("finished"), bool):
+            return found
+        raise ValueError(f"{output / RECORD} is damaged: 'finished' is {found.get('finished')!r:.40}.")
+    except ValueError as error:
+        raise ValueError(f"{error} Choose another output, or delete that run with overwrite.") from error
 
 
 def _state(output: Path) -> dict[str, Any]:
@@ -247,13 +159,13 @@ def begin(options: TrainingOptions) -> None:
             discard(old)
     for left in output.glob(f"{PARTIAL}*"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
-    _write(output, {**request(options), "finished": False})
+    write_record(output / RECORD, {**request(options), "finished": False})
 
 
 def finish(options: TrainingOptions, steps: int) -> None:
     """Records that the result of a run of `steps` steps is in its output."""
     output = Path(options.output)
-    _write(output, {**(_read(output) or request(options)), "finished": True, "steps": steps})
+    write_record(output / RECORD, {**(_read(output) or request(options)), "finished": True, "steps": steps})
 
 
 def discard(folder: Path) -> None:
@@ -275,9 +187,3 @@ def put_in_place(staged: Path, output: Path) -> None:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         os.replace(path, target)
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    partial = output / f"{PARTIAL}-{RECORD}"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, output / RECORD)
