@@ -363,10 +363,25 @@ def test_images_and_image_tokens_have_to_match(images, text, message):
         make_processor()(images=images, text=text)
 
 
-def test_video_audio_and_other_texts_are_refused():
-    for arguments in ({"text": "a", "videos": [0]}, {"text": "a", "audio": [0]}, {"text": [["a", "b"]]}, {"text": 3}):
-        with pytest.raises(ValueError):
-            make_processor()(**arguments)
+def test_other_texts_are_refused():
+    for text in ([["a", "b"]], 3):
+        with pytest.raises(ValueError, match="`text` is"):
+            make_processor()(text=text)
+
+
+@pytest.mark.parametrize("name", ["videos", "video", "audio", "audios"])
+def test_media_that_is_not_read_is_refused_and_none_of_it_is_none(name):
+    processor = make_processor(chat_template=chat_template("plain"))
+    plain = processor(text="a b")
+    for nothing in (None, [], ()):
+        assert processor(text="a b", **{name: nothing}) == plain
+    chat = [{"role": "user", "content": "a b"}]
+    assert processor.apply_chat_template(chat, tokenize=True, **{name: []}) == plain["input_ids"]
+    for something in ([0], "a.mp4", np.zeros(3)):
+        with pytest.raises(ValueError, match=f"the call has {name}=.*not read"):
+            processor(text="a b", **{name: something})
+        with pytest.raises(ValueError, match=f"the call has {name}=.*not read"):
+            processor.apply_chat_template(chat, tokenize=True, **{name: something})
 
 
 # --- visual states ----------------------------------------------------------------------------------------------------
@@ -726,6 +741,12 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
         ({"type": "video", "path": "a.mp4"}, "part 1 of message 0 is"),
         ({"type": "video_url", "video_url": {"url": "a"}, "text": "a"}, "part 1 of message 0 is"),
         ({"type": "file", "file": {}}, "part 1 of message 0 is"),
+        ({"audio": "a.wav"}, "part 1 of message 0 has audio='a.wav'"),
+        ({"video": "a.mp4"}, "part 1 of message 0 has video='a.mp4'"),
+        ({"image": "a.png"}, "part 1 of message 0 has image='a.png'"),
+        ({"type": "text", "text": "a", "audio": "a.wav"}, "part 1 of message 0 has audio='a.wav'"),
+        ({"type": "text", "text": "a", "image_url": {"url": "a"}}, "part 1 of message 0 has image_url="),
+        ({"type": "image", "input_audio": {"data": "AAAA"}}, "part 1 of message 0 has input_audio="),
         ({"type": "hologram"}, "part 1 of message 0 is"),
         ({"type": ["image"]}, "part 1 of message 0 is"),
         ({}, "part 1 of message 0 is"),
@@ -751,6 +772,16 @@ def test_parts_that_would_vanish_are_named(part, message, tokenize):
     for conversation in (chat, [chat]):
         with pytest.raises(ValueError, match=message):
             processor.apply_chat_template(conversation, tokenize=tokenize)
+
+
+def test_media_beside_a_messages_content_is_named_and_none_of_it_is_none():
+    processor = make_processor(chat_template=chat_template("vicuna"))
+    plain = [{"role": "user", "content": "what"}]
+    assert processor.apply_chat_template([{**plain[0], "audio": None, "videos": []}]) == (
+        processor.apply_chat_template(plain)
+    )
+    with pytest.raises(ValueError, match=r"message 0 has audio=.*not read"):
+        processor.apply_chat_template([{**plain[0], "audio": {"id": "audio_7"}}])
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,16 @@ findable(__name__)
 
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
 SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_feature_select_strategy", "visual_token_reduction")
+MEDIA = (
+    "audio",
+    "audios",
+    "audio_url",
+    "input_audio",
+    "video",
+    "videos",
+    "video_url",
+    "file",
+)  # keys of what is not read
 UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowing_tokens", "is_split_into_words")
 
 
@@ -187,7 +197,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
                 `timeout`, `allow_private_urls` and other limits of `ImageLimits`; `return_mm_token_type_ids`. Offsets
                 refer to the text as given; a placeholder has those of its image token."""
-        texts = _checked_texts(images, text, visual_states, kwargs.pop("audio", None), kwargs.pop("videos", None))
+        _refuse_media({name: kwargs.pop(name, None) for name in MEDIA}, "the call")
+        texts = _checked_texts(images, text, visual_states)
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
         images = self._flat_images(images, visual_states, texts)
         if visual_states is not None:
@@ -542,7 +553,19 @@ def _rewrite_json(path: Path, change) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | None:
+def unread_media(given: dict, keys: tuple[str, ...] = MEDIA) -> str | None:
+    """The first of `keys` that is `given`. Data sets and generic callers bring None and empty lists for what is not there."""
+    values = ((key, given.get(key)) for key in keys)
+    return next((k for k, x in values if x is not None and not (hasattr(x, "__len__") and len(x) == 0)), None)
+
+
+def _refuse_media(given: dict, name: str, keys: tuple[str, ...] = MEDIA) -> None:
+    """Raises ValueError if one of `keys` is `given`, as it would vanish."""
+    if key := unread_media(given, keys):
+        raise ValueError(f"{name} has {key}={given[key]!r:.80}, which is not read. SAISA takes text and images.")
+
+
+def _checked_texts(images, text, visual_states) -> list[str] | None:
     """The texts of a call as a list, None if it has none; raises ValueError if its inputs do not fit together."""
     if text is None and visual_states is not None:
         raise ValueError("`visual_states` was given without `text`. Pass the text whose image tokens it stands for.")
@@ -550,8 +573,6 @@ def _checked_texts(images, text, visual_states, audio, videos) -> list[str] | No
         raise ValueError("Both `images` and `text` are None. Pass at least one of them.")
     if images is not None and visual_states is not None:
         raise ValueError("`images` and `visual_states` were both given for the same image tokens. Pass one of them.")
-    if audio is not None or videos is not None:
-        raise ValueError("SAISA takes texts and images: `audio` and `videos` have to be None.")
     if text is None:
         return None
     texts = [text] if isinstance(text, str) else text
@@ -576,7 +597,7 @@ def pop_call_arguments(kwargs: dict) -> dict:
     if kwargs.pop("sanitize_control_tokens", False):
         raise ValueError("sanitize_control_tokens=True is not supported.")
     names = {"return_tensors", "text_kwargs", "images_kwargs", "common_kwargs", "return_mm_token_type_ids"}
-    names |= call_arguments("text_kwargs") | call_arguments("images_kwargs")
+    names |= call_arguments("text_kwargs") | call_arguments("images_kwargs") | {*MEDIA}
     call |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
     if call.get("return_tensors") == "auto":
         del call["return_tensors"]
@@ -595,6 +616,7 @@ def _readable(chat, template: str) -> list[dict]:
         elif content is not None and not isinstance(content, str):
             what = "a dict with 'role', a string, and 'content', a string or a list of parts"
             raise ValueError(f"message {i} is {message!r:.80}. Expected {what}.")
+        _refuse_media(message, f"message {i}")
         messages.append({key: value for key, value in {**message, "content": content}.items() if value is not None})
     return messages
 
@@ -603,6 +625,9 @@ def _part(part, template: str, name: str) -> dict:
     """A part of a message as a dict of type `"text"` or `"image"`, or of another that the chat `template` knows."""
     part = {"type": "text", "text": part} if isinstance(part, str) else part
     kind = part.get("type", "text") if isinstance(part, dict) else None
+    is_media = re.search("audio|video|file", str(kind)) is not None
+    if isinstance(part, dict) and not is_media:
+        _refuse_media(part, name, MEDIA if kind in ("image", "image_url") else (*MEDIA, "image", "image_url"))
     if kind == "image_url":
         url = part.get("image_url")
         part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url or ""}
@@ -611,7 +636,6 @@ def _part(part, template: str, name: str) -> dict:
         if wrong or (kind == "image_url" and not part["url"]):
             raise ValueError(f"{name}, an image, has no address as a string, but {part!r:.120}.")
         return part
-    is_media = re.search("audio|video|file", str(kind)) is not None
     if is_media or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or f"'{kind}'" in template):
         forms = "a string, {'type': 'text', 'text': '...'}, {'type': 'image', ...} or {'type': 'image_url', ...}"
         raise ValueError(f"{name} is {part!r:.80}. SAISA takes text and images. Expected {forms}.")

@@ -44,7 +44,9 @@ def _refuse(arguments: argparse.Namespace, unknown: list[str]) -> None:
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments themselves, without what `add_command` put beside them."""
-    return {name: value for name, value in vars(arguments).items() if name not in ("run", "refuse", "parser", "presets")}
+    return {
+        name: value for name, value in vars(arguments).items() if name not in ("run", "refuse", "parser", "presets")
+    }
 
 
 # --- a model that runs: chat, attend, redundancy ---

@@ -15,9 +15,7 @@ _ENDINGS = (
 FILE_ENDINGS = tuple(_ENDINGS.split())
 
 
-def check_local(
-    name: str, value: str | os.PathLike, files: bool = False, presets: Collection[str] = ()
-) -> Path | None:
+def check_local(name: str, value: str | os.PathLike, files: bool = False, presets: Collection[str] = ()) -> Path | None:
     """The folder, or file, that `value` means; None if it is the id of a repository on the hub: 'name' or 'user/name'.
 
     What exists, or looks like a path, is never looked up on the hub: that would take minutes without a network, and end in an

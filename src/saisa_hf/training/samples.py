@@ -7,6 +7,7 @@ from typing import Any
 from ..common.shown import printable, shown
 from ..image_sources_saisa import from_base64
 from ..images_saisa import load_image
+from ..processing_saisa import unread_media
 
 
 IMAGE = "<image>"  # LLaVA's placeholder of an image
@@ -50,6 +51,7 @@ def read_sample(
     if not isinstance(record, dict):
         raise BadSample(f"{name}: expected a mapping, got a {type(record).__name__}.")
     record = {key: value for key, value in record.items() if value is not None}
+    _refuse_media(record, name)
     spares = record.get("images", record.get("image", []))
     spares = list(spares) if isinstance(spares, (list, tuple)) else [spares]
     messages, places = _messages(record, name, image_token)
@@ -118,6 +120,8 @@ def _content(content: Any, name: str, image_token: str, places: list) -> str | l
         raise BadSample(f"{name}: a turn's content is {shown(content)}: expected text, or a list of parts.")
     parts = []
     for part in content:
+        if isinstance(part, dict):
+            _refuse_media(part, f"{name}: part {shown(part)} of a turn")
         if isinstance(part, dict) and is_image(part):
             own = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
             places.append(own["url"] if isinstance(own, dict) and "url" in own else own)
@@ -129,6 +133,11 @@ def _content(content: Any, name: str, image_token: str, places: list) -> str | l
         else:
             raise BadSample(f"{name}: part {shown(part)} of a turn: expected type 'text' or 'image'.")
     return parts
+
+
+def _refuse_media(given: dict, name: str) -> None:
+    if key := unread_media(given, ("audio", "audios", "video", "videos")):
+        raise BadSample(f"{name} has {key} {shown(given[key])}, which is not read: expected text and images.")
 
 
 def is_image(part: dict) -> bool:
