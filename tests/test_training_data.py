@@ -207,7 +207,7 @@ def test_samples_in_one_row_do_not_see_each_other(text, implementation):
         ({"conversations": [{"from": "robot", "value": "a"}]}, "'robot'"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "'audio'"),
-        ({**conversation("A?", "B."), "audio": "a.wav"}, "has audio 'a.wav', which is not read"),
+        ({**conversation("A?", "B."), "audio": "a.wav"}, "audio 'a.wav' is not read"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "video": "a.mp4"}]}]}, "'a.mp4'"),
         ("a question", "expected a mapping, got a str"),
         ({"messages": [None]}, "its turns are .*None.*: expected a list of mappings"),

@@ -137,7 +137,7 @@ def _content(content: Any, name: str, image_token: str, places: list) -> str | l
 
 def _refuse_media(given: dict, name: str) -> None:
     if key := unread_media(given, ("audio", "audios", "video", "videos")):
-        raise BadSample(f"{name} has {key} {shown(given[key])}, which is not read: expected text and images.")
+        raise BadSample(f"{name}: {key} {shown(given[key])} is not read: expected text and images.")
 
 
 def is_image(part: dict) -> bool:
