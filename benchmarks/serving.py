@@ -76,7 +76,7 @@ def main() -> None:
         results = measured(engines, args)
     results["FLOPs of a prefill: first question"] = flops(args, cached=0)
     results["FLOPs of a prefill: second question"] = flops(args, cached=parts_in_full_blocks(args))
-    results["settings"] = {key: str(value) for key, value in vars(args).items()} | {"vllm": version()}
+    results["settings"] = {key: value for key, value in vars(args).items() if key != "output"} | {"vllm": version()}
     show(results)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")

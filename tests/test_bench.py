@@ -240,6 +240,16 @@ def test_pages_show_the_numbers_that_are_kept_beside_them():
         assert f"<!-- {name}: start -->\n{performance.block(result)}\n<!-- {name}: end -->" in page
 
 
+def test_the_page_about_vllm_shows_the_numbers_that_are_kept():
+    root = performance.PAGE.parent.parent
+    results = json.loads((root / "benchmarks" / "serving.json").read_text())
+    page = (root / "docs" / "vllm.md").read_text(encoding="utf-8")
+    assert results.pop("settings")["vllm"].startswith("0.32.") and len(results) == 10
+    for key, value in results.items():
+        ours, theirs = value["SAISA"], value["LLaVA"]
+        assert f"| {key} | {ours:.3g} | {theirs:.3g} | {ours / theirs:.2f} |" in page
+
+
 def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
     asked = []
 
