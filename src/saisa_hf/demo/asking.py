@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
+from ..answering import Answerer
+from ..answering import Question as Asked
 from ..common.sources import reading
 from . import CHECKPOINT
 from .scenes import KINDS, Question, Scene, draw
@@ -48,19 +50,10 @@ def ask_model(
     asked: list[tuple[Scene, Question]],
     batch_size: int = 50,
 ) -> list[str]:
-    """The model's answers, by greedy decoding, to one question per scene; batches are padded on the left."""
-    answers: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        chats = []
-        for scene, question in asked[start : start + batch_size]:
-            image = {"type": "image", "image": Image.fromarray(draw(scene))}
-            chats.append([{"role": "user", "content": [image, {"type": "text", "text": question.text}]}])
-        batch = processor.apply_chat_template(
-            chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-        ).to(model.device, dtype=model.dtype)
-        ids = model.generate(**batch, max_new_tokens=8, do_sample=False)
-        answers += processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    """The model's answers, by greedy decoding, to one question per scene."""
+    answerer = Answerer(model, processor, batch_size=batch_size, max_new_tokens=8, strict=True)
+    questions = (Asked(question.text, [Image.fromarray(draw(scene))]) for scene, question in asked)
+    return [answer.text for answer in answerer.answer(questions)]
 
 
 def by_kind(asked: list[tuple[Scene, Question]], answers: list[str]) -> dict[str, tuple[int, int]]:

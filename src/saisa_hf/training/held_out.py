@@ -3,8 +3,7 @@
 
 from collections.abc import Callable, Iterator
 
-import torch
-
+from ..answering import Answerer, Question
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
 from .dataset import record_at
@@ -14,10 +13,6 @@ from .samples import BadSample, open_images, read_sample, words
 from .sources import open_source
 
 
-ASKED_AT_ONCE = 16
-
-
-@torch.no_grad()
 def ask(
     model: SaisaForConditionalGeneration,
     processor: SaisaProcessor,
@@ -31,25 +26,12 @@ def ask(
         samples: of `open_images`.
         chat_template: Jinja source instead of the processor's own.
     """
-    model.eval()
-    answers: list[str] = []
-    for start in range(0, len(samples), ASKED_AT_ONCE):
-        part = samples[start : start + ASKED_AT_ONCE]
-        images = [image for sample in part for image in sample["images"]] or None
-        batch = processor.apply_chat_template(
-            [sample["messages"][:-1] for sample in part],
-            chat_template=chat_template,
-            images=images,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        ).to(model.device)
-        ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        answers += processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    # weights may lie on several processes, or change from one time to the next: no visual states of them
+    answerer = Answerer(
+        model, processor, chat_template=chat_template, max_new_tokens=max_new_tokens, visual_states=False, strict=True
+    )
+    questions = (Question(sample["messages"][:-1], sample["images"]) for sample in samples)
+    return [answer.text for answer in answerer.answer(questions)]
 
 
 def held_out_samples(options: TrainingOptions, processor: SaisaProcessor) -> Iterator[dict]:

@@ -112,20 +112,21 @@ def read_json(path: str | Path) -> list:
         OSError: it cannot be read.
     """
     path = Path(path)
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".jsonl":
         # not at all of Unicode's line breaks: JSON may contain them
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [_parsed(line, f"{path}, line {number}") for number, line in lines]
+        return [parse_json(line, f"{path}, line {number}") for number, line in lines]
     if not text.strip():
         raise ValueError(f"{path} is empty: expected a list of samples.")
-    records = _parsed(text, str(path))
+    records = parse_json(text, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path}: expected a list of samples, got {shown(records)}.")
     return records
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text in a file, UTF-8 with or without byte order mark. Raises ValueError, with file and line, if it is not."""
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:4]:
         raise ValueError(f"{path} is in UTF-16 or UTF-32, or is not a text: expected UTF-8.")
@@ -139,8 +140,8 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _parsed(text: str, name: str) -> Any:
-    """The value that `text` is in JSON."""
+def parse_json(text: str, name: str) -> Any:
+    """The value that `text`, called `name` in error messages, is in JSON. Raises ValueError if it is none."""
     try:
         try:
             return json.loads(text)

@@ -1,0 +1,252 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The engine behind `saisa eval`, `saisa ask`, held-out questions and other programs that ask a model many questions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..processing_saisa import begins_with_bos
+from .kept_images import KeptImages, opened
+from .questions import Answer, Likelihood, Prompt, Question, image_name, render
+
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+    from ..modeling_saisa import SaisaForConditionalGeneration
+    from ..processing_saisa import SaisaProcessor
+
+R = TypeVar("R")
+
+LEAST_WINDOW = 64  # questions read ahead, to find those about the same image and of the same length
+# greedy decoding, whatever sampling a checkpoint suggests
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    **dict.fromkeys(("temperature", "top_p", "top_k")),
+}
+
+
+class Answerer:
+    """Answers many questions by greedy decoding, in batches.
+
+    Questions are read ahead in windows of eight batches, at least 64 questions. In a window they are sorted by length, and an
+    image that several of them are about is opened and encoded once, into visual states that are kept for all of them. Which
+    questions are asked together changes answers by no more than rounding.
+
+    Args:
+        model: a `SaisaForConditionalGeneration`, on any device or devices. It is put into eval mode.
+        processor: its `SaisaProcessor`.
+        batch_size: questions that are asked at once.
+        visual_states: whether images that are asked about more than once are encoded once. Without, each question brings its
+            pixels.
+        state_bytes: memory for visual states that are kept; those of one batch are kept in any case.
+        chat_template: Jinja source, or the name of one of the processor's templates. None: the processor's own.
+        system: a system message in front of each conversation.
+        strict: raise ValueError where a question cannot be asked, instead of an answer with an `error`.
+        generation: arguments of `generate` for every answer, `max_new_tokens` (64 if left out) and `stop_strings` for
+            instance; it is greedy unless they say otherwise.
+    """
+
+    def __init__(
+        self,
+        model: SaisaForConditionalGeneration,
+        processor: SaisaProcessor,
+        *,
+        batch_size: int = 16,
+        visual_states: bool = True,
+        state_bytes: int = 2**31,
+        chat_template: str | None = None,
+        system: str | None = None,
+        strict: bool = False,
+        **generation: Any,
+    ):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a positive number of questions.")
+        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.visual_states, self.chat_template, self.system = visual_states, chat_template, system
+        self.strict = strict
+        self.generation = {"max_new_tokens": 64, **generation}
+        self._kept = KeptImages(model, processor, state_bytes, batch_size)
+
+    def answer(self, questions: Iterable[Question], **generation: Any) -> Iterator[Answer]:
+        """The answers, in the order of the questions, a window at a time; no question is read before it is needed.
+
+        Args:
+            generation: as in the constructor, for these questions.
+
+        Raises:
+            ValueError: with `strict`, for the first question that cannot be asked.
+        """
+        options = {**GREEDY, **self.generation, **generation}
+        prompts = (self._prompt(question) for question in questions)
+        return self._run(prompts, lambda batch, inputs: self._generate(batch, inputs, options), _no_answer)
+
+    def loglikelihood(self, asked: Iterable[tuple[Question, str]]) -> Iterator[Likelihood]:
+        """How likely the given answers are, each for its question, in their order.
+
+        Args:
+            asked: questions, each with the text of an answer. A space is put in front of it if neither it begins nor the
+                prompt ends with white space.
+
+        Raises:
+            ValueError: with `strict`, for the first question that cannot be asked.
+        """
+        prompts = (self._prompt(question, text) for question, text in asked)
+        return self._run(prompts, self._score, _no_likelihood)
+
+    # --- windows and batches ---
+
+    def _prompt(self, question: Question, continuation: str | None = None) -> Prompt:
+        images = [image_name(image) for image in question.images]
+        try:
+            text = render(question, self.processor, self.chat_template, self.system)
+        except ValueError as error:
+            return Prompt(question, "", continuation, images, str(error))
+        if continuation is not None:
+            if not continuation or text.endswith(self.processor.image_token):
+                problem = "the answer whose likelihood is asked is empty, or follows an image, which predicts nothing"
+                return Prompt(question, text, continuation, images, problem)
+            if not continuation[0].isspace() and not text[-1:].isspace():
+                continuation = f" {continuation}"
+        return Prompt(question, text, continuation, images)
+
+    def _run(
+        self, prompts: Iterator[Prompt], ask: Callable[[list[Prompt], BatchFeature], list[R]], failed: Callable[..., R]
+    ) -> Iterator[R]:
+        self.model.eval()
+        size = max(LEAST_WINDOW, 8 * self.batch_size)
+        while window := list(itertools.islice(prompts, size)):
+            results: dict[int, R] = {}
+            for batch in self._batches([prompt for prompt in window if prompt.error is None]):
+                asked, inputs = self._inputs(batch)
+                if asked:
+                    with torch.no_grad():
+                        results.update(zip(map(id, asked), ask(asked, inputs)))
+            for prompt in window:
+                if prompt.error is not None and self.strict:
+                    raise ValueError(prompt.error)
+                yield failed(prompt.question.key, error=prompt.error) if prompt.error else results.pop(id(prompt))
+        self._kept.clear()
+
+    def _batches(self, window: list[Prompt]) -> Iterator[list[Prompt]]:
+        """The window in batches of about the same length, those that bring pixels first. Visual states that a batch needs are
+        there when it is yielded."""
+        counts = Counter(name for prompt in window for name in prompt.images)
+        repeated = {name for name, count in counts.items() if count > 1 or name in self._kept}
+        several = [prompt for prompt in window if self.visual_states and repeated.intersection(prompt.images)]
+        several_ids = set(map(id, several))
+        yield from self._by_length(prompt for prompt in window if id(prompt) not in several_ids)
+        while several:
+            images: dict[Hashable, Any] = {}
+            room = self._kept.room()
+            taken = 0
+            for prompt in several:
+                own = dict(zip(prompt.images, prompt.question.images))
+                if taken and len(images.keys() | own.keys()) > room:
+                    break
+                images.update(own)
+                taken += 1
+            self._kept.encode(images)
+            for prompt in several[:taken]:
+                prompt.error = next((self._kept.errors[n] for n in prompt.images if n in self._kept.errors), None)
+            yield from self._by_length(prompt for prompt in several[:taken] if prompt.error is None)
+            several = several[taken:]
+
+    def _by_length(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+        by_length = sorted(prompts, key=lambda prompt: (len(prompt.images), len(prompt.text)), reverse=True)
+        for start in range(0, len(by_length), self.batch_size):
+            yield by_length[start : start + self.batch_size]
+
+    def _inputs(self, batch: list[Prompt]) -> tuple[list[Prompt], BatchFeature]:
+        """Those of `batch` that can be asked, and what the model takes; the others get an error."""
+        images: dict[str, Any] = {}
+        names = [name for prompt in batch for name in prompt.images]
+        if names and all(name in self._kept for name in names):
+            images["visual_states"] = self._kept.of(names)
+        elif names:
+            images["images"] = []
+            for prompt in batch:
+                try:
+                    images["images"] += [opened(image) for image in prompt.question.images]
+                except ValueError as error:
+                    prompt.error = str(error)
+            if any(prompt.error for prompt in batch):
+                return self._inputs([prompt for prompt in batch if prompt.error is None])
+        texts = [prompt.text + (prompt.continuation or "") for prompt in batch]
+        if not texts:
+            return [], None
+        bos = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, texts[0]) else {}
+        padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
+        try:
+            inputs = self.processor(text=texts, **images, **padding, **bos, return_tensors="pt")
+        except ValueError as error:
+            if len(batch) == 1:
+                batch[0].error = str(error)
+                return [], None
+            good = [prompt for prompt in batch if self._inputs([prompt])[0]]
+            if len(good) == len(batch):
+                raise
+            return self._inputs(good)
+        return batch, inputs.to(self.model.device)
+
+    # --- what the model is asked for ---
+
+    def _generate(self, batch: list[Prompt], inputs: BatchFeature, options: dict[str, Any]) -> list[Answer]:
+        tokenizer, stops = self.processor.tokenizer, options.get("stop_strings") or []
+        stops = [stops] if isinstance(stops, str) else stops
+        options = {"pad_token_id": tokenizer.pad_token_id, **options} if tokenizer.pad_token_id is not None else options
+        options = {**options, "tokenizer": tokenizer} if stops else options
+        ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
+        answers = []
+        for prompt, row in zip(batch, ids.tolist()):
+            end = next((index for index, token in enumerate(row) if token in ends), None)
+            row = row if end is None else row[: end + 1]
+            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            found = [place for stop in stops if (place := text.find(stop)) >= 0]
+            finish = "stop" if end is not None or found else "length"
+            text = text[: min(found)] if found else text
+            answers.append(Answer(prompt.question.key, text.strip(), len(row), finish))
+        return answers
+
+    def _score(self, batch: list[Prompt], inputs: BatchFeature) -> list[Likelihood]:
+        counts = [self._own_tokens(prompt) for prompt in batch]
+        kept = max(1, *counts) + 1
+        mask = inputs["attention_mask"]
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(**inputs, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
+        targets = inputs["input_ids"][:, -(kept - 1) :].to(logits.device)
+        return [_likelihood(*row) for row in zip(batch, counts, logits[:, -kept:-1], targets)]
+
+    def _own_tokens(self, prompt: Prompt) -> int:
+        """How many tokens at the end of a prompt are the continuation's; one that both share is."""
+        tail = prompt.text.rpartition(self.processor.image_token)[2]
+        both = (tail, tail + (prompt.continuation or ""))
+        before, whole = self.processor.tokenizer(list(both), add_special_tokens=False)["input_ids"]
+        pairs = enumerate(zip(before, whole))
+        return len(whole) - next((i for i, (one, other) in pairs if one != other), min(len(before), len(whole)))
+
+
+def _likelihood(prompt: Prompt, count: int, logits_TX: Tensor, targets_T: Tensor) -> Likelihood:
+    logits_TX, targets_T = logits_TX[len(logits_TX) - count :].float(), targets_T[len(targets_T) - count :]
+    logs_T = torch.log_softmax(logits_TX, -1).gather(1, targets_T[:, None])[:, 0]
+    greedy = bool((logits_TX.argmax(-1) == targets_T).all())
+    return Likelihood(prompt.question.key, math.fsum(logs_T.tolist()), greedy, count)
+
+
+def _no_answer(key: Any, error: str | None) -> Answer:
+    return Answer(key, finish="error", error=error)
+
+
+def _no_likelihood(key: Any, error: str | None) -> Likelihood:
+    return Likelihood(key, error=error)
