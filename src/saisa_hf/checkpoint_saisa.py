@@ -27,6 +27,8 @@ CHAT_CLASSES += ("AutoModelForPreTraining", "AutoModelForVision2Seq")
 PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_saisa.SaisaProcessor"}
 AUTO_MAP = {"AutoConfig": "configuration_saisa.SaisaConfig", "AutoModel": "modeling_saisa.SaisaModel"}
 AUTO_MAP |= dict.fromkeys(CHAT_CLASSES, "modeling_saisa.SaisaForConditionalGeneration") | PROCESSOR_AUTO_MAP
+# of transformers, read as the same models in embedding space
+LLAVAS = ("llava", "llava_next", "llava_onevision")
 # of `from_pretrained`, how to read a file; of `save_pretrained`, what is for `push_to_hub` alone
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 HUB_ARGUMENTS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
@@ -241,6 +243,6 @@ def _described(checkpoint, config, files: dict) -> tuple[dict[str, str], dict | 
     encoder_type = (found.get("vision_config") or {}).get("model_type", "clip_vision_model")
     level = "vision_model." if encoder_type in NESTED_ENCODERS else ""
     names = VISION_MODEL_NAMES if level else {}
-    if found.get("model_type") == "llava":
+    if found.get("model_type") in LLAVAS:
         names = from_package("Reading a LLaVA", "checkpoints.llava", "tensor_names")(level)
     return names, found.get("quantization_config")

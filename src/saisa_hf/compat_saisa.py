@@ -85,6 +85,7 @@ class init:
     """5.x's `transformers.initialization`, which leaves alone what was loaded; 4.x asks only for weights that were not."""
 
     zeros_ = staticmethod(optional("transformers.initialization", "zeros_", nn.init.zeros_))
+    normal_ = staticmethod(optional("transformers.initialization", "normal_", nn.init.normal_))
     copy_ = staticmethod(optional("transformers.initialization", "copy_", torch.no_grad()(torch.Tensor.copy_)))
 
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from .checkpoint_saisa import AUTO_MAP, from_package, write_code_files
+from .checkpoint_saisa import AUTO_MAP, LLAVAS, from_package, write_code_files
 from .compat_saisa import ACT2FN, comparable_config_dict, findable, optional, portable_config_dict, readable_config_dict
 from .language_models_saisa import FAMILIES, language_model_family
 from .saving_saisa import UNFINISHED, saved_together
+from .tiles_saisa import check_tiles
 from .vision_saisa import (
     CLASS_TOKENS,
     MOST_TOKENS,
@@ -47,6 +48,7 @@ DEFAULT_VISION_CONFIG |= {"num_hidden_layers": 24, "num_attention_heads": 16}
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 REDUCTION_SETTINGS = ("visual_token_reduction", "reduced_visual_tokens")
 CHECKED_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward", *REDUCTION_SETTINGS)
+CHECKED_SETTINGS += ("image_grid_pinpoints", "vision_aspect_ratio")
 
 MOST_LAYERS, LARGEST_HEAD = 1000, 2**16  # a check of a config makes lists, and tables for heads, of that length
 SIZES, COUNTS, ANY_COUNT, BOOL = (1, 2**31 - 1), (1, MOST_LAYERS), (0, MOST_LAYERS), [True, False]
@@ -119,6 +121,9 @@ class SaisaConfig(PretrainedConfig):
             `"avg_pool"` (the mean of 2 x 2), `"pixel_unshuffle"` (2 x 2 side by side), `"resampler"` (learned queries), or
             `"class_attention"` (those that the encoder's class token attends to most). `None`: nothing.
         reduced_visual_tokens: visual tokens per image behind `"resampler"` and `"class_attention"`.
+        image_grid_pinpoints: resolutions [height, width], multiples of the encoder's, at which tiles of an image are read
+            beside the whole, as LLaVA-NeXT does (see `tiles_saisa.py`). `None`: the whole image alone.
+        vision_aspect_ratio: with it, `"anyres_max_9"` scales tiles down to about so many, as LLaVA-OneVision does.
 
     Raises:
         ValueError: a field does not fit the others; the message names the field, its value and what is allowed.
@@ -148,6 +153,8 @@ class SaisaConfig(PretrainedConfig):
         visual_feed_forward: bool | list[bool] = True,
         visual_token_reduction: str | None = None,
         reduced_visual_tokens: int | None = None,
+        image_grid_pinpoints: list[list[int]] | None = None,
+        vision_aspect_ratio: str | None = None,
         **kwargs,
     ):
         known_types = tuple(optional("transformers", "CONFIG_MAPPING", ()))
@@ -165,6 +172,8 @@ class SaisaConfig(PretrainedConfig):
         self.alignment, self.visual_layers = alignment, _listed(visual_layers)
         self.visual_attention, self.visual_feed_forward = _listed(visual_attention), _listed(visual_feed_forward)
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
+        self.image_grid_pinpoints = _listed(image_grid_pinpoints)
+        self.vision_aspect_ratio = vision_aspect_ratio
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         _check_fields("", {"tie_word_embeddings": tie_word_embeddings})
@@ -232,12 +241,17 @@ class SaisaConfig(PretrainedConfig):
         """Whether visual tokens pass the feed-forward network of decoder layer `layer_idx`."""
         return self.in_embedding_space and _of_layer(self.visual_feed_forward, layer_idx)
 
+    @property
+    def features_are_projected(self) -> bool:
+        """Whether images leave `get_image_features` past the projector: tiles are put together behind it, as in LLaVAs."""
+        return self.in_embedding_space and self.image_grid_pinpoints is not None
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        """transformers' own; of a `LlavaForConditionalGeneration` it makes the config of the same model in embedding space.
-        Raises ValueError if there is none."""
+        """transformers' own; of a LLaVA, LLaVA-NeXT or LLaVA-OneVision it makes the config of the same model in embedding
+        space. Raises ValueError if there is none."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == "llava":
+        if config_dict.get("model_type") in LLAVAS:
             config_dict = from_package("Reading a LLaVA", "checkpoints.llava", "config_of_llava")(config_dict)
         return config_dict, kwargs
 
@@ -318,6 +332,7 @@ class SaisaConfig(PretrainedConfig):
         _check_vision(self.vision_config)
         self._check_vision_feature_layer()
         check_reduction(self)
+        check_tiles(self)
         self._check_alignment(text.num_hidden_layers)
 
     def _check_vision_feature_layer(self):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .compat_saisa import CACHE, decoding_masks, one_cache
+from .tiles_saisa import visual_inputs
 from .vision_saisa import reduced_length
 from .visual_states_saisa import check_one_of
 
@@ -20,7 +21,8 @@ from .visual_states_saisa import check_one_of
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; each chunk is one such tensor, its copy in float32 and its gradient
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # those of `forward` that are the loss's
-IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "visual_states")  # those that images come in
+IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # those that images come in
+IMAGES += ("image_sizes", "num_tiles", "visual_states")
 
 
 def chunked_cross_entropy(
@@ -228,6 +230,10 @@ class AnswersAboutImages:
             kind, count = self.config.visual_token_reduction, self.config.reduced_visual_tokens
             return [reduced_length(kind, count, h * w, (h, w)) for h, w in images["spatial_shapes"].tolist()]
         count, size = len(images["pixel_values"]), tuple(getattr(images["pixel_values"], "shape", ())[2:])
+        if len(size) == 3:
+            tokens = self.config.visual_tokens_of(*size[1:]) or self.config.image_seq_length
+            tiles = images.get("image_sizes"), images.get("num_tiles")
+            return [one.length for one in visual_inputs(self.config, tokens, size[1:], *tiles)]
         each = self.config.visual_tokens_of(*size) if len(size) == 2 else None
         if each is None:
             each = self.config.image_seq_length

@@ -290,6 +290,8 @@ def initialize(module: nn.Module) -> None:
             new = dict(type(module)(module.config).named_buffers())
         for key, buffer in module.named_buffers():
             init.copy_(buffer, new[key])
+    elif getattr(module, "image_newline", None) is not None:
+        init.normal_(module.image_newline, std=len(module.image_newline) ** -0.5)
 
 
 class ScaledEmbedding(nn.Embedding):

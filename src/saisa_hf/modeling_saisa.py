@@ -52,8 +52,9 @@ from .embedding_space_saisa import ThroughEveryLayer, VisualTokensAmongWords
 from .hardware_saisa import PerDevice, execution_device, with_own_heads
 from .head_saisa import IGNORED, LOSS_ARGUMENTS, AnswersAboutImages, SaisaHead, targets_of
 from .language_models_saisa import choose_attention, language_model_family
+from .tiles_saisa import NEWLINE, EncodesTiles
 from .token_layout_saisa import Rotation, TokenLayout, rotations_of, tells_samples_apart
-from .vision_saisa import EncodesImages, SaisaVisualResampler, build_vision_tower
+from .vision_saisa import SaisaVisualResampler, build_vision_tower
 from .visual_states_saisa import SaisaVisualStates, UsesVisualStates
 
 
@@ -98,20 +99,27 @@ class SaisaCausalLMOutputWithPast(EitherCacheName, CausalLMOutputWithPast):
 
 class SaisaVisualProjector(nn.Module):
     """Two-layer MLP from the encoder's features into the input space of self-attention (paper, section 3.2); the layer's
-    input norm follows, as it does for text."""
+    input norm follows, as it does for text. With `image_grid_pinpoints`, rows for newlines become a learned one."""
 
     def __init__(self, config: SaisaConfig):
         super().__init__()
-        inner_size = config.projector_hidden_size or config.text_config.hidden_size
+        size = config.text_config.hidden_size
+        inner_size = config.projector_hidden_size or size
         self.linear_1 = nn.Linear(config.vision_feature_size, inner_size, bias=config.projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(inner_size, config.text_config.hidden_size, bias=config.projector_bias)
+        self.linear_2 = nn.Linear(inner_size, size, bias=config.projector_bias)
+        has_newlines = config.image_grid_pinpoints is not None
+        self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5) if has_newlines else None
 
     def forward(self, features_VC: Tensor) -> Tensor:
         """(V, C) -> (V, D), in the projector's own dtype; weights that are quantized to integers accept any."""
         dtype = self.linear_1.weight.dtype
         features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
-        return self.linear_2(self.act(self.linear_1(features_VC)))
+        if self.image_newline is None:
+            return self.linear_2(self.act(self.linear_1(features_VC)))
+        is_newline_V1 = (features_VC == NEWLINE).all(-1, keepdim=True)
+        projected_VD = self.linear_2(self.act(self.linear_1(features_VC.masked_fill(is_newline_V1, 0))))
+        return torch.where(is_newline_V1, self.image_newline.to(projected_VD.dtype), projected_VD)
 
 
 class NaavitAttention(nn.Module):
@@ -417,7 +425,7 @@ class EmbeddingSpaceLanguageModel(ThroughEveryLayer, SaisaLanguageModel):
     _no_split_modules = ["EmbeddingSpaceLayer"]
 
 
-class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTrainedModel):
+class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTrainedModel):
     """Vision encoder and language model of a `SaisaConfig`, without a head."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -449,6 +457,8 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
         output_hidden_states: bool | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         cache=None,
         **kwargs,
@@ -467,6 +477,8 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
             use_cache, output_attentions, output_hidden_states: whether to return these. None: as the config says.
             pixel_attention_mask, spatial_shapes: (images, patches) and (images, 2), from SigLIP 2's image processor, with
                 `pixel_values` (images, patches, patch size).
+            image_sizes, num_tiles: (images, 2) and (images,), with `pixel_values` (images, tiles, channels, height, width) of
+                images that are read in tiles (see `get_image_features`).
             visual_states: what `get_visual_states` made of the images, in place of `pixel_values` and in the same order.
             kwargs: handed on to the attention functions; those that the encoder's `forward` names, to the encoder too.
 
@@ -478,6 +490,7 @@ class SaisaModel(EncodesImages, UsesVisualStates, UnsharesProjectors, SaisaPreTr
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         self.check_features_asked_for(kwargs)
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles}
         images = self.given_images(pixel_values, visual_states, sizes, kwargs)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         text |= {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -520,6 +533,8 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         logits_to_keep: int | Tensor = 0,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        num_tiles: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         skip_logits: bool = False,
         cache=None,
@@ -549,6 +564,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked |= {"use_cache": use_cache, "cache": one_cache(past_key_values, cache), "position_ids": position_ids}
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles}
         outputs = self.model(**text, **images, **sizes, **asked, return_dict=True, **kwargs)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

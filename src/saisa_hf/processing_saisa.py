@@ -29,6 +29,7 @@ from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
 from .saving_saisa import ENTRIES, check_finished, saved_together
+from .tiles_saisa import most_tiles, tiles_of, visual_inputs
 from .vision_saisa import MOST_TOKENS, check_choice, check_value, reduced_length, shown
 
 
@@ -45,17 +46,9 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
 findable(__name__)
 
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
-SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_feature_select_strategy", "visual_token_reduction")
-MEDIA = (
-    "audio",
-    "audios",
-    "audio_url",
-    "input_audio",
-    "video",
-    "videos",
-    "video_url",
-    "file",
-)  # keys of what is not read
+SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_aspect_ratio", "vision_feature_select_strategy")
+SETTINGS += ("visual_token_reduction",)
+MEDIA = ("audio", "audios", "audio_url", "input_audio", "video", "videos", "video_url", "file")  # keys of what is not read
 UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowing_tokens", "is_split_into_words")
 
 
@@ -140,7 +133,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         chat_template: Jinja source, or a dict of several by name.
         pad_to_square: pad images to squares of the mean colour first; LLaVA-1.5's `image_aspect_ratio: "pad"`.
         tokenize_whole: tokenize texts whole, as `LlavaProcessor` does, not each stretch between images as the authors did.
-        visual_token_reduction, reduced_visual_tokens: as in the model's `SaisaConfig`."""
+        visual_token_reduction, reduced_visual_tokens, vision_aspect_ratio: as in the model's `SaisaConfig`.
+
+    With LLaVA-NeXT's or LLaVA-OneVision's image processor, images are read in tiles too, and with one that has
+    `crop_to_patches=True` (`GotOcr2ImageProcessor`): `pixel_values` are (images, tiles, C, H, W) then."""
 
     model_input_names = ["input_ids", "attention_mask", "pixel_values"]
 
@@ -158,6 +154,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         tokenize_whole=False,
         visual_token_reduction=None,
         reduced_visual_tokens=None,
+        vision_aspect_ratio=None,
     ):
         for name, value, rule in (
             ("vision_feature_select_strategy", vision_feature_select_strategy, ["default", "full", None]),
@@ -178,6 +175,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.image_token = getattr(tokenizer, "image_token", None) or image_token
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
+        self.vision_aspect_ratio = vision_aspect_ratio and f"anyres_max_{most_tiles(vision_aspect_ratio)}"
         if not hasattr(tokenizer, "get_vocab"):
             raise ValueError(f"tokenizer is {shown(tokenizer)}. Expected a tokenizer of transformers.")
         if self.image_token not in tokenizer.get_vocab():
@@ -186,7 +184,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
 
     def __call__(self, images=None, text=None, *, visual_states=None, **kwargs: CallArguments) -> BatchFeature:
-        """`input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images.
+        """`input_ids` and `attention_mask` (B, S) of texts; `pixel_values` (images, C, H, W) or `visual_states` of images; of
+        images in tiles `pixel_values` (images, tiles, C, H, W), `num_tiles` (images,) and `image_sizes` (images, 2).
         Raises ValueError if an image is unreadable, too large, empty or not one per image token, if truncation would cut into
         an image's placeholders, or if an argument is not supported.
 
@@ -200,12 +199,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
         _refuse_media({name: kwargs.pop(name, None) for name in MEDIA}, "the call")
         texts = _checked_texts(images, text, visual_states)
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
-        images = self._flat_images(images, visual_states, texts)
+        images, groups = self._flat_images(images, visual_states, texts)
         if visual_states is not None:
             rows = self._tokenize(texts, visual_states.lengths, text_kwargs)
             batch = BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
         else:
-            pixels = self._pixels(images, **images_kwargs) if images else {}
+            pixels = self._pixels(images, groups, **images_kwargs) if images else {}
             rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
             if return_tensors and not all(rows.get("input_ids", ())):
                 raise ValueError(f"text {rows['input_ids'].index([])} has no tokens. A model needs at least one.")
@@ -228,25 +227,27 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
         return text_kwargs, images_kwargs, return_tensors
 
-    def _flat_images(self, images, visual_states, texts: list[str] | None) -> list:
-        """The images as one list. Raises ValueError unless they, or the visual states, are one per image token."""
+    def _flat_images(self, images, visual_states, texts: list[str] | None) -> tuple[list, list[int] | None]:
+        """The images as one list, and if they came as lists, how many each has. Raises ValueError unless they, or the visual
+        states, are one per image token."""
         name, fix, flat = "images", "Pass one image for each: one flat list, or one list per text.", _image_list(images)
-        found = len(flat)
+        found, groups = len(flat), None
         if visual_states is not None:
             if not hasattr(visual_states, "lengths"):
                 raise ValueError(f"`visual_states` is {visual_states!r:.80}. Pass one SaisaVisualStates, see its cat.")
             fix = "Pass `states.expand(n)` for the same images in n texts, or choose some with `states[[...]]`."
             name, found = "visual_states", len(visual_states)
         elif any(isinstance(group, (list, tuple)) for group in flat):
-            groups = [_image_list(group) for group in flat]
-            flat, found = [image for group in groups for image in group], [len(group) for group in groups]
+            lists = [_image_list(group) for group in flat]
+            flat, found = [image for group in lists for image in group], [len(group) for group in lists]
+            groups = found
         tokens = [text.count(self.image_token) for text in texts or ()]
         if texts is not None and found not in (tokens, sum(tokens)):
             raise ValueError(f"`{name}`: {found or 'none'} for {tokens} {self.image_token!r} in `text`. {fix}")
-        return flat
+        return flat, groups
 
-    def _pixels(self, images: list, *, input_data_format=None, **kwargs) -> dict:
-        """The image processor's output for `images`."""
+    def _pixels(self, images: list, groups: list[int] | None = None, *, input_data_format=None, **kwargs) -> dict:
+        """The image processor's output for `images`, which came as lists of so many as `groups` says."""
         limits = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
         names = [f"image {i} of {len(images)}" for i in range(len(images))]
         sources = [f" ({one!s:.120})" if isinstance(one, (str, Path)) else "" for one in images]
@@ -254,6 +255,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         settings = {name: getattr(self.image_processor, name, default) for name, default in settings.items()}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
         edge = settings["size"] if settings["do_resize"] else None  # the shortest: a thin image becomes very long
+        if self.image_grid_pinpoints is not None:
+            edge = None  # whatever its shape, the image and its tiles become squares
+            if kwargs.get("image_grid_pinpoints", self.image_grid_pinpoints) != self.image_grid_pinpoints:
+                raise ValueError("image_grid_pinpoints cannot be chosen in a call: the model has to know them too.")
         if edge is not None and not isinstance(edge, int):
             edge = None if edge.get("longest_edge") else edge.get("shortest_edge")
 
@@ -281,10 +286,32 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs.pop("disable_grouping", None)
         if not type(image_processor).__name__.endswith("Fast"):  # 4.57's torchvision processors do not take it
             kwargs["input_data_format"] = "channels_last"
-        return dict(image_processor(loaded, **kwargs))
+        if self.image_grid_pinpoints is None:
+            return _tiles_of_images(dict(image_processor(loaded, **kwargs)))
+        in_lists, alone = loaded, [False] * len(loaded)
+        if "batch_num_images" in image_processor.model_input_names:  # one of several has no tiles
+            rest, groups = iter(loaded), groups or [1] * len(loaded)
+            in_lists = [[next(rest) for _ in range(count)] for count in groups]
+            alone = [count > 1 for count in groups for _ in range(count)]
+        processed = dict(image_processor(in_lists, **kwargs))
+        processed.pop("batch_num_images", None)
+        side, sizes = np.shape(processed["pixel_values"][0])[-2:], [image.size[::-1] for image in loaded]
+        grids = [tiles_of(size, self.image_grid_pinpoints, side) for size in sizes]
+        processed["num_tiles"] = [1 if one else 1 + rows * columns for one, (rows, columns) in zip(alone, grids)]
+        return processed
+
+    @property
+    def image_grid_pinpoints(self) -> list | None:
+        """The image processor's: the resolutions of tiles, as in the model's `SaisaConfig`."""
+        return getattr(self.image_processor, "image_grid_pinpoints", None)
 
     def _counts(self, processed: dict) -> list[int]:
         """The number of placeholders for each image in the image processor's output."""
+        if "num_tiles" in processed:
+            pixels = processed["pixel_values"]
+            tokens, side = self._counts({"pixel_values": pixels[0][:1]})[0], np.shape(pixels[0])[-2:]
+            tiles = processed.get("image_sizes"), processed["num_tiles"]
+            return [one.length for one in visual_inputs(self, tokens, side, *map(_listed, tiles))]
         shapes, patch = [np.shape(pixels) for pixels in processed["pixel_values"]], self.patch_size
         strategy, others = self.vision_feature_select_strategy, self.num_additional_image_tokens
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: each image's rows and columns of patches
@@ -582,6 +609,24 @@ def _checked_texts(images, text, visual_states) -> list[str] | None:
         if not one.isascii() and (half := re.search("[\ud800-\udfff]", one)):
             raise ValueError(f"text {index} has half a character, {half[0]!r} at {half.start()}: a lone surrogate.")
     return list(texts)
+
+
+def _listed(x):
+    """Arrays and tensors as lists."""
+    return (
+        x.tolist() if hasattr(x, "tolist") else x and [list(map(int, row)) if np.ndim(row) else int(row) for row in x]
+    )
+
+
+def _tiles_of_images(processed: dict) -> dict:
+    """What an image processor made, in which the pictures of all images follow one another if it counts `num_patches`: then
+    image by image, padded with zeros to as many pictures as the one with most of them has."""
+    if (counts := _listed(processed.pop("num_patches", None))) is None:
+        return processed
+    rest, most = iter(processed["pixel_values"]), max(counts)
+    images = [np.stack([np.asarray(next(rest)) for _ in range(count)]) for count in counts]
+    padded = [np.pad(image, [(0, most - len(image)), (0, 0), (0, 0), (0, 0)]) for image in images]
+    return {**processed, "pixel_values": padded, "num_tiles": counts}
 
 
 def _image_list(images) -> list:

@@ -220,7 +220,8 @@ class EncodesImages:
     def no_features(self, **no_images) -> Tensor:
         """Features (0, C) that bring gradients of zero to the projectors: processes that share weights or gradients wait for
         one without images. An encoder that is trained or spread over processes (DeepSpeed ZeRO-3) encodes a blank image."""
-        if any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters()):
+        is_needed = any(p.requires_grad or hasattr(p, "ds_id") for p in self.vision_tower.parameters())
+        if is_needed or self.config.features_are_projected:
             blank = {name: value.new_ones(1, *value.shape[1:]) for name, value in no_images.items()}
             return torch.cat(list(self.get_image_features(**blank, return_dict=True).pooler_output))[:0]
         blank_11C = no_images["pixel_values"].new_zeros(1, 1, self.config.vision_feature_size)  # kernels want an image

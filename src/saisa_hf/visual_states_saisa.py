@@ -284,11 +284,11 @@ class UsesVisualStates:
         gradients, in the language model's dtype.
 
         Args:
-            pixel_values: (images, channels, height, width), any floating dtype.
+            pixel_values: as in `get_image_features`.
             store: `"keys_values"`, those of each layer that sees images, 2 * V * h_kv numbers a layer, or `"features"`, the
                 encoder's, V * C numbers, which are projected at each use. None: `"keys_values"`; in embedding space, where
                 visual tokens have hidden states that depend on what stands around them, `"features"`.
-            kwargs: handed on to the encoder.
+            kwargs: `image_sizes` and `num_tiles`, as there; others are handed on to the encoder.
 
         Raises:
             ValueError: `store` is neither, or `"keys_values"` in embedding space; `pixel_values` is not a batch of images.
@@ -324,12 +324,14 @@ class UsesVisualStates:
         settings = [config.vision_feature_layers, config.vision_feature_select_strategy]
         if config.visual_token_reduction is not None:
             settings += [config.visual_token_reduction, config.reduced_visual_tokens]
+        if config.image_grid_pinpoints is not None:
+            settings += [config.image_grid_pinpoints, config.vision_aspect_ratio]
         if hasattr(self, "visual_resampler"):
             parts["visual_resampler"] = self.visual_resampler
+        if config.features_are_projected or (store == "keys_values" and config.projector_sharing == "shared"):
+            parts["visual_projector"] = self.visual_projector
         if store == "keys_values":
             settings += [config.projector_hidden_act, config.text_config.rms_norm_eps, config.visual_layers]
-            if config.projector_sharing == "shared":
-                parts["visual_projector"] = self.visual_projector
             for index, layer in enumerate(self.language_model.layers):
                 if layer.sees_image:
                     parts.update({f"{index}.{name}": module for name, module in layer.visual_modules().items()})
@@ -341,7 +343,10 @@ class UsesVisualStates:
             raise TypeError(f"visual_states is a {type(states).__name__}: expected what get_visual_states returns.")
         self.checked_store(states.store)
         layers, dtype = self.language_model.layers, self.get_input_embeddings().weight.dtype
-        token_shape: tuple[int, ...] = (self.config.vision_feature_size,)
+        size = self.config.text_config.hidden_size
+        token_shape: tuple[int, ...] = (
+            size if self.config.features_are_projected else self.config.vision_feature_size,
+        )
         again = "Compute them with this model: model.get_visual_states(pixel_values)."
         if states.store == "keys_values":
             token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
@@ -432,7 +437,7 @@ class UsesVisualStates:
     def for_layers(self, features: Tensor, layout: TokenLayout | None = None) -> Tensor:
         """What the decoder reads of features (V, C): these, or (V, D) past the projector if all layers share one."""
         features = features.to(self.get_input_embeddings().weight.dtype)
-        if self.config.projector_sharing != "shared":
+        if self.config.projector_sharing != "shared" or self.config.features_are_projected:
             return features
         if layout is None or layout.visual_BS is None or not tells_samples_apart([self.visual_projector]):
             return self.visual_projector(features)
