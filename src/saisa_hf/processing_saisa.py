@@ -48,7 +48,8 @@ findable(__name__)
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
 SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_aspect_ratio", "vision_feature_select_strategy")
 SETTINGS += ("visual_token_reduction",)
-MEDIA = ("audio", "audios", "audio_url", "input_audio", "video", "videos", "video_url", "file")  # keys of what is not read
+# keys of what is not read
+MEDIA = ("audio", "audios", "audio_url", "input_audio", "video", "videos", "video_url", "file")
 UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowing_tokens", "is_split_into_words")
 
 
