@@ -88,7 +88,7 @@ class Metric:
         for field in self.groups:
             if parts := parted(questions, results, field):
                 by[field] = {value: {"questions": len(part), "score": mean(part)} for value, part in parts.items()}
-        return told | self._more(questions, results) | ({"by": by} if by else {})
+        return told | ({"by": by} if by else {}) | self._more(questions, results)
 
     def _fits(self, field: str, value: Any, question: Question) -> bool:
         """Whether `value` is what `needs` says of `field`."""
@@ -101,7 +101,7 @@ class Metric:
         raise NotImplementedError
 
     def _more(self, questions: Sequence[Question], results: Sequence[Result]) -> Result:
-        """Further entries of the summary; may replace `score`."""
+        """Further entries of the summary; may replace any."""
         return {}
 
 
