@@ -5,12 +5,13 @@ DOCS := .venv/docs
 ENV4 := .venv/transformers-4
 ENV5 := .venv/transformers-5
 VLLM := .venv/vllm
+LMMS := .venv/lmms
 PYTEST := -m pytest -n 2
 # of pip's output nothing but errors
 PIP_INSTALL := bin/pip install -qq --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest test-vllm compat lint types imports format docs dist clean
+.PHONY: help demo demo-train test test-4 test-5 test-slow test-newest test-vllm test-lmms compat lint types imports format docs dist clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
@@ -41,6 +42,9 @@ test-newest: $(ENV5)/.ready     ## a quick suite on the newest transformers, hub
 test-vllm: $(VLLM)/.ready       ## the vLLM plug-in beside transformers, on the CPU build of vLLM
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm_runs.py tests/test_vllm_metadata.py \
 		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py tests/test_vllm_limits.py
+
+test-lmms: $(LMMS)/.ready       ## the plug-in for lmms-eval, end to end on a CPU
+	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/test_lmms.py tests/test_lmms_eval.py
 
 compat: $(ENV5)/.ready          ## the remote-code round trip on every transformers release from 4.57 on
 	HF_HUB_OFFLINE=0 $(ENV5)/bin/python scripts/compat.py
@@ -81,6 +85,13 @@ $(VLLM)/.ready: pyproject.toml constraints/vllm.txt scripts/vllm_standin.py
 	$(@D)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	$(@D)/$(PIP_INSTALL) --no-deps -e .
 	$(@D)/bin/python scripts/vllm_standin.py
+	touch $@
+
+# timm imports torchvision; see above
+$(LMMS)/.ready: pyproject.toml constraints/lmms.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/$(PIP_INSTALL) -c constraints/lmms.txt -e '.[lmms]' pytest pytest-timeout
+	$(@D)/bin/pip uninstall -qq -y torchvision timm
 	touch $@
 
 $(DEMO)/.ready: pyproject.toml constraints/base.txt constraints/transformers-5.txt

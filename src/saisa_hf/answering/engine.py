@@ -15,6 +15,7 @@ from torch import Tensor
 from ..processing_saisa import begins_with_bos
 from .kept_images import KeptImages, opened
 from .questions import Answer, Likelihood, Prompt, Question, image_name, render
+from .stops import StopTexts
 
 
 if TYPE_CHECKING:
@@ -201,11 +202,15 @@ class Answerer:
     # --- what the model is asked for ---
 
     def _generate(self, batch: list[Prompt], inputs: BatchFeature, options: dict[str, Any]) -> list[Answer]:
-        tokenizer, stops = self.processor.tokenizer, options.get("stop_strings") or []
-        stops = [stops] if isinstance(stops, str) else stops
-        options = {"pad_token_id": tokenizer.pad_token_id, **options} if tokenizer.pad_token_id is not None else options
-        options = {**options, "tokenizer": tokenizer} if stops else options
-        ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
+        options = (
+            {"pad_token_id": tokenizer.pad_token_id, **options} if tokenizer.pad_token_id is not None else {**options}
+        )
+        texts = options.pop("stop_strings", None) or []
+        stop = StopTexts(tokenizer, [texts] if isinstance(texts, str) else list(texts), length) if texts else None
+        if stop is not None:
+            options["stopping_criteria"] = [*(options.get("stopping_criteria") or ()), stop]
+        ids = self.model.generate(**inputs, **options)[:, length:]
         ends = options.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
         answers = []
@@ -213,9 +218,9 @@ class Answerer:
             end = next((index for index, token in enumerate(row) if token in ends), None)
             row = row if end is None else row[: end + 1]
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            found = [place for stop in stops if (place := text.find(stop)) >= 0]
-            finish = "stop" if end is not None or found else "length"
-            text = text[: min(found)] if found else text
+            place = None if stop is None else stop.place_in(text)
+            finish = "stop" if end is not None or place is not None else "length"
+            text = text[:place]
             answers.append(Answer(prompt.question.key, text.strip(), len(row), finish))
         return answers
 
