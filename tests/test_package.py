@@ -100,8 +100,9 @@ def test_all_who_name_the_version_name_the_same():
 
 def test_the_workflow_runs_what_has_to_pass_before_a_change_lands():
     steps = re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
-    assert workflow["jobs"]["make"]["strategy"]["matrix"]["target"] == steps
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["vllm"]["steps"][-1]["run"] == "make test-vllm PYTHON=python"
+    assert [*jobs["make"]["strategy"]["matrix"]["target"], "test-vllm"] == steps
 
 
 def test_the_navigation_of_the_site_names_every_page():
