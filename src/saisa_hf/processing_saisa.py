@@ -485,7 +485,15 @@ class SaisaProcessor(ImageTextProcessorMixin):
         prompts, spans = render(conversations=conversations, **variables)
         if not tokenize:
             return prompts if is_batch else prompts[0]
-        images = self._chat_images(conversations, images, visual_states)
+        images, tokens = (
+            self._chat_images(conversations, images, visual_states),
+            [p.count(self.image_token) for p in prompts],
+        )
+        if (
+            visual_states is None and images and sum(tokens) == len(images)
+        ):  # each chat has its own, with tiles or without
+            rest = iter(images)
+            images = [[next(rest) for _ in range(count)] for count in tokens]
         if begins_with_bos(self.tokenizer, prompts[0]):
             call.setdefault("add_special_tokens", False)
         if wants_masks:
