@@ -190,12 +190,12 @@ def neighbours_cell(args, seed, depth, steps) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench(model, demo.make_processor(), unlabelled(count), folder, fit, PROMPTS, log=lambda line: None)
         side = math.isqrt(VISUAL_TOKENS)
-        features_nCV = bench.features.transpose(1, 2)
+        features_nCV = bench.features.unflatten(0, (-1, VISUAL_TOKENS)).transpose(1, 2)
         maps = features_nCV.unflatten(2, (side, side))
         around = torch.nn.functional.unfold(maps, kernel_size=3, padding=1).transpose(
             1, 2
         )  # (n, V, 9 C), channel by channel
-        bench.features = around.contiguous()
+        bench.features = around.flatten(0, 1).contiguous()
         projector = copy.deepcopy(teacher.projector)
         own = torch.zeros(projector.linear_1.out_features, projector.linear_1.in_features, 9)
         own[..., 4] = projector.linear_1.weight
@@ -204,7 +204,7 @@ def neighbours_cell(args, seed, depth, steps) -> dict:
         visual, prefix = teacher.projector(features_nCV.transpose(1, 2)), model.get_input_embeddings()(ids)
         whole = torch.cat([prefix.expand(count, -1, -1), visual], dim=1)
         for index in range(depth):
-            work = LayerFit(bench, index, whole[:, prefix.shape[1] :])
+            work = LayerFit(bench, index, whole[:, prefix.shape[1] :].flatten(0, 1))
             if index:
                 work.fit_projector(projector)
             rows.append({"layer": index, "fitted": work.errors(projector)})

@@ -231,10 +231,11 @@ def test_the_agreement_is_that_of_the_two_models_logits(llava, pictures, tmp_pat
     rows = answered(bench, teacher, bench.held_out, "answers.json")
     kl, same = [], []
     for row in rows:
-        ids = torch.tensor([bench.prompts[row["prompt"]] + row["answer"]])
-        inputs = {"input_ids": ids, "pixel_values": bench.pixels([row["picture"]])}
+        asked = bench.ids(row["prompt"], row["picture"])
+        ids = torch.tensor([asked + row["answer"]])
+        inputs = {"input_ids": ids, **bench.images([row["picture"]])}
         theirs, ours = (model(**inputs).logits[0].double().log_softmax(-1) for model in (llava, bench.model))
-        first = len(bench.prompts[row["prompt"]]) - 1
+        first = len(asked) - 1
         kl += (theirs.exp() * (theirs - ours)).sum(-1)[first:-1].tolist()
         same += (theirs.argmax(-1) == ours.argmax(-1))[first:-1].tolist()
         # the answer is the LLaVA's own
@@ -249,12 +250,13 @@ def test_a_closed_form_solution_is_the_least_squares_solution(llava, pictures, t
     fit_projectors(bench, teacher)
     with torch.no_grad():
         prefix = bench.model.get_input_embeddings()(torch.tensor([bench.prefix]))
-        visual = teacher.projector(bench.features)
+        features = bench.features.unflatten(0, (-1, TOKENS))
+        visual = teacher.projector(features)
         states = teacher.advance(0, torch.cat([prefix.expand(len(visual), -1, -1), visual], dim=1))[
             :, prefix.shape[1] :
         ]
         projector = teacher.projector
-        inner = projector.act(projector.linear_1(bench.features[bench.fitted.start :])).flatten(0, 1)
+        inner = projector.act(projector.linear_1(features[bench.fitted.start :])).flatten(0, 1)
         inner = torch.cat([inner, torch.ones_like(inner[:, :1])], dim=1)
         solution = torch.linalg.lstsq(inner, states[bench.fitted.start :].flatten(0, 1)).solution
         found = bench.model.language_model.layers[1].visual_projector.linear_2
@@ -432,9 +434,9 @@ def test_defaults_of_the_command_are_those_of_the_settings():
     assert given["distill"] == Fit().distill_steps
 
 
-def test_of_llava_next_the_base_image_is_used(tmp_path):
+def test_of_llava_next_the_base_image_alone_is_used_if_asked_for(tmp_path):
     llava, theirs = make_llava(next_=True), make_processor(next_=True)
-    model = saisa_from_llava(llava)
+    model = saisa_from_llava(llava, tiles=False)
     ours = processor_from_llava(theirs, model.config)
     images = [draw(number, (SIDE + 7 * number, 40)) for number in range(3)]
     tiles = theirs(images=images, text=["<image>\nlist the digits."] * 3, padding=True, return_tensors="pt")
@@ -462,7 +464,7 @@ def test_of_llava_next_the_base_image_is_used(tmp_path):
 @pytest.mark.parametrize(
     "change, status, message",
     [
-        ({"--from-llava": "{tmp}/llama"}, 2, "is a 'llama': expected a 'llava' or 'llava_next'"),
+        ({"--from-llava": "{tmp}/llama"}, 2, "is a 'llama': expected one of llava, llava_next, llava_onevision"),
         ({"--from-llava": "{tmp}/nowhere"}, 1, "nowhere"),
         ({"--images": "{tmp}/nowhere"}, 1, "--images '{tmp}/nowhere' is not a folder"),
         ({"--images": "{tmp}/empty"}, 1, "holds no images (.png, "),

@@ -86,7 +86,8 @@ def _add_parts(group: Options) -> None:
 def _add_llava(group: Options) -> None:
     # the defaults are those of `saisa_hf.checkpoints.from_llava.Fit`
     add = group.add_argument
-    add("--from-llava", metavar="MODEL", help="folder, or hub id, of a LLaVA or LLaVA-NeXT in transformers' layout")
+    source = "folder, or hub id, of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout"
+    add("--from-llava", metavar="MODEL", help=source)
     add("--images", metavar="FOLDER", help="images to fit the projectors on; no other data is needed")
     number = "use at most N of them (default: %(default)s)"
     add("--pictures", metavar="N", type=positive, default=2000, help=number)
@@ -96,6 +97,8 @@ def _add_llava(group: Options) -> None:
     add("--steps", metavar="N", type=count, default=500, help=steps)
     distill = "then train the projectors for STEPS steps on MODEL's own answers to the prompts (default: %(default)s)"
     add("--distill", metavar="STEPS", type=count, default=0, help=distill)
+    tiles = "read the whole image alone, without the tiles of a LLaVA-NeXT or LLaVA-OneVision"
+    add("--no-tiles", action="store_true", help=tiles)
     prompts = "generic prompts, one per line, to measure and distill with (default: four)"
     add("--prompts", metavar="FILE", help=prompts)
     form = "how to ask MODEL, for instance 'USER: <image>\\n{prompt} ASSISTANT:' (default: its chat template)"
@@ -158,6 +161,7 @@ def _from_llava(arguments: argparse.Namespace) -> None:
             projector_hidden_size=arguments.projector_hidden_size,
             distill_steps=arguments.distill,
             seed=arguments.seed,
+            tiles=not arguments.no_tiles,
         ),
         prompts=PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),
         prompt_format=None if form is None else form.replace("\\n", "\n"),

@@ -18,8 +18,8 @@ any images, to the states that LLaVA's visual tokens have at the input of layer 
     descent.py      the optimiser of both
     reporting.py    progress and report as text
 
-Shapes: n images, V visual tokens of each, C width of the encoder's features, D hidden size, I inner width of a projector,
-R rows (tokens) of a batch, S tokens of a prompt with its image and its answer, X vocabulary.
+Shapes: n images, V visual tokens of one, C width of the encoder's features, D hidden size, I inner width of a projector,
+R rows (tokens) of a batch or of all images, S tokens of a prompt with its image and its answer, X vocabulary.
 """
 
 from .agreement import agreement, answered

@@ -20,12 +20,13 @@ def answered(bench: Workbench, teacher: Teacher, pictures: range, name: str) -> 
     path = bench.folder / name
     rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     done = {row["picture"] for row in rows}
-    for prompt, ids in enumerate(bench.prompts):
+    for prompt in range(len(bench.prompts)):
         asked = [image for image in pictures[prompt :: len(bench.prompts)] if image not in done]
-        for first in range(0, len(asked), ROWS_AT_ONCE):
-            batch = asked[first : first + ROWS_AT_ONCE]
-            inputs = torch.tensor([ids] * len(batch), device=bench.device)
-            answers = teacher.answers(inputs, bench.features_of(batch), bench.fit.answer_tokens)
+        asking = [{"prompt": prompt, "picture": image} for image in asked]
+        for questions in batches_of_one_prompt(asking, bench, ROWS_AT_ONCE):
+            batch = [row["picture"] for row in questions]
+            inputs = torch.tensor([bench.ids(prompt, image) for image in batch], device=bench.device)
+            answers = teacher.answers(inputs, bench.rows(bench.seen, batch), bench.fit.answer_tokens)
             rows += [{"picture": image, "prompt": prompt, "answer": answer} for image, answer in zip(batch, answers)]
             write_json(path, rows)
             last = len(rows) == len(pictures)
@@ -43,7 +44,7 @@ def agreement(bench: Workbench, teacher: Teacher, rows: list[dict]) -> dict:
         one; and `tokens`, their number.
     """
     divergences, same = [], []
-    for batch in batches_of_one_prompt(rows, ROWS_AT_ONCE):
+    for batch in batches_of_one_prompt(rows, bench, ROWS_AT_ONCE):
         ours, theirs = both_logits(bench, teacher, batch)
         divergences.append(divergence(ours, theirs).cpu())
         same.append((ours.argmax(-1) == theirs.argmax(-1)).cpu())
@@ -58,11 +59,11 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 
 def both_logits(bench: Workbench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers, `rows` being of one prompt."""
+    """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers, `rows` being a batch of one prompt."""
     ids, keep, counts = _teacher_forced(bench, rows)
     images = [row["picture"] for row in rows]
-    theirs = teacher.logits(ids, bench.features_of(images), keep)[:, :-1][counts]
-    ours = bench.model(input_ids=ids, pixel_values=bench.pixels(images), logits_to_keep=keep, use_cache=False)
+    theirs = teacher.logits(ids, bench.rows(bench.seen, images), keep)[:, :-1][counts]
+    ours = bench.model(input_ids=ids, **bench.images(images), logits_to_keep=keep, use_cache=False)
     return ours.logits[:, :-1][counts], theirs
 
 
@@ -70,15 +71,16 @@ def _teacher_forced(bench: Workbench, rows: list[dict]) -> tuple[torch.Tensor, i
     """`rows` of one prompt as a batch: ids (n, S), how many positions to keep, and bool (n, keep - 1), whether the next token
     belongs to an answer."""
     longest = max(len(row["answer"]) for row in rows)
-    prompt = bench.prompts[rows[0]["prompt"]]
-    ids = [prompt + row["answer"] + [prompt[0]] * (longest - len(row["answer"])) for row in rows]
+    prompts = [bench.ids(row["prompt"], row["picture"]) for row in rows]
+    ids = [ids + row["answer"] + [ids[0]] * (longest - len(row["answer"])) for ids, row in zip(prompts, rows)]
     counts = torch.tensor([[place < len(row["answer"]) for place in range(longest)] for row in rows])
     return torch.tensor(ids, device=bench.device), longest + 1, counts.to(bench.device)
 
 
-def batches_of_one_prompt(rows: list[dict], size: int) -> Iterator[list[dict]]:
-    """`rows` in batches of at most `size`, each of which has one prompt."""
-    for prompt in sorted({row["prompt"] for row in rows}):
-        same = [row for row in rows if row["prompt"] == prompt]
+def batches_of_one_prompt(rows: list[dict], bench: Workbench, size: int) -> Iterator[list[dict]]:
+    """`rows` in batches of at most `size`, each of which has one prompt and images of one number of visual tokens."""
+    kinds = [(row["prompt"], bench.lengths[row["picture"]]) for row in rows]
+    for kind in sorted(set(kinds)):
+        same = [row for row, own in zip(rows, kinds) if own == kind]
         for first in range(0, len(same), size):
             yield same[first : first + size]

@@ -27,7 +27,8 @@ def distill(bench: Workbench, teacher: Teacher) -> list[float]:
     losses: list[float] = []
     for step in range(fit.distill_steps):
         if not batches:
-            batches = _shuffled(list(batches_of_one_prompt(_shuffled(rows, generator), fit.distill_batch)), generator)
+            made = list(batches_of_one_prompt(_shuffled(rows, generator), bench, fit.distill_batch))
+            batches = _shuffled(made, generator)
         losses.append(descent.step(divergence(*both_logits(bench, teacher, batches.pop())).mean()))
         last = step + 1 == fit.distill_steps
         line = f"distillation: step {step + 1} of {fit.distill_steps}, divergence {losses[-1]:.4f}"

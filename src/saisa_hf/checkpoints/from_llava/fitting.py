@@ -5,12 +5,13 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ...tiles_saisa import NEWLINE
 from .descent import Descent
 from .reporting import layer_line, show_progress
 from .states import VisualStates
@@ -26,8 +27,9 @@ def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
     One layer's projector is fitted at a time, in float32. Each finished layer is kept in the work folder.
     """
     folder, layers = bench.folder, bench.model.model.language_model.layers
-    llava_width = teacher.projector.linear_1.out_features
-    exact = (bench.model.config.projector_hidden_size or llava_width) >= llava_width
+    config = bench.model.config
+    width = config.text_config.hidden_size  # of LLaVA's projector
+    exact = (config.projector_hidden_size or width) >= width  # nearly so where the LLaVA scales tiles down behind it
     copied = copy.deepcopy(layers[0].visual_projector)  # what every layer starts with: LLaVA's projector
     states, report = VisualStates(bench, teacher), []
     for index, layer in enumerate(layers):
@@ -59,25 +61,23 @@ class LayerFit:
     Args:
         bench: images and features.
         index: of the layer.
-        states: (n, V, D), the LLaVA's visual states at its input, on disk.
+        states: (R, D), the LLaVA's visual states at its input, on disk.
     """
 
     def __init__(self, bench: Workbench, index: int, states: torch.Tensor):
         self.bench, self.fit, self.index, self.states = bench, bench.fit, index, states
         self.space = Space(bench.model.model.language_model.layers[index])
-        self.per_step = max(1, round(self.fit.batch_tokens / states.shape[1]))
+        self.per_step = max(1, round(self.fit.batch_tokens * len(bench.lengths) / len(states)))  # images
 
-    def rows(self, images: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, images: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (R, C) and states (R, D) of some images, in float32 on the model's device."""
-        features, states = (
-            part[images].to(self.bench.device).float().flatten(0, 1) for part in (self.bench.features, self.states)
-        )
+        features, states = (self.bench.rows(part, images).float() for part in (self.bench.features, self.states))
         return features, states
 
     def batches(self, images: range) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All of `images`, batch by batch."""
         for first in range(images.start, images.stop, self.per_step):
-            yield self.rows(slice(first, min(first + self.per_step, images.stop)))
+            yield self.rows(range(first, min(first + self.per_step, images.stop)))
 
     def fit_projector(self, projector: nn.Module) -> None:
         """`solve`, then `descend`. If descent makes the error on fitted images larger, it is tried again at a quarter of the
@@ -96,13 +96,18 @@ class LayerFit:
     def solve(self, projector: nn.Module) -> None:
         """Sets `linear_2` to the best linear map of the inner activations, in closed form. Its targets are the states scaled
         to a mean square of 1: the norm behind it does the same. The solution does not depend on the linear map behind the
-        norm, so it serves keys and values as well."""
+        norm, so it serves keys and values as well. A newline is the mean of its targets."""
         last = projector.linear_2
         size = last.in_features + (last.bias is not None)
         gram = torch.zeros(size, size, device=self.bench.device)
         right = torch.zeros(size, last.out_features, device=self.bench.device)
-        count = 0
+        newline, count = torch.zeros(last.out_features + 1, device=self.bench.device), 0
         for features, states in self.batches(self.bench.fitted):
+            if projector.image_newline is not None:
+                is_newline = (features == NEWLINE).all(-1)
+                newline[:-1] += self.targets(states[is_newline]).sum(0)
+                newline[-1] += is_newline.sum()
+                features, states = features[~is_newline], states[~is_newline]
             inner = projector.act(projector.linear_1(features))
             if last.bias is not None:
                 inner = torch.cat([inner, torch.ones_like(inner[:, :1])], dim=1)
@@ -115,6 +120,8 @@ class LayerFit:
         last.weight.copy_(solution[: last.in_features].T)
         if last.bias is not None:
             last.bias.copy_(solution[-1])
+        if newline[-1]:
+            projector.image_newline.copy_(newline[:-1] / newline[-1])
 
     def targets(self, states_RD: torch.Tensor) -> torch.Tensor:
         """What the projector is to put out; only the direction counts, unless `space` is `"hidden"`."""
@@ -131,7 +138,7 @@ class LayerFit:
         descent = Descent(projector.parameters(), rate, fit.steps)
         for step in range(fit.steps):
             chosen = torch.randint(fitted.start, fitted.stop, (self.per_step,), generator=generator)
-            features, states = self.rows(chosen)
+            features, states = self.rows(chosen.tolist())
             with torch.enable_grad():
                 loss = self.space.loss(fit.space, projector(features), self.targets(states))
             line = f"layer {self.index + 1}: step {step + 1} of {fit.steps}, {descent.step(loss):.4f}"

@@ -7,26 +7,27 @@ import torch
 from torch import nn
 from transformers import CLIPImageProcessor, PreTrainedModel, ProcessorMixin
 
+from ...checkpoint_saisa import LLAVAS
 from ...configuration_saisa import SaisaConfig
 from ...language_models_saisa import LanguageModelFamily
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import CLASS_TOKENS, NESTED_ENCODERS, NestedEncoder
 from ..names import checkpoint_state_dict
-from .reading import LLAVAS
 
 
 def saisa_from_llava(
-    llava: PreTrainedModel, projector_hidden_size: int | None = None, seed: int = 0
+    llava: PreTrainedModel, projector_hidden_size: int | None = None, seed: int = 0, tiles: bool = True
 ) -> SaisaForConditionalGeneration:
     """The SAISA of a LLaVA, with LLaVA's projector copied into every layer. All other weights are shared with the LLaVA:
     only the projectors take memory.
 
     Args:
-        llava: a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`, all on one device.
+        llava: a LLaVA, LLaVA-NeXT or LLaVA-OneVision of transformers, all on one device.
         projector_hidden_size: inner width of the projectors. If it is larger than LLaVA's, they compute the same as before;
             if it is smaller, they are LLaVA's with inner units left out.
         seed: of the inner units that are added or left out.
+        tiles: read images in tiles where the LLaVA does; False: the whole image alone.
 
     Raises:
         ValueError: not a LLaVA, or one whose language model or encoder SAISA does not support.
@@ -34,8 +35,8 @@ def saisa_from_llava(
     theirs = llava.config
     if theirs.model_type not in LLAVAS:
         raise ValueError(
-            f"model_type={theirs.model_type!r}: expected a LLaVA, 'llava' or 'llava_next' (LlavaForConditionalGeneration, "
-            f"LlavaNextForConditionalGeneration)."
+            f"model_type={theirs.model_type!r}: expected a LLaVA, one of {', '.join(LLAVAS)} (LlavaForConditionalGeneration, "
+            f"LlavaNextForConditionalGeneration ...)."
         )
     encoder = theirs.vision_config.model_type
     if theirs.vision_feature_select_strategy == "default" and CLASS_TOKENS.get(encoder) == 0:
@@ -44,7 +45,7 @@ def saisa_from_llava(
             f"token; SAISA cannot do that. A LLaVA with this encoder needs 'full'."
         )
     with torch.device("meta"):
-        model = SaisaForConditionalGeneration(_config(llava, projector_hidden_size)).eval()
+        model = SaisaForConditionalGeneration(_config(llava, projector_hidden_size, tiles)).eval()
     family = model.language_model.family
     as_they_are = type(family).scaled_input is LanguageModelFamily.scaled_input
     if family.norms.before_attention is None or not as_they_are or hasattr(model.get_input_embeddings(), "scale"):
@@ -53,12 +54,12 @@ def saisa_from_llava(
             "hidden states that a norm follows and that no multiplier scales."
         )
     _share_weights(model, llava)
-    _copy_projector(model, llava.model.multi_modal_projector, seed)
+    _copy_projector(model, llava.model, seed)
     model.generation_config = copy.deepcopy(llava.generation_config)
     return model.requires_grad_(False)
 
 
-def _config(llava: PreTrainedModel, projector_hidden_size: int | None) -> SaisaConfig:
+def _config(llava: PreTrainedModel, projector_hidden_size: int | None, tiles: bool) -> SaisaConfig:
     theirs, projector = llava.config, llava.model.multi_modal_projector
     embedding = llava.get_input_embeddings().weight
     own_width = projector_hidden_size in (None, projector.linear_1.out_features)
@@ -72,6 +73,8 @@ def _config(llava: PreTrainedModel, projector_hidden_size: int | None) -> SaisaC
         projector_bias=projector.linear_1.bias is not None,
         projector_hidden_size=None if own_width else projector_hidden_size,
         tie_word_embeddings=llava.lm_head.weight is embedding,
+        image_grid_pinpoints=getattr(theirs, "image_grid_pinpoints", None) if tiles else None,
+        vision_aspect_ratio=getattr(theirs, "vision_aspect_ratio", None) if tiles else None,
     )
     config.architectures = [SaisaForConditionalGeneration.__name__]
     for part in (config, config.text_config, config.vision_config):
@@ -97,10 +100,12 @@ def _share_weights(model: SaisaForConditionalGeneration, llava: PreTrainedModel)
     model.lm_head.weight = embedding if model.config.tie_word_embeddings else llava.lm_head.weight
 
 
-def _copy_projector(model: SaisaForConditionalGeneration, projector: nn.Module, seed: int) -> None:
-    embedding = model.get_input_embeddings().weight
+def _copy_projector(model: SaisaForConditionalGeneration, theirs: nn.Module, seed: int) -> None:
+    embedding, projector = model.get_input_embeddings().weight, theirs.multi_modal_projector
     width = model.config.projector_hidden_size or projector.linear_1.out_features
     weights = _widened(projector, width, seed)
+    if model.config.image_grid_pinpoints is not None:
+        weights["image_newline"] = theirs.image_newline.detach()
     for layer in model.model.language_model.layers:
         layer.visual_projector = layer.visual_projector.to_empty(device=embedding.device).to(embedding.dtype)
         layer.visual_projector.load_state_dict(weights)
@@ -129,10 +134,10 @@ def _widened(projector: nn.Module, width: int, seed: int) -> dict[str, torch.Ten
 
 def processor_from_llava(llava_processor: ProcessorMixin, config: SaisaConfig) -> SaisaProcessor:
     """A `SaisaProcessor` with the tokenizer, image processor and chat template of a LLaVA's processor. It makes the same ids
-    and pixels from the same prompt. From an image for LLaVA-NeXT it makes the base image alone: the whole image, scaled to
-    the encoder's size."""
+    and pixels from the same prompt. If `config` has no tiles, it makes of an image for LLaVA-NeXT the base image alone: the
+    whole image, scaled to the encoder's size."""
     image_processor = llava_processor.image_processor
-    if hasattr(image_processor, "image_grid_pinpoints"):
+    if hasattr(image_processor, "image_grid_pinpoints") and config.image_grid_pinpoints is None:
         side = config.vision_config.image_size
         keep = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
         image_processor = CLIPImageProcessor(
@@ -150,4 +155,5 @@ def processor_from_llava(llava_processor: ProcessorMixin, config: SaisaConfig) -
         image_seq_length=config.image_seq_length,
         chat_template=llava_processor.chat_template,
         tokenize_whole=True,
+        vision_aspect_ratio=config.vision_aspect_ratio,
     )

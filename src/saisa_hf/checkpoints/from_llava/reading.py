@@ -3,20 +3,30 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
+from ...checkpoint_saisa import LLAVAS
 from ...common.sources import check_local, reading
 
 
-LLAVAS = ("llava", "llava_next")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
 def load_llava(
     source: str | os.PathLike, dtype: str | None = None, device: str = "cpu", named: str = "--from-llava"
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a LLaVA or LLaVA-NeXT checkpoint in transformers' layout.
+) -> tuple[PreTrainedModel, Any]:
+    """Model and processor of a LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint in transformers' layout.
 
     Args:
         source: folder or hub id.
@@ -32,14 +42,26 @@ def load_llava(
     with reading(source):
         config = AutoConfig.from_pretrained(source)
     if config.model_type not in LLAVAS:
-        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected a 'llava' or 'llava_next'.")
+        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected one of {', '.join(LLAVAS)}.")
     with reading(source):
-        processor = AutoProcessor.from_pretrained(source)
+        whole = config.model_type != "llava_onevision"
+        processor = AutoProcessor.from_pretrained(source) if whole else _without_videos(source)
     if not hasattr(processor, "image_processor"):
         raise ValueError(f"{named} {str(source)!r} has no image processor: preprocessor_config.json is missing.")
     with reading(source):
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or "auto", device_map=device)
     return model.eval(), processor
+
+
+def _without_videos(source: str | os.PathLike) -> Any:
+    """The parts of a processor that are for images and text: transformers' video processors need torchvision."""
+    settings, _ = ProcessorMixin.get_processor_dict(source)
+    return SimpleNamespace(
+        image_processor=AutoImageProcessor.from_pretrained(source),
+        tokenizer=(tokenizer := AutoTokenizer.from_pretrained(source)),
+        image_token=getattr(tokenizer, "image_token", None) or settings.get("image_token", "<image>"),
+        chat_template=settings.get("chat_template") or tokenizer.chat_template,
+    )
 
 
 def picture_files(folder: str | os.PathLike) -> list[Path]:

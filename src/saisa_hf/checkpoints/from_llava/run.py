@@ -45,7 +45,7 @@ def from_llava(
     """Makes a SAISA from a LLaVA, writes model, processor and report into the folder `destination`, and returns the report.
 
     Args:
-        source: folder or hub id of a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration`.
+        source: folder or hub id of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout.
         images: a folder of images, or a list of what `load_image` takes. They need no labels.
         destination: folder to make. An existing one must be empty, or `overwrite` must be True.
         fit: settings.
@@ -63,7 +63,7 @@ def from_llava(
 
     Returns:
         `layers`: errors by layer (see `fit_projectors`); `agreement`: by stage, `copied`, `fitted` and, if asked for,
-        `distilled` (see `agreement`); `pictures`, `settings` and `seconds`.
+        `distilled` (see `agreement`); `pictures`, `visual_tokens` (the mean per image), `settings` and `seconds`.
 
     Raises:
         ValueError, OSError: something is not as expected; the message says what.
@@ -81,6 +81,7 @@ def from_llava(
     report = {
         "source": str(source),
         "pictures": {"fitted": len(bench.fitted), "held_out": len(bench.held_out), "skipped": bench.skipped},
+        "visual_tokens": round(len(bench.features) / len(bench.kept), 1),
         "layers": layers,
         "agreement": agreements,
         "prompts": list(prompts),
@@ -113,12 +114,12 @@ def _prepared(
 ) -> tuple[Workbench, Teacher]:
     """Student and teacher of one set of weights, and the images' features."""
     llava, llava_processor = load_llava(source, dtype, device)
-    if llava.config.model_type == "llava_next":
-        log("note: LLaVA-NeXT's tiles are not used: of each image only the whole, at the encoder's size")
-    model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed)
+    if llava.config.model_type != "llava" and not fit.tiles:
+        log("note: tiles are not used: of each image only the whole, at the encoder's size")
+    model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed, fit.tiles)
     processor = processor_from_llava(llava_processor, model.config)
-    teacher = Teacher(model, llava.model.multi_modal_projector)
-    return Workbench(model, processor, files, work, fit, prompts, prompt_format, log), teacher
+    teacher = Teacher.of(model, llava)
+    return Workbench(model, processor, files, work, fit, prompts, prompt_format, log, teacher.embed), teacher
 
 
 def _fitted(bench: Workbench, teacher: Teacher) -> tuple[list[dict], dict[str, dict]]:

@@ -36,6 +36,7 @@ class Fit:
         distill_rate: its highest learning rate.
         distill_batch: images with prompt and answer in one of its steps.
         answer_tokens: the longest answer of the LLaVA to a prompt.
+        tiles: read images in tiles, as a LLaVA-NeXT or LLaVA-OneVision does. False: the whole image alone.
         seed: of the order of images and of everything that is drawn at random.
     """
 
@@ -52,6 +53,7 @@ class Fit:
     distill_rate: float = 1e-4
     distill_batch: int = 8
     answer_tokens: int = 64
+    tiles: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -6,11 +6,14 @@ the words it is the LLaVA itself: one set of weights serves as teacher and stude
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from ...modeling_saisa import SaisaForConditionalGeneration
+from ...modeling_saisa import SaisaForConditionalGeneration, SaisaVisualProjector
+from ...tiles_saisa import EncodesTiles
 
 
 class Teacher:
@@ -18,35 +21,57 @@ class Teacher:
 
     Args:
         model: a SAISA made by `saisa_from_llava`.
-        projector: the LLaVA's projector; None: a copy of layer 0's in its present state.
+        projector: from features to the embeddings of the LLaVA's visual tokens; None: a copy of layer 0's in its present
+            state.
+        embed: for a LLaVA that scales tiles down behind its projector, what makes these embeddings of images; `projector`
+            leaves them as they are then.
     """
+
+    embed: "LlavaImages | None" = None
 
     def __init__(self, model: SaisaForConditionalGeneration, projector: nn.Module | None = None):
         self.model = model
         own = model.model.language_model.layers[0].visual_projector
         self.projector = (copy.deepcopy(own) if projector is None else projector).requires_grad_(False)
 
-    def embeds(self, input_ids: torch.Tensor, features_nVC: torch.Tensor) -> torch.Tensor:
-        """(n, S) ids with one image each, and the images' features -> (n, S, D)."""
+    @classmethod
+    def of(cls, model: SaisaForConditionalGeneration, llava: PreTrainedModel) -> "Teacher":
+        """The teacher of `model`, which was made from `llava` and has its weights."""
+        images = LlavaImages(model, llava)
+        if model.config.vision_aspect_ratio is None:
+            return cls(model, images.visual_projector)
+        teacher = cls(model, nn.Identity())
+        teacher.embed = images
+        return teacher
+
+    def embeds(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(n, S) ids with one image each, and the rows that `projector` makes embeddings of, (..., C) -> (n, S, D)."""
         embeds = self.model.get_input_embeddings()(input_ids)
-        visual = self.projector(features_nVC).to(embeds.dtype).flatten(0, 1)
+        visual = self.projector(features).to(embeds.dtype).flatten(0, -2)
         return embeds.masked_scatter((input_ids == self.model.config.image_token_id)[..., None], visual)
 
     @torch.no_grad()
-    def logits(self, input_ids: torch.Tensor, features_nVC: torch.Tensor, keep: int) -> torch.Tensor:
+    def logits(self, input_ids: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor:
         """(n, keep, X), the LLaVA's logits at the last `keep` positions of rows without padding."""
-        return self.model(
-            inputs_embeds=self.embeds(input_ids, features_nVC), logits_to_keep=keep, use_cache=False
-        ).logits
+        return self.model(inputs_embeds=self.embeds(input_ids, features), logits_to_keep=keep, use_cache=False).logits
 
     @torch.no_grad()
-    def answers(self, input_ids: torch.Tensor, features_nVC: torch.Tensor, tokens: int) -> list[list[int]]:
+    def answers(self, input_ids: torch.Tensor, features: torch.Tensor, tokens: int) -> list[list[int]]:
         """The LLaVA's greedy answers to `n` prompts of one length, of at most `tokens` tokens, each with its end token."""
         ends = self.model.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        embeds = self.embeds(input_ids, features_nVC)
+        embeds = self.embeds(input_ids, features)
         mask = torch.ones_like(input_ids)
-        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        # an image token in an answer would stand for an image
+        never = [*(self.model.generation_config.suppress_tokens or []), self.model.config.image_token_id]
+        greedy = {
+            "suppress_tokens": never,
+            "do_sample": False,
+            "num_beams": 1,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         pad = self.model.generation_config.pad_token_id
         pad = pad if pad is not None else ends[0] if ends else 0
         made = self.model.generate(
@@ -65,3 +90,25 @@ class Teacher:
         layer = nn.ModuleList([decoder.layers[index]])
         alone._modules = {**decoder._modules, "layers": layer, "norm": nn.Identity()}
         return alone(inputs_embeds=states, use_cache=False).last_hidden_state
+
+
+class LlavaImages(EncodesTiles, nn.Module):
+    """Images as the LLaVA sees them: its encoder, which `model` has too, and its projector, with tiles put together."""
+
+    def __init__(self, model: SaisaForConditionalGeneration, llava: PreTrainedModel):
+        super().__init__()
+        self.config: Any = copy.deepcopy(model.config)
+        self.config.projector_hidden_size = None  # the LLaVA's own
+        self.config.alignment, self.config.projector_sharing = "embedding_space", "shared"
+        self.vision_tower = model.vision_tower
+        theirs = llava.model.multi_modal_projector
+        with torch.device("meta"):
+            self.visual_projector = SaisaVisualProjector(self.config)
+        self.visual_projector.linear_1, self.visual_projector.linear_2 = theirs.linear_1, theirs.linear_2
+        if self.visual_projector.image_newline is not None:
+            self.visual_projector.image_newline = nn.Parameter(llava.model.image_newline.detach())
+        self.requires_grad_(False)
+
+    def forward(self, **images: torch.Tensor) -> list[torch.Tensor]:
+        """The embeddings (V, D) of each image."""
+        return list(self.get_image_features(**images, return_dict=True).pooler_output)

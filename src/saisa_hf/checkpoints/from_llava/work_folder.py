@@ -2,11 +2,13 @@
 """The work folder: features, states and finished layers are kept on disk, so that memory stays bounded and an interrupted run
 resumes where it stopped."""
 
+import itertools
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -40,10 +42,12 @@ class Workbench:
         prompts: questions or requests that suit any image.
         prompt_format: the text around a prompt, with `<image>` and `{prompt}` in it; None: the processor's chat template.
         log: called with one line of text per step.
+        embed: for a LLaVA that scales tiles down behind its projector, what it makes of images (see `Teacher.of`).
 
     Attributes:
-        features: (n, V, C), on disk. `held_out` and `fitted` are the ranges of its rows that are measured and fitted on.
-        prompts: the prompts' ids, each with one image. `prefix` are the ids in front of the image, the same in all.
+        lengths: visual tokens of each image. `held_out` and `fitted` are the ranges of images to measure and to fit on.
+        features: (R, C), those of all images, on disk. `seen`: what the teacher's projector reads in their place, if other.
+        prompts: the prompts' ids, each with one image token. `prefix` are the ids in front of it, the same in all.
         skipped: why images could not be read, one line each.
 
     Raises:
@@ -61,8 +65,9 @@ class Workbench:
         prompts: Sequence[str],
         prompt_format: str | None = None,
         log: Callable[[str], None] = print,
+        embed: Callable[..., list[torch.Tensor]] | None = None,
     ):
-        self.model, self.processor, self.fit, self.log = model, processor, fit, log
+        self.model, self.processor, self.fit, self.log, self.embed = model, processor, fit, log, embed
         self.folder, self.device = Path(folder), model.get_input_embeddings().weight.device
         order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(fit.seed)).tolist()
         self.pictures = [pictures[index] for index in order]
@@ -85,10 +90,10 @@ class Workbench:
         self._warn_of_few_images()
 
     def _warn_of_few_images(self) -> None:
-        rows = len(self.fitted) * self.features.shape[1]
+        rows = sum(self.lengths[image] for image in self.fitted)
         inner = self.model.model.language_model.layers[0].visual_projector.linear_1.out_features
         if rows < 10 * inner:
-            enough = math.ceil(10 * inner / self.features.shape[1])
+            enough = math.ceil(10 * inner * len(self.fitted) / max(rows, 1))
             self.log(
                 f"warning: {len(self.fitted)} images have {rows} visual tokens, few for a projector {inner} wide: expect "
                 f"larger errors on other images. {enough} images or more would be better."
@@ -126,12 +131,13 @@ class Workbench:
         """Writes the encoder's features of the images that can be read, of `fit.pictures` at most."""
         config, dtype = self.model.config, self.model.get_input_embeddings().weight.dtype
         most = min(len(self.pictures), self.fit.pictures)
-        shape = (config.image_seq_length, config.vision_feature_size)
-        path, record = self.folder / "features.bin", self.folder / "pictures.json"
+        widths = {"features": config.vision_feature_size}
+        if self.embed is not None:
+            widths["seen"] = config.text_config.hidden_size
+        record = self.folder / "pictures.json"
         if not record.exists():
-            state_bytes = math.prod((most, shape[0], config.text_config.hidden_size, dtype.itemsize))
-            self._check_room(math.prod((most, *shape, dtype.itemsize)) + 2 * state_bytes)
-            kept, skipped = self._write_features(rows_on_disk(path, (most, *shape), dtype, create=True))
+            self._check_room(most * config.image_seq_length, widths)  # at least so many rows
+            lengths, kept, skipped = self._write_features(most, list(widths))
             if len(kept) < 2:
                 shutil.rmtree(self.folder)
                 reason = f"; the first that cannot be read: {skipped[0]}" if skipped else ""
@@ -139,30 +145,48 @@ class Workbench:
                     f"{len(kept)} of the images can be read, and at least 2 are needed: one to fit on, one to measure "
                     f"on{reason}"
                 )
-            write_json(record, {"kept": kept, "skipped": skipped})
+            self._check_room(sum(lengths), {})
+            write_json(record, {"kept": kept, "skipped": skipped, "lengths": lengths})
         found = json.loads(record.read_text(encoding="utf-8"))
-        self.kept, self.skipped = found["kept"], found["skipped"]
+        self.kept, self.skipped, self.lengths = found["kept"], found["skipped"], found["lengths"]
+        self._first = [0, *itertools.accumulate(self.lengths)]  # row of each image
         if self.skipped:
             named = "; ".join(self.skipped[:5]) + ("; ..." if len(self.skipped) > 5 else "")
             self.log(f"warning: skipped {len(self.skipped)} images that cannot be read: {named}")
-        self.features = rows_on_disk(path, (len(self.kept), *shape), dtype)
+        on_disk = {
+            name: rows_on_disk(self._rows_file(name), (sum(self.lengths), n), dtype) for name, n in widths.items()
+        }
+        self.features = on_disk["features"]
+        self.seen = on_disk.get("seen", self.features)
 
-    def _write_features(self, features: torch.Tensor) -> tuple[list[int], list[str]]:
-        """Fills `features`; returns the indices of the images that are in it, and why others are not."""
+    def _write_features(self, most: int, names: list[str]) -> tuple[list[int], list[int], list[str]]:
+        """Writes the files of `names`; returns how many rows each image has, the indices of the images that are in them, and
+        why others are not."""
+        lengths: list[int] = []
         kept: list[int] = []
         skipped: list[str] = []
-        reading = iter(range(len(self.pictures)))
-        while len(kept) < len(features):
-            batch = self._read(reading, min(len(features) - len(kept), IMAGES_AT_ONCE), skipped)
-            if not batch:
-                break
-            with torch.no_grad():
-                encoded = self.model.get_image_features(self._pixels([image for _, image in batch])).pooler_output
-            features[len(kept) : len(kept) + len(batch)] = encoded.to(features.dtype).cpu()
-            kept += [index for index, _ in batch]
-            last = len(kept) == len(features)
-            show_progress(self.log, f"encoded {len(kept)} of {len(features)} images", last)
-        return kept, skipped
+        reading, dtype = iter(range(len(self.pictures))), self.model.get_input_embeddings().weight.dtype
+        with ExitStack() as stack:
+            streams = {name: stack.enter_context(self._rows_file(name).open("wb")) for name in names}
+            while len(kept) < most:
+                batch = self._read(reading, min(most - len(kept), IMAGES_AT_ONCE), skipped)
+                if not batch:
+                    break
+                images = self._images([image for _, image in batch])
+                with torch.no_grad():
+                    made = {"features": list(self.model.get_image_features(**images).pooler_output)}
+                    if self.embed is not None:
+                        made["seen"] = self.embed(**images)
+                for name, stream in streams.items():
+                    rows = torch.cat(made[name]).to(dtype).cpu().contiguous()
+                    stream.write(rows.view(torch.uint8).numpy().data)
+                lengths += map(len, made["features"])
+                kept += [index for index, _ in batch]
+                show_progress(self.log, f"encoded {len(kept)} of {most} images", len(kept) == most)
+        return lengths, kept, skipped
+
+    def _rows_file(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
 
     def _read(self, reading: Iterator[int], count: int, skipped: list[str]) -> list[tuple[int, PIL.Image.Image]]:
         """The next `count` images that can be read, with their indices."""
@@ -176,7 +200,10 @@ class Workbench:
                 break
         return batch
 
-    def _check_room(self, needed: int) -> None:
+    def _check_room(self, rows: int, widths: dict[str, int]) -> None:
+        """Raises OSError if there is no room for so many rows of `widths`, and of the states of two layers."""
+        dtype, size = self.model.get_input_embeddings().weight.dtype, self.model.config.text_config.hidden_size
+        needed = rows * dtype.itemsize * (sum(widths.values()) + 2 * size)
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(
@@ -184,16 +211,26 @@ class Workbench:
                 f"fewer images (--pictures) or another --work-folder."
             )
 
-    def _pixels(self, images: list[PIL.Image.Image]) -> torch.Tensor:
-        return self.processor(images=images, return_tensors="pt")["pixel_values"].to(self.device)
+    def _images(self, images: list[PIL.Image.Image]) -> dict[str, torch.Tensor]:
+        return {name: x.to(self.device) for name, x in self.processor(images=images, return_tensors="pt").items()}
 
-    def pixels(self, rows: Sequence[int]) -> torch.Tensor:
-        """The pixel values of the images with these rows in `features`."""
-        return self._pixels([self.pictures[self.kept[row]] for row in rows])
+    def images(self, images: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The pixel values of images, and what else the model takes of them."""
+        return self._images([self.pictures[self.kept[image]] for image in images])
 
-    def features_of(self, rows: Sequence[int]) -> torch.Tensor:
-        """(n, V, C) on the model's device."""
-        return self.features[list(rows)].to(self.device)
+    def ids(self, prompt: int, image: int) -> list[int]:
+        """The ids of a prompt about an image, with a placeholder for each of its visual tokens."""
+        ids, token = self.prompts[prompt], self.model.config.image_token_id
+        place = ids.index(token)
+        return [*ids[:place], *[token] * self.lengths[image], *ids[place + 1 :]]
+
+    def rows(self, stored: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+        """Those of images in `stored` (R, .), on the model's device."""
+        return torch.cat([stored[self._first[image] : self._first[image + 1]] for image in images]).to(self.device)
+
+    def span(self, images: range) -> slice:
+        """The rows of a range of images."""
+        return slice(self._first[images.start], self._first[images.stop])
 
 
 def _identity(image: Any) -> str:
@@ -216,6 +253,13 @@ def _weights_digest(model: torch.nn.Module) -> str:
 
 
 def _prompt_ids(processor: SaisaProcessor, prompt: str, prompt_format: str | None, config: SaisaConfig) -> list[int]:
+    """The ids of a prompt about an image, which has one token in them."""
+    ids, token = _expanded_ids(processor, prompt, prompt_format, config), config.image_token_id
+    first = ids.index(token)
+    return [id_ for place, id_ in enumerate(ids) if id_ != token or place == first]
+
+
+def _expanded_ids(processor: SaisaProcessor, prompt: str, prompt_format: str | None, config: SaisaConfig) -> list[int]:
     blank = torch.zeros(config.vision_config.image_size, config.vision_config.image_size, 3, dtype=torch.uint8).numpy()
     if prompt_format is not None:
         if prompt_format.count(processor.image_token) != 1 or "{prompt}" not in prompt_format:
