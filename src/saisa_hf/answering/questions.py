@@ -98,7 +98,8 @@ def render(question: Question, processor: SaisaProcessor, chat_template: str | N
     except ValueError:
         raise
     except Exception as error:  # of Jinja, and of templates that expect other values
-        raise ValueError(f"the chat template fails at the conversation: {type(error).__name__}: {error}") from error
+        whose = getattr(processor.tokenizer, "name_or_path", "") or "the processor"
+        raise ValueError(f"The chat template of {whose} fails: {type(error).__name__}: {error}") from error
     if text.count(token) != count:
         raise ValueError(f"{count} images for {text.count(token)} {token!r} in the prompt: expected one for each.")
     return text

@@ -11,10 +11,26 @@ import sys
 
 from .. import __version__
 from ..common.sources import check_local
-from . import attend, bench, build, chat, check, convert, data, demo, fit, flops, redundancy, serve, train, upgrade
+from . import (
+    attend,
+    bench,
+    build,
+    chat,
+    check,
+    convert,
+    data,
+    demo,
+    eval,
+    fit,
+    flops,
+    redundancy,
+    serve,
+    train,
+    upgrade,
+)
 
 
-COMMANDS = (demo, convert, build, upgrade, check, chat, attend, train, flops, fit, redundancy, bench, serve, data)
+COMMANDS = (demo, convert, build, upgrade, check, chat, eval, attend, train, flops, fit, redundancy, bench, serve, data)
 
 # arguments that name the model a command reads, by what its help calls them; and all that name what it reads
 MODELS = {"model": "MODEL", "source": "SRC"}

@@ -25,10 +25,17 @@ def add_to(commands: Commands) -> None:
     add("--output", type=Path, default=Path("saisa-demo.png"), help="contact sheet (default: %(default)s)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, mps ... (default: %(default)s)")
+    export = "write the questions and images for saisa eval to DIR instead"
+    add("--export", type=Path, metavar="DIR", help=export)
     add("--train", type=Path, metavar="DIR", help="train a new checkpoint from scratch instead, and save it to DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.export is not None:
+        from ..demo.dataset import write_questions
+
+        write_questions(arguments.export, arguments.questions, arguments.seed)
+        return 0
     if arguments.train is not None:
         import logging
 

@@ -33,7 +33,11 @@ def quiet_transformers(progress: bool) -> Iterator[None]:
 
 
 def load_model(
-    checkpoint: str, dtype: str, device: str, attn_implementation: str | None
+    checkpoint: str,
+    dtype: str,
+    device: str,
+    attn_implementation: str | None,
+    device_map: str | None = None,
 ) -> tuple[SaisaForConditionalGeneration, SaisaProcessor]:
     """Model and processor of a checkpoint, loaded with the package's own classes.
 
@@ -42,13 +46,14 @@ def load_model(
         dtype: `"auto"`, or a name like `"bfloat16"`.
         device: see `device_named`.
         attn_implementation: as `from_pretrained` takes it.
+        device_map: in place of `device`, how the model is laid out over several: `"auto"` for instance.
 
     Raises:
         OSError: no such folder or repository.
         ValueError: it is not a SAISA, or the device cannot be used.
     """
     checkpoint = check_saisa("MODEL", checkpoint)
-    device = device_named(device)
+    device = device_map or device_named(device)
     with reading(checkpoint):
         model = SaisaForConditionalGeneration.from_pretrained(
             checkpoint, dtype=dtype, device_map=device, attn_implementation=attn_implementation

@@ -57,6 +57,29 @@ def write_dataset(
     return folder
 
 
+def write_questions(folder: str | Path, count: int = 500, seed: int = 1, log: Callable[[str], None] = print) -> Path:
+    """Writes the demo's questions for `saisa eval`: `questions.jsonl`, with a line `{"image", "question", "answers",
+    "category"}` for each, and `images/` into `folder`, which must not exist.
+
+    Raises:
+        ValueError: the folder exists, or `count` is not positive.
+    """
+    folder = Path(folder)
+    if count < 1 or folder.exists():
+        raise ValueError(
+            f"{folder} exists: choose another folder." if count > 0 else f"count={count}: expected questions."
+        )
+    (folder / "images").mkdir(parents=True)
+    lines = []
+    for index, (scene, question) in enumerate(held_out_questions(count, seed)):
+        path = _write_image(folder, f"{index:04d}.png", scene)
+        line = {"image": path, "question": question.text, "answers": [question.answer], "category": question.kind}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
+    log(f"wrote {count} questions about unseen images to {folder}")
+    return folder
+
+
 def write_model(folder: Path, seed: int = 0) -> None:
     """Writes the demo's encoder, language model and processor, with one new projector for all layers."""
     trained = SaisaForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)

@@ -1,0 +1,44 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The processes that `accelerate launch` starts: each answers its share of the questions."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+
+class Processes:
+    """This process among those that work together; one alone unless it was started by a launcher.
+
+    Args:
+        device: `"cpu"` keeps all of them on the CPU; with several processes everything else is one accelerator for each.
+
+    Attributes:
+        count: how many there are.
+        index: which of them this is.
+        device: what this one computes on.
+    """
+
+    def __init__(self, device: str):
+        self.count, self.index, self.device, self._state = 1, 0, device, None
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            import torch
+            from accelerate import PartialState
+
+            self._state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+            self.count, self.index = self._state.num_processes, self._state.process_index
+            self.device = str(self._state.device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes results."""
+        return self.index == 0
+
+    def share(self, everything: Sequence[Any]) -> Sequence[Any]:
+        """What this process does of `everything`: a stretch, so that questions about the same image stay together."""
+        ends = [len(everything) * number // self.count for number in (self.index, self.index + 1)]
+        return everything[slice(*ends)]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self._state is not None:
+            self._state.wait_for_everyone()
