@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..common.destination import write_file
 from ..common.identity import differences
 from ..common.journal import SETTINGS, Journal
 from ..common.journal import remove as remove_journal
@@ -230,17 +229,15 @@ def _finish(journal: Journal, folder: Path, plan: Plan) -> None:
     summary = summary_of(plan.items, lines, results, plan.metric, about)
     if plan.metric is None:
         summary["note"] = plan.note()
-    with journal.result(folder / ANSWERS) as path:
-        _write_lines(path, answer_lines(plan.items, lines, results, plan.model))
-    files = [ANSWERS]
+    files = {ANSWERS: _json_lines(answer_lines(plan.items, lines, results, plan.model))}
     if plan.benchmark.upload is not None:
-        texts = [line["text"] for line in lines]
-        write_file(folder / plan.benchmark.file, plan.benchmark.upload(plan.items, texts, plan.files))
-        files.append(plan.benchmark.file)
-    summary |= {"files": files, "request": plan.request, "version": __version__}
-    write_file(folder / SUMMARY, (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace"))
+        files[plan.benchmark.file] = plan.benchmark.upload(plan.items, [line["text"] for line in lines], plan.files)
+    summary |= {"files": list(files), "request": plan.request, "version": __version__}
+    files[SUMMARY] = (json.dumps(summary, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    for name, content in files.items():
+        with journal.result(folder / name) as path:
+            path.write_bytes(content)
 
 
-def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def _json_lines(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8", "replace")
