@@ -4,7 +4,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import official, uploads
+from . import official, uploads, yes_no
 from .files import Files, Item
 
 
@@ -55,8 +55,8 @@ BENCHMARKS = {
         "ScienceQA-IMG", official.scienceqa, "scienceqa", LONG_ANSWER, labels="problems.json"
     ),
     "textvqa": Benchmark("TextVQA", official.textvqa, "textvqa_accuracy", labels="TextVQA_0.5.1_val.json"),
-    "pope": Benchmark("POPE", official.pope, "pope", labels=f"the folder with {PART}"),
-    "mme": Benchmark("MME", official.mme, "mme", labels="the folder MME_Benchmark_release_version"),
+    "pope": Benchmark("POPE", yes_no.pope, "pope", labels=f"the folder with {PART}"),
+    "mme": Benchmark("MME", yes_no.mme, "mme", labels="the folder MME_Benchmark_release_version"),
     "mmbench": Benchmark(
         "MMBench", official.mmbench, "mmbench", LONG_ANSWER, uploads.mmbench, "upload.xlsx", "MMBench's server"
     ),

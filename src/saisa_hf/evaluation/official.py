@@ -6,38 +6,15 @@ Raises ValueError, which names file, entry and field, where something is not as 
 """
 
 import base64
-import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from ..common.shown import shown
 from ..scoring.choices import LETTERS
 from .files import Entry, Files, Item, annotated, read_entries, read_tsv, read_value, unique
+from .prompts import LETTER, LETTER_CN, SHORT, UNANSWERABLE, llava_item, of_llava, short_item, with_options
 
 
-SHORT = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
-LETTER_CN = "请直接回答选项字母。"
-UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
-YES_OR_NO = " Please answer yes or no."  # MME's questions end so, LLaVA's do not
 CIRCULAR = 1_000_000  # MMBench's rotated questions have the index of the first plus a multiple of this
-
-
-def of_llava(entries: list[Entry]) -> bool:
-    """Whether these are questions of LLaVA's: their text is the whole prompt."""
-    return "text" in entries[0] and "question_id" in entries[0] and "label" not in entries[0]
-
-
-def llava_item(entry: Entry, files: Files, fields: dict[str, Any] | None = None, **more: Any) -> Item:
-    """The item of a question of LLaVA's."""
-    known = {"category": entry.values["category"]} if "category" in entry else {}
-    image = (files.image(entry.text("image")),)
-    return Item(entry.id("question_id"), entry.text("text"), image, {**known, **(fields or {})}, **more)
-
-
-def with_options(question: str, options: dict[str, str], request: str) -> str:
-    """A question, its options by letter, and what is asked for, each on a line."""
-    return "\n".join([question, *(f"{letter}. {option}" for letter, option in options.items()), request])
 
 
 def vqav2(files: Files) -> list[Item]:
@@ -62,19 +39,24 @@ def vqav2(files: Files) -> list[Item]:
                     f"{files.questions} has no 'data_subtype', which names the images: expected val2014 or the like."
                 )
             image = f"COCO_{folder}_{entry.get('image_id', int):012d}.jpg"
-            items.append(_short(entry.id("question_id"), entry, files.image(image), fields))
+            items.append(short_item(entry.id("question_id"), entry, files.image(image), fields))
     return unique(items, files.questions)
 
 
 def gqa(files: Files) -> list[Item]:
     entries = read_entries(files.questions)
-    if of_llava(entries):
-        labels = _by_name(files, [entry.id("question_id") for entry in entries])
-        return unique((llava_item(e, files, labels.get(str(e.id("question_id")))) for e in entries), files.questions)
-    items = (
-        _short(entry.key, entry, files.image(f"{entry.id('imageId')}.jpg"), {"id": entry.key, **entry.values})
-        for entry in entries
-    )
+    if not of_llava(entries):
+        images = [files.image(f"{entry.id('imageId')}.jpg") for entry in entries]
+        items = [short_item(entry.key, entry, image, _gqa_fields(entry)) for entry, image in zip(entries, images)]
+        return unique(items, files.questions)
+    labels: dict[str, Entry] = {}
+    if files.annotations is not None:
+        wanted = [entry.id("question_id") for entry in entries]
+        labels = annotated(read_entries(files.annotations), wanted, files.annotations, "")
+    items = []
+    for entry in entries:
+        label = labels.get(str(entry.id("question_id")))
+        items.append(llava_item(entry, files, None if label is None else _gqa_fields(label)))
     return unique(items, files.questions)
 
 
@@ -100,7 +82,7 @@ def textvqa(files: Files) -> list[Item]:
     entries = read_entries(files.questions, inside=["data"])
     if not of_llava(entries):
         items = [
-            _short(entry.id("question_id"), entry, files.image(f"{entry.text('image_id')}.jpg"), entry.values)
+            short_item(entry.id("question_id"), entry, files.image(f"{entry.text('image_id')}.jpg"), entry.values)
             for entry in entries
         ]
         return unique(items, files.questions)
@@ -163,34 +145,6 @@ def scienceqa(files: Files) -> list[Item]:
         image = name if "/" in name else f"{own}/{name}"
         fields = {name: entry.values[name] for name in ("choices", "answer", "subject", "grade") if name in entry}
         items.append(Item(own, f"{prompt}\n{LETTER}", (files.image(image),), {**fields, "image": image}))
-    return unique(items, files.questions)
-
-
-def pope(files: Files) -> list[Item]:
-    parts = sorted(files.questions.glob("coco_pope_*.json*")) if files.questions.is_dir() else [files.questions]
-    if not parts:
-        raise FileNotFoundError(f"{files.questions} has no file coco_pope_random.json, _popular or _adversarial.")
-    entries = [(path, entry) for path in parts for entry in read_entries(path)]
-    if of_llava([entry for _, entry in entries]):
-        return _pope_of_llava([entry for _, entry in entries], files)
-    items = []
-    for path, entry in entries:
-        category = path.stem.removeprefix("coco_pope_")
-        fields = {"label": entry.values.get("label"), "category": category}
-        prompt = f"{entry.text('text')}\n{SHORT}"
-        items.append(Item(f"{category}/{entry.id('question_id')}", prompt, (files.image(entry.text("image")),), fields))
-    return unique(items, files.questions)
-
-
-def mme(files: Files) -> list[Item]:
-    if not files.questions.is_dir():
-        return _mme_of_llava(files)
-    items = []
-    for task, image, asked in _mme_folder(files.questions):
-        for number, (question, answer) in enumerate(asked):
-            fields = {"answer": answer, "category": task, "image": image.name}
-            prompt = f"{question.replace(YES_OR_NO, '').strip()}\n{SHORT}"
-            items.append(Item(f"{task}/{image.name}/{number}", prompt, (str(image),), fields, f"{task}/{image.name}"))
     return unique(items, files.questions)
 
 
@@ -275,17 +229,21 @@ def llava_bench(files: Files) -> list[Item]:
 # --- parts ---
 
 
-def _short(own: str | int, entry: Entry, image: str, fields: dict[str, Any]) -> Item:
-    """A question to be answered shortly."""
-    return Item(own, f"{entry.text('question')}\n{SHORT}", (image,), fields)
-
-
-def _by_name(files: Files, ids: list[Any]) -> dict[str, dict[str, Any]]:
-    """The annotations of a file that is a mapping, by name."""
-    if files.annotations is None:
-        return {}
-    found = annotated(read_entries(files.annotations), ids, files.annotations, "")
-    return {name: {"id": name, **entry.values} for name, entry in found.items()}
+def _gqa_fields(entry: Entry) -> dict[str, Any]:
+    """What the metric takes of a question of GQA, by which it also splits the score."""
+    wanted = {"types": dict, "semantic": list, "entailed": list, "question": str, "answer": str}
+    fields: dict[str, Any] = {name: entry.get(name, kind) for name, kind in wanted.items() if name in entry}
+    fields |= {"id": entry.key, "isBalanced": entry.values.get("isBalanced") is not False}
+    types, steps = fields.get("types", {}), fields.get("semantic", [])
+    named = all(isinstance(types.get(name), str) for name in ("structural", "semantic", "detailed"))
+    stepped = all(isinstance(step, dict) and "operation" in step and "argument" in step for step in steps)
+    if "types" in fields and not named:
+        raise ValueError(
+            f"{entry.where}: types={shown(types)}: expected texts 'structural', 'semantic' and 'detailed'."
+        )
+    if not stepped:
+        raise ValueError(f"{entry.where}: semantic={shown(steps)}: expected steps with 'operation' and 'argument'.")
+    return fields
 
 
 def _problem(entry: Entry) -> str:
@@ -294,78 +252,6 @@ def _problem(entry: Entry) -> str:
     context = str(entry.values.get("hint") or "").strip() or "N/A"
     whole = f"Context: {context}\nQuestion: {entry.text('question')}\nOptions: {choices}\n"
     return whole.replace("  ", " ").strip()
-
-
-def _pope_of_llava(entries: list[Entry], files: Files) -> list[Item]:
-    """LLaVA's questions: those of a category are in the order of the official file, which has the labels."""
-    labels: dict[str, list[Entry]] = {}
-    if files.annotations is not None:
-        for path in sorted(files.annotations.glob("coco_pope_*.json*")) if files.annotations.is_dir() else []:
-            labels[path.stem.removeprefix("coco_pope_")] = read_entries(path)
-        if not labels:
-            raise FileNotFoundError(f"{files.annotations} is not a folder with the files coco_pope_random.json ...")
-    items = []
-    for entry in entries:
-        fields: dict[str, Any] = {}
-        if labels:
-            category = entry.text("category")
-            label = next(iter(labels.get(category, [])), None)
-            same = label and (label.values.get("image"), label.values.get("text")) == (
-                entry.text("image"),
-                entry.text("text").split("\n")[0],
-            )
-            if label is None or not same:
-                raise ValueError(
-                    f"{entry.where} is not the question at its place among those of coco_pope_{category}.json in "
-                    f"{files.annotations}: do they belong together?"
-                )
-            labels[category].pop(0)
-            fields["label"] = label.values.get("label")
-        items.append(llava_item(entry, files, fields))
-    return unique(items, files.questions)
-
-
-def _mme_of_llava(files: Files) -> list[Item]:
-    """LLaVA's questions; the official folder has the answers to them."""
-    known: dict[tuple[str, str, str], str] = {}
-    if files.annotations is not None:
-        for task, image, asked in _mme_folder(files.annotations):
-            known.update({(task, image.stem, _bare(question)): answer for question, answer in asked})
-    items = []
-    for index, entry in enumerate(read_entries(files.questions)):
-        name, task, prompt = os.path.basename(entry.text("image")), entry.text("category"), entry.text("text")
-        fields: dict[str, Any] = {"category": task, "image": name, "question_id": entry.id("question_id")}
-        if known:
-            fields["answer"] = known.get((task, Path(name).stem, _bare(prompt.removesuffix(SHORT))))
-            if fields["answer"] is None:
-                raise ValueError(
-                    f"{files.annotations} has no answer to {entry.where}, about {name!r:.80} of {task!r:.40}."
-                )
-        items.append(Item(index, prompt, (files.image(entry.text("image")),), fields, f"{task}/{name}"))
-    return unique(items, files.questions)
-
-
-def _mme_folder(folder: Path) -> Iterable[tuple[str, Path, list[tuple[str, str]]]]:
-    """(task, image, [(question, answer)]) of the official folder: in each task's folder, or in its folders `images` and
-    `questions_answers_YN`, there is a text of the name of each image."""
-    found = sorted(folder.glob("*/*.txt")) + sorted(folder.glob("*/questions_answers_YN/*.txt"))
-    if not found:
-        raise FileNotFoundError(f"{folder} is not a folder of tasks with images and texts, as MME has them.")
-    for path in found:
-        task = path.parent.parent if path.parent.name == "questions_answers_YN" else path.parent
-        beside = path.parent if path.parent == task else task / "images"
-        images = [beside / f"{path.stem}{ending}" for ending in (".jpg", ".png", ".jpeg")]
-        image = next((image for image in images if image.is_file()), None)
-        if image is None:
-            raise FileNotFoundError(f"{path} has no image {path.stem}.jpg or .png in {beside}.")
-        asked = []
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="strict").splitlines(), 1):
-            if line.strip():
-                question, tab, answer = line.partition("\t")
-                if not tab or answer.strip() not in ("Yes", "No"):
-                    raise ValueError(f"{path}, line {number}: expected a question, a tab, and Yes or No.")
-                asked.append((question.strip(), answer.strip()))
-        yield task.name, image, asked
 
 
 def _encoded_images(rows: list[Entry]) -> dict[str, bytes]:
@@ -382,8 +268,3 @@ def _encoded_images(rows: list[Entry]) -> dict[str, bytes]:
         if len(text) < 64:
             raise ValueError(f"{row.where}: its image is neither base64 nor the index of a row that has one.")
     return images
-
-
-def _bare(question: str) -> str:
-    """A question of MME without what it is asked to be answered with."""
-    return question.strip().removesuffix(YES_OR_NO.strip()).strip()

@@ -6,7 +6,7 @@ from typing import Any
 from ..common.shown import shown
 from ..scoring.choices import letter_of, options_of
 from .files import Entry, Files, Item, read_entries, unique
-from .official import LETTER, with_options
+from .prompts import LETTER, with_options
 
 
 LIKELIHOOD = "multiple_choice_likelihood"
