@@ -41,7 +41,8 @@ test-newest: $(ENV5)/.ready     ## a quick suite on the newest transformers, hub
 
 test-vllm: $(VLLM)/.ready       ## the vLLM plug-in beside transformers, on the CPU build of vLLM
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/test_vllm_runs.py tests/test_vllm_metadata.py \
-		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py tests/test_vllm_limits.py
+		tests/test_vllm_refusals.py tests/test_vllm_engine.py tests/test_vllm_serve.py tests/test_vllm_limits.py \
+		tests/test_vllm_ask.py
 
 test-lmms: $(LMMS)/.ready       ## the plug-in for lmms-eval, end to end on a CPU
 	OMP_NUM_THREADS=1 $(LMMS)/bin/python -m pytest tests/test_lmms.py tests/test_lmms_eval.py

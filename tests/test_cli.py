@@ -51,6 +51,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "upgrade",
         "check",
         "chat",
+        "ask",
         "eval",
         "attend",
         "train",
@@ -64,7 +65,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
 
 
 COMMANDS = ["", "demo", "convert", "build", "upgrade", "check", "chat", "attend", "train", "flops", "fit", "redundancy"]
-COMMANDS += ["bench", "serve", "data", "data check", "data digits"]
+COMMANDS += ["ask", "bench", "serve", "data", "data check", "data digits"]
 
 HELP_AND_WHAT_IT_IMPORTED = """
 import resource, sys

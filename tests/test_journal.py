@@ -10,7 +10,7 @@ import pytest
 
 from saisa_hf.common import journal as module
 from saisa_hf.common.identity import of_data
-from saisa_hf.common.journal import SETTINGS, Journal, check_request, remove
+from saisa_hf.common.journal import SETTINGS, Journal, check_request, remove, result_of
 
 
 FORKS = multiprocessing.get_context("fork")  # nothing but the standard library runs in them
@@ -129,6 +129,19 @@ def test_a_result_appears_whole(folder, tmp_path):
         assert path.read_text() == "whole"
         journal.remove()
     assert [left.name for left in tmp_path.iterdir()] == ["answers.jsonl"]
+
+
+def test_killed_when_its_result_was_in_place_a_run_is_known_to_be_finished(folder, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    with Journal(folder, asked()) as journal:
+        journal.write([(0, 1)])
+        assert result_of(folder) is None
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(module, "remove", lambda folder: (_ for _ in ()).throw(Killed))
+            journal.remove(failed=3)
+    assert check_request(folder, asked()) and result_of(folder) == {"failed": 3}
 
 
 def write_all(folder, part, processes, count):

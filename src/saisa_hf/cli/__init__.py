@@ -12,6 +12,7 @@ import sys
 from .. import __version__
 from ..common.sources import check_local
 from . import (
+    ask,
     attend,
     bench,
     build,
@@ -30,19 +31,21 @@ from . import (
 )
 
 
-COMMANDS = (demo, convert, build, upgrade, check, chat, eval, attend, train, flops, fit, redundancy, bench, serve, data)
+COMMANDS = (
+    *(demo, convert, build, upgrade, check, chat, ask, eval, attend, train, flops, fit, redundancy, bench, serve, data),
+)
 
 # arguments that name the model a command reads, by what its help calls them; and all that name what it reads
 MODELS = {"model": "MODEL", "source": "SRC"}
-READ = ("model", "checkpoint", "source", "target", "folder", "paths", "from_llava", "vision_tower", "config")
+READ = ("model", "checkpoint", "input", "source", "target", "folder", "paths", "from_llava", "vision_tower", "config")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line `argv` (None: that of the process) and returns the exit status.
 
     0: done. 1: a file, folder, repository or optional package is missing or cannot be used. 2: the command line or
-    something in the input is not as expected. 3: what nobody foresaw. Errors are one line on stderr; with SAISA_TRACEBACK=1
-    in the environment they are raised instead.
+    something in the input is not as expected. 3: what nobody foresaw. 4: done, but for rows of `ask` that have an error.
+    Errors are one line on stderr; with SAISA_TRACEBACK=1 in the environment they are raised instead.
     """
     traceback, arguments = os.environ.get("SAISA_TRACEBACK", "") not in ("", "0"), argparse.Namespace()
     try:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 from .identity import differences, read_record, write_record
 
 
-SETTINGS = "settings.json"
+SETTINGS, RESULT = "settings.json", "result"
 MOST_PARTS, MOST_LINES = 2**12, 2**27  # an index beyond the latter is no index, but damage
 LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some seconds
 
@@ -140,8 +140,11 @@ class Journal:
         os.chmod(partial, 0o644)
         os.replace(partial, path)
 
-    def remove(self) -> None:
-        """Closes the journal and deletes it: when its result is in place, and no other process writes to it."""
+    def remove(self, **result: Any) -> None:
+        """Closes the journal and deletes it: when its result is in place, and no other process writes to it. If it is killed
+        meanwhile, `result_of` says what is known of the `result`."""
+        if result:
+            write_record(self.folder / SETTINGS, {**(read_record(self.folder / SETTINGS) or {}), RESULT: result})
         remove(self.folder)
         self.close()
 
@@ -174,6 +177,12 @@ def check_request(folder: str | os.PathLike, request: dict[str, Any]) -> bool:
             "its own settings, choose another output, or delete that folder to begin anew."
         )
     return True
+
+
+def result_of(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What `Journal.remove` was told of a result that is in place; None of a journal that is to be gone on with."""
+    found = (read_record(Path(folder, SETTINGS)) or {}).get(RESULT)
+    return found if isinstance(found, dict) else None
 
 
 def remove(folder: str | os.PathLike) -> None:

@@ -62,7 +62,7 @@ def read_sample(
         given = "1 image" if len(spares) == 1 else f"{len(spares)} images"
         raise BadSample(f"{name}: {given} for {wanted} {IMAGE} in its text. Expected the same number of both.")
     spare = iter(spares)
-    images = [_resolved(next(spare) if place is None else place, folder) for place in places]
+    images = [resolved(next(spare) if place is None else place, folder) for place in places]
     if captions:
         if not images:
             raise BadSample(f"{name}: captions need an image, and this sample has none.")
@@ -151,8 +151,8 @@ def words(content: str | list[dict]) -> str:
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
-def _resolved(image: Any, folder: str) -> Any:
-    """`image`, or its path if it is the name of a file in `folder`."""
+def resolved(image: Any, folder: str) -> Any:
+    """`image`, or its path if it is the name of a file in `folder`; of a dict of `datasets`, what it holds."""
     if isinstance(image, dict):  # of `datasets` without decoding
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if not isinstance(image, str) or "://" in image or image.startswith("data:"):

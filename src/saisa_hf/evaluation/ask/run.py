@@ -1,0 +1,309 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""A model asked about each row of an input: answers go into a journal as they come, then into a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...common.identity import of_data, of_file, of_model
+from ...common.journal import SETTINGS, Journal, check_request, result_of
+from ...common.journal import remove as remove_journal
+from ...common.progress import Progress
+from ...common.sources import check_local
+from .questions import Columns, check_columns, merged, question_of
+from .rows import Rows, open_rows
+from .tables import check_output, write_table
+
+
+if TYPE_CHECKING:
+    from ...answering import Answer, Question
+
+BACKENDS = ("auto", "transformers", "vllm")
+MOST_IMAGES = 16  # of a row that has several, for vLLM, which makes room for them
+AHEAD = 4  # batches that vLLM is given at once
+WRITTEN_AT_ONCE, WRITTEN_EACH = (
+    64,
+    2.0,
+)  # answers, and seconds, that a kill costs at most, beside a window of the engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking:
+    """How rows are asked about.
+
+    Args:
+        prompt: what is asked about all of them; None: each row has its own.
+        columns: where a table has what.
+        images: folder that paths in a table are relative to; empty: the table's own.
+        allow_urls: whether images may be at addresses, within the limits of `ImageLimits`.
+        system: a system message.
+        chat_template: name of a packaged template, or a .jinja file; empty: the checkpoint's own.
+        max_new_tokens: the longest answer.
+        temperature, top_p, seed: of sampling; 0: greedy.
+        strict: stop at the first row that cannot be asked.
+        backend: `"transformers"`, `"vllm"`, or `"auto"`: vLLM where it is installed and can run the checkpoint.
+        vllm_options: further arguments of `vllm.LLM`.
+        max_images: of a row, for vLLM; None: 1, or 16 if rows have lists of images.
+        batch_size: questions that are asked at once.
+        dtype, device, device_map, attn_implementation: see `load_model`.
+    """
+
+    prompt: str | None = None
+    columns: Columns = dataclasses.field(default_factory=Columns)
+    images: str = ""
+    allow_urls: bool = False
+    system: str | None = None
+    chat_template: str = ""
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    strict: bool = False
+    backend: str = "auto"
+    vllm_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_images: int | None = None
+    batch_size: int = 16
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attn_implementation: str | None = None
+
+
+# what may change while a run goes on: answers stay the same, but for rounding
+FREE = {"strict", "vllm_options", "max_images", "batch_size", "device", "device_map", "attn_implementation"}
+
+
+def ask(
+    model: str,
+    source: str,
+    output: str,
+    asking: Asking,
+    *,
+    overwrite: bool = False,
+    log: Callable[[str], None] = print,
+) -> tuple[int, int]:
+    """Asks `model` about each row of `source` and writes the table `output`, in the order of the rows, when all are answered.
+    Until then what is answered lies in the folder `output`.journal, and the same call goes on from there.
+
+    Args:
+        model: folder, or hub id, of a SAISA checkpoint.
+        source: see `open_rows`.
+        output: a file that ends in .jsonl, .csv or .parquet.
+        overwrite: replace `output`, and give up the beginning of another run.
+
+    Returns:
+        How many rows were answered, and how many have an error instead.
+
+    Raises:
+        OSError: something is missing or cannot be read or written, or `output` exists.
+        ValueError: something is not as expected, or the journal is that of another run; with `strict`, for the first row
+            that cannot be asked.
+        ImportError: an optional package is missing.
+    """
+    path = Path(output).expanduser()
+    check_output(str(path))
+    journal = path.with_name(f"{path.name}.journal")
+    check_local("MODEL", model)
+    if (
+        path.exists()
+        and os.path.exists(os.path.expanduser(source))
+        and os.path.samefile(path, os.path.expanduser(source))
+    ):
+        raise ValueError(f"--output {output} is INPUT itself: choose another file.")
+    rows = open_rows(source, asking.images, asking.columns.image, leave_out=[path])
+    if asking.prompt is None and list(rows.columns) == [asking.columns.image] and rows.schema is None:
+        raise ValueError(f"{source} has no prompts: ask the same about all images with --prompt.")
+    if asking.prompt is not None and not asking.prompt.strip():
+        raise ValueError("--prompt is empty: expected a text.")
+    check_columns(rows, asking.columns, asking.prompt)
+    from ...common.loading import check_saisa  # with torch, which takes seconds
+
+    model = check_saisa("MODEL", model)
+    asking = dataclasses.replace(asking, backend=_backend(asking, model))
+    request = _request(model, rows, asking)
+    if finished := _look(path, journal, request, overwrite):
+        remove_journal(journal)
+        return _told(path, rows.count, finished["failed"], log)
+    with Journal(journal, request) as found:
+        try:
+            failed = _ask(model, rows, asking, found, log)
+        except BaseException:
+            if not len(found):
+                found.remove()
+            raise
+        if of_data(rows.identity["path"]) != rows.identity and os.path.isfile(rows.identity["path"]):
+            raise ValueError(f"{source} has changed since the run began: its answers would stand beside other rows.")
+        columns = [*rows.columns, asking.columns.answer, asking.columns.error]
+        schema = rows.schema and [field for field in rows.schema if field.name != asking.columns.image]
+        with found.result(path) as partial:
+            write_table(partial, lambda: merged(rows, asking.columns, found.lines()), columns, schema)
+        found.remove(failed=failed)
+    return _told(path, rows.count, failed, log)
+
+
+def _told(path: Path, count: int, failed: int, log: Callable[[str], None]) -> tuple[int, int]:
+    log(f"wrote {path}: {count - failed} of {count} answered" + (f", {failed} with an error" if failed else ""))
+    return count - failed, failed
+
+
+def _request(model: str, rows: Rows, asking: Asking) -> dict[str, Any]:
+    settings = {name: value for name, value in dataclasses.asdict(asking).items() if name not in FREE}
+    if asking.images:
+        settings["images"] = os.path.abspath(os.path.expanduser(asking.images))
+    if os.path.isfile(asking.chat_template):
+        settings["chat_template"] = "contents " + of_file(asking.chat_template)
+    return {"model": of_model(model), "data": [rows.identity], "settings": settings}
+
+
+def _look(path: Path, journal: Path, request: dict[str, Any], overwrite: bool) -> dict[str, int] | None:
+    """What is known of the result if this very run was killed when it was in place.
+
+    Raises:
+        OSError, ValueError: there is a result, or the beginning of another run, that is not to be replaced.
+    """
+    try:
+        if check_request(journal, request):
+            return result_of(journal) if path.exists() else None
+    except ValueError:
+        if not overwrite:
+            raise
+        remove_journal(journal)
+    if path.exists() and not (journal / SETTINGS).exists():
+        remove_journal(journal)  # the last that was left of a run that was killed when its result was in place
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"--output {path} exists: choose another file, or replace it with --overwrite.")
+    return None
+
+
+# --- asking ---
+
+
+def _ask(model: str, rows: Rows, asking: Asking, journal: Journal, log: Callable[[str], None]) -> int:
+    """Asks about the rows that are missing in the journal. Returns how many rows have an error, in all."""
+    missing = rows.count - len(journal)
+    if missing and len(journal):
+        log(f"{len(journal)} of {rows.count} rows are answered already")
+    writer = _Writer(journal)
+    if missing:
+        answerer = _answerer(model, asking, rows)
+        with Progress(missing, "rows", "images") as progress, writer:
+            for answer, images in _answers(answerer, _questions(rows, asking, journal, writer, progress)):
+                if answer.error is not None and asking.strict:
+                    raise ValueError(f"row {answer.key + 1} of {rows.name}: {answer.error}")
+                writer.add(answer.key, {"answer": answer.text} if answer.error is None else {"error": answer.error})
+                progress.add(1, images)
+    return sum("error" in line for _, line in journal.lines())
+
+
+class _Writer:
+    """Puts lines into a journal, several at a time; the last ones when the block ends."""
+
+    def __init__(self, journal: Journal):
+        self.journal, self.lines, self.since = journal, [], time.monotonic()
+
+    def add(self, index: int, line: dict[str, Any]) -> None:
+        self.lines.append((index, line))
+        if len(self.lines) >= WRITTEN_AT_ONCE or time.monotonic() - self.since > WRITTEN_EACH:
+            self.write()
+
+    def write(self) -> None:
+        lines, self.lines, self.since = self.lines, [], time.monotonic()
+        self.journal.write(lines)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write()
+
+
+def _questions(rows: Rows, asking: Asking, journal: Journal, writer: _Writer, progress: Progress) -> Iterator[Question]:
+    """The questions of rows that are missing. A row that asks none is noted at once."""
+    for index, row in enumerate(rows.read(True)):
+        if index in journal:
+            continue
+        try:
+            yield question_of(row, index, rows, asking.columns, asking.prompt, asking.allow_urls)
+        except ValueError as error:
+            if asking.strict:
+                raise ValueError(f"row {index + 1} of {rows.name}: {error}") from error
+            writer.add(index, {"error": str(error)})
+            progress.add(1)
+
+
+def _answers(answerer: Any, questions: Iterable[Question]) -> Iterator[tuple[Answer, int]]:
+    """Answers, each with the number of its images."""
+    counts = {}
+
+    def counted() -> Iterator[Question]:
+        for question in questions:
+            counts[question.key] = len(question.images)
+            yield question
+
+    for answer in answerer.answer(counted()):
+        yield answer, counts.pop(answer.key)
+
+
+def _backend(asking: Asking, model: str) -> str:
+    """What answers."""
+    if asking.backend not in BACKENDS:
+        raise ValueError(f"--backend {asking.backend!r}: expected one of {', '.join(BACKENDS)}.")
+    of_transformers = [name for name in ("device_map", "attn_implementation") if getattr(asking, name) is not None]
+    of_vllm = [name for name in ("vllm_options", "max_images") if getattr(asking, name)]
+    if asking.backend == "transformers" and of_vllm:
+        raise ValueError(f"--{of_vllm[0].replace('_', '-')} is for --backend vllm.")
+    if asking.backend == "vllm" and of_transformers:
+        raise ValueError(f"--{of_transformers[0].replace('_', '-')} is for --backend transformers.")
+    if asking.backend != "auto":
+        return asking.backend
+    if of_transformers:
+        return "transformers"
+    with_vllm = importlib.import_module("...serving.with_vllm", __package__)
+    installed = with_vllm.installed() is not None and with_vllm.problem_of(model) is None
+    return "vllm" if installed else "transformers"
+
+
+def _answerer(model: str, asking: Asking, rows: Rows) -> Any:
+    from ...common.loading import load_model, quiet_transformers
+    from ...processing_saisa import SaisaProcessor
+    from ...training.encoding import template_source
+
+    greedy = asking.temperature == 0
+    if asking.backend == "vllm":
+        from .with_vllm import VllmAnswerer
+
+        sampling = {"temperature": asking.temperature, "max_tokens": asking.max_new_tokens, "top_p": asking.top_p}
+        with quiet_transformers(progress=False):
+            template = template_source(asking.chat_template, SaisaProcessor.from_pretrained(model))
+            return VllmAnswerer(
+                model,
+                dtype=asking.dtype,
+                device=asking.device,
+                at_once=AHEAD * asking.batch_size,
+                images=asking.max_images or (MOST_IMAGES if rows.several else 1),
+                chat_template=template,
+                system=asking.system,
+                sampling=sampling if greedy else {**sampling, "seed": asking.seed},
+                options=asking.vllm_options,
+            )
+    import torch
+
+    from ...answering import Answerer
+
+    generation: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens}
+    if not greedy:
+        torch.manual_seed(asking.seed)
+        generation |= {"do_sample": True, "temperature": asking.temperature, "top_p": asking.top_p}
+    with quiet_transformers(progress=False):
+        loaded, processor = load_model(
+            model, asking.dtype, asking.device, asking.attn_implementation, device_map=asking.device_map
+        )
+        template = template_source(asking.chat_template, processor)
+    how: dict[str, Any] = {"batch_size": asking.batch_size, "chat_template": template, "system": asking.system}
+    return Answerer(loaded, processor, **how, **generation)
