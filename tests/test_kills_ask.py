@@ -15,12 +15,13 @@ from PIL import Image
 
 from saisa_hf.cli import main
 from saisa_hf.demo import CHECKPOINT
+from saisa_hf.evaluation.ask import run
 
 
 # a server that has loaded everything and begun nothing: a run of it takes a second, all of which is the run's own
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["saisa_hf.evaluation.ask.run", "saisa_hf.cli", "saisa_hf.answering", "pyarrow.parquet"])
-ROWS = 160
+ROWS = 80
 
 
 def counted(call, calls, last):
@@ -37,6 +38,7 @@ def counted(call, calls, last):
 
 def work(table, output, calls, last):
     """Runs `saisa ask`; kills the process at call number `last` of those that write to the disk. Counts them in `calls`."""
+    run.WRITTEN_AT_ONCE = 16
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name), calls, last))
     how = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--batch-size", "4"]
@@ -112,9 +114,8 @@ def kill_and_rerun(table, whole, folder, moments=(), calls=()):
     return killed, begun
 
 
-def test_killed_at_two_moments_it_ends_as_if_it_was_not(table, whole, tmp_path):
-    killed, begun = kill_and_rerun(table, whole, tmp_path, calls=[3, whole[2] - 2])
-    assert killed == 2 and begun >= 1
+def test_killed_in_the_middle_it_ends_as_if_it_was_not(table, whole, tmp_path):
+    assert kill_and_rerun(table, whole, tmp_path, calls=[3]) == (1, 1)
 
 
 @pytest.mark.slow
