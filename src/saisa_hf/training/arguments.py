@@ -34,7 +34,7 @@ def arguments_for(options: TrainingOptions, accumulation: int):
         dataloader_num_workers=options.workers,
         save_strategy="steps" if options.save_steps else "no",
         save_steps=options.save_steps or 500,
-        save_total_limit=options.save_total_limit or None,
+        save_total_limit=_kept(options),
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,
         report_to=options.report_to,
@@ -44,7 +44,26 @@ def arguments_for(options: TrainingOptions, accumulation: int):
         ddp_find_unused_parameters=not (options.gradient_checkpointing and options.use_reentrant),
         label_names=["labels"],
         accelerator_config={"dispatch_batches": False},  # a batch may have more or fewer images than rows
+        **_evaluation(options),
     )
+
+
+def _kept(options: TrainingOptions) -> int | None:
+    """How many checkpoints are kept. The newest is needed to resume, also where the best is another one."""
+    return max(options.save_total_limit, 2 * options.evaluation_matters) if options.save_total_limit else None
+
+
+def _evaluation(options: TrainingOptions) -> dict:
+    """The arguments of evaluation, if there is any."""
+    if not options.eval_data:
+        return {}
+    given = {"eval_strategy": "steps", "eval_steps": options.eval_steps}
+    given["per_device_eval_batch_size"] = options.per_device_batch_size
+    if options.evaluation_matters:
+        given["metric_for_best_model"] = options.metric_for_best_model
+        given["greater_is_better"] = options.metric_for_best_model != "loss"
+        given["load_best_model_at_end"] = options.load_best_model_at_end
+    return given
 
 
 def training_arguments(warmup_ratio: float, checkpointing: dict | None, **arguments):

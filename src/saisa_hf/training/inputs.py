@@ -39,6 +39,8 @@ def check_inputs(options: TrainingOptions) -> None:
     """
     for path in options.data:
         check_source("data", path)
+    for path in options.eval_data:
+        check_source("eval_data", path)
     if options.questions:
         check_source("questions", options.questions)
     if options.images and not os.path.isdir(options.images):
@@ -60,6 +62,7 @@ def check_output(options: TrainingOptions) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output {options.output!r} is a file: expected a folder.")
     read = [("model", options.model), *(("data", path) for path in options.data)]
+    read += [("eval_data", path) for path in options.eval_data]
     read += [("images", options.images), ("questions", options.questions), ("chat_template", options.chat_template)]
     for name, path in read:
         if not path or not os.path.exists(path):
@@ -71,7 +74,7 @@ def check_output(options: TrainingOptions) -> None:
             )
         if _within(place, output):
             raise ValueError(f"{what} contains {name} {path!r}, which could be overwritten: choose another.")
-        if name in ("model", "data") and place.is_dir() and _within(output, place):
+        if name in ("model", "data", "eval_data") and place.is_dir() and _within(output, place):
             raise ValueError(f"{what} is inside {name} {path!r}, and would change it: choose another.")
 
 

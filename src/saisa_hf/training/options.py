@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..common.arguments import MOST_STARTED
 from ..common.shown import shown
+from ..scoring import Metric, get_metric
 
 
 TRAINED = {
@@ -25,9 +26,9 @@ TRAINED = {
 ADAPTED = ("lora", "qlora")
 
 POSITIVE = ["batch_size", "per_device_batch_size", "lora_rank", "lora_alpha", "learning_rate"]
-POSITIVE += ["logging_steps", "questions_limit"]
+POSITIVE += ["logging_steps", "questions_limit", "eval_questions"]
 NOT_NEGATIVE = ["max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"]
-NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed"]
+NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed", "eval_steps", "early_stopping_patience"]
 SHARES = ("warmup_ratio", "lora_dropout")
 AT_MOST = {"workers": MOST_STARTED, "seed": 2**32 - 1}
 PATHS = ("model", "output", "images", "questions", "chat_template")
@@ -90,6 +91,23 @@ class TrainingOptions:
     )
     workers: int = _option(4, "processes that read and prepare samples, at most 256; 0: the training process itself")
 
+    # --- validation ---
+    eval_data: list[str] = field(
+        default_factory=list,
+        metadata=_described("validation data, in the formats of data: its loss during the training"),
+    )
+    eval_split: str = _option("validation", "split of a folder or hub data set")
+    eval_steps: int = _option(0, "steps between evaluations (0: save_steps)")
+    eval_metric: str = _option(
+        "", "score greedy answers in place of the last turns as well: exact_match, vqa_accuracy, anls ..."
+    )
+    eval_questions: int = _option(200, "ask at most this many of eval_data's questions for eval_metric")
+    load_best_model_at_end: bool = _option(False, "the result is the best checkpoint, which is kept, not the last one")
+    metric_for_best_model: str = _option("", "what is best: loss, or eval_metric's name (empty: eval_metric if given)")
+    early_stopping_patience: int = _option(
+        0, "end the run after so many evaluations without a better metric_for_best_model (0: never)"
+    )
+
     # --- optimisation ---
     learning_rate: float = _option(2e-5, "largest learning rate")
     projector_learning_rate: float = _option(0.0, "largest learning rate of the projectors (0: the same)")
@@ -149,11 +167,54 @@ class TrainingOptions:
         for name in PATHS:
             setattr(self, name, os.path.expanduser(getattr(self, name)))
         self.data = [os.path.expanduser(path) for path in self.data]
+        self.eval_data = [os.path.expanduser(path) for path in self.eval_data]
+        self._check_validation()
         if self.max_steps == 0 and (self.streaming or self.epochs <= 0):
             raise ValueError(
                 f"max_steps=0 with streaming={self.streaming} and epochs={self.epochs}: give max_steps, since the length of "
                 "a stream is not known, or a positive number of epochs."
             )
+
+    def _check_validation(self) -> None:
+        needing = (
+            "eval_steps",
+            "eval_metric",
+            "load_best_model_at_end",
+            "metric_for_best_model",
+            "early_stopping_patience",
+        )
+        if not self.eval_data:
+            for name in needing:
+                if getattr(self, name):
+                    raise ValueError(f"{name}={getattr(self, name)!r} without eval_data: give {_help('eval_data')}.")
+            return
+        self.eval_steps = self.eval_steps or self.save_steps
+        if not self.eval_steps:
+            raise ValueError(
+                "eval_data with eval_steps=0 and save_steps=0: give eval_steps, the steps between evaluations."
+            )
+        if self.eval_metric:
+            try:
+                metric = get_metric(self.eval_metric)
+            except ValueError as error:
+                raise ValueError(f"eval_metric: {error}") from None
+            if metric.answer != Metric.answer:
+                raise ValueError(f"eval_metric={self.eval_metric!r} scores {metric.answer}: expected one of texts.")
+        self.metric_for_best_model = self.metric_for_best_model or self.eval_metric or "loss"
+        if self.metric_for_best_model not in ("loss", self.eval_metric):
+            known = " or ".join(repr(name) for name in ("loss", self.eval_metric) if name)
+            raise ValueError(f"metric_for_best_model={shown(self.metric_for_best_model)}: expected {known}.")
+        if self.load_best_model_at_end and (not self.save_steps or self.save_steps % self.eval_steps):
+            raise ValueError(
+                f"load_best_model_at_end with save_steps={self.save_steps}: expected a multiple of eval_steps="
+                f"{self.eval_steps}, so that what is saved has been evaluated."
+            )
+
+    @property
+    def evaluation_matters(self) -> bool:
+        """Whether the result of a run depends on its evaluations."""
+        ends = self.load_best_model_at_end or self.early_stopping_patience > 0
+        return bool(self.eval_data) and (ends or self.lr_scheduler == "reduce_lr_on_plateau")
 
     def accumulation(self, world_size: int) -> int:
         """Batches per step on each of `world_size` devices.

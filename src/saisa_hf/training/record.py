@@ -26,6 +26,13 @@ NEW, UNFINISHED, FINISHED = "new", "unfinished", "finished"
 FREE = {"output", "resume", "overwrite", "save_steps", "save_total_limit", "logging_steps", "report_to", "peak_tflops"}
 FREE |= {"questions", "questions_limit", "bad_samples", "workers", "device", "per_device_batch_size", "torch_compile"}
 FREE |= {"compile_backend", "attn_implementation", "gradient_checkpointing", "use_reentrant"}
+EVALUATION = {
+    "eval_data",
+    "eval_split",
+    "eval_steps",
+    "eval_metric",
+    "eval_questions",
+}  # free as long as nothing follows
 ORDER_OF_STREAMS = {"workers", "per_device_batch_size"}  # each worker makes batches of its own share of the samples
 
 LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some seconds
@@ -37,8 +44,11 @@ LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some
 def request(options: TrainingOptions) -> dict[str, Any]:
     """What the result of a run depends on: `model` and `data` by path and contents, and the other options as `settings`."""
     free = FREE - ORDER_OF_STREAMS if options.streaming else FREE
+    free = free if options.evaluation_matters else free | EVALUATION | {"metric_for_best_model"}
     settings = {key: value for key, value in dataclasses.asdict(options).items() if key not in free}
     model, data = settings.pop("model"), settings.pop("data")
+    if "eval_data" in settings:
+        settings["eval_data"] = [of_data(path)["contents"] or path for path in settings["eval_data"]]
     if options.max_steps:
         del settings["epochs"]
     if options.train not in ADAPTED:

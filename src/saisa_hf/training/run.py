@@ -25,6 +25,7 @@ from .samples import BadSample
 from .sources import Source, open_source
 from .stages import add_lora, freeze_all_but, in_4_bits
 from .trainer import SaisaTrainer, StopOnSignal
+from .validation import Validation, WhenEvaluated
 
 
 def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
@@ -57,10 +58,11 @@ def train(options: TrainingOptions, log: Callable[[str], None] = print) -> Path:
     if options.questions:
         for _ in held_out_samples(options, processor):  # errors in them are to be found before the training
             pass
+    validation = Validation(options, processor, dataset.encode) if options.eval_data else None
     if options.chat_template:  # the trained model's own from now on
         processor.chat_template = template_source(options.chat_template, processor)
     model = load_model(options)
-    trainer = _trainer(model, processor, dataset, collate, accumulation, options)
+    trainer = _trainer(model, processor, dataset, collate, accumulation, options, validation)
     main = trainer.is_world_process_zero()
     trainer.accelerator.wait_for_everyone()  # all have looked at the output as it was
     with held(options.output) if main else contextlib.nullcontext():
@@ -85,7 +87,7 @@ def _train_and_save(
     trainer.accelerator.wait_for_everyone()
     newest = checkpoints(options.output)[-1:]
     if main:
-        _announce(trainer.model, dataset, newest, unknown, log)
+        _announce(trainer, newest, unknown, log)
     stopped = _run(trainer, newest)
     if main and dataset.skipped:
         log(f"left out {dataset.skipped} bad samples")
@@ -97,7 +99,13 @@ def _train_and_save(
     _save(trainer, options, processor)
     if main:
         finish(options, trainer.state.global_step)
-        log(f"wrote {options.output}")
+        best = trainer.state.best_model_checkpoint if options.load_best_model_at_end else None
+        what = (
+            f", the model of {Path(best).name} ({options.metric_for_best_model} {trainer.state.best_metric:.6g})"
+            if best
+            else ""
+        )
+        log(f"wrote {options.output}{what}")
 
 
 def _trainer(
@@ -107,6 +115,7 @@ def _trainer(
     collate: SaisaCollator,
     accumulation: int,
     options: TrainingOptions,
+    validation: Validation | None = None,
 ) -> SaisaTrainer:
     """The `Trainer` of a run; checkpointing and compiling are prepared in `model`."""
     arguments = arguments_for(options, accumulation)
@@ -117,7 +126,7 @@ def _trainer(
         model.enable_input_require_grads()  # else no input of a layer has a gradient, and no output gets one
     if options.torch_compile:
         compile_layers(model, options.compile_backend)
-    return SaisaTrainer(
+    trainer = SaisaTrainer(
         model=model,
         args=arguments,
         data_collator=collate,
@@ -127,14 +136,23 @@ def _trainer(
         lengths=lengths,
         sample_name=dataset.name,
         peak_tflops=options.peak_tflops,
+        eval_dataset=validation.dataset if validation else None,
+        eval_scores=validation.scores if validation else None,
     )
+    if validation:
+        metric, patience = options.metric_for_best_model, options.early_stopping_patience
+        trainer.add_callback(WhenEvaluated(metric, metric != "loss", patience))
+    return trainer
 
 
-def _announce(model: torch.nn.Module, dataset, newest: list[Path], unknown: bool, log: Callable[[str], None]) -> None:
+def _announce(trainer: SaisaTrainer, newest: list[Path], unknown: bool, log: Callable[[str], None]) -> None:
+    model, dataset = trainer.model, trainer.train_dataset
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in model.parameters())
     size = f"{len(dataset)} samples" if isinstance(dataset, ConversationDataset) else "a stream of samples"
     log(f"training {trained:,} of {whole:,} parameters on {size}")
+    if trainer.eval_dataset is not None:
+        log(f"evaluating on {len(trainer.eval_dataset)} samples every {trainer.args.eval_steps} steps")
     if newest:
         doubt = f"; nothing tells whether its settings were the same, as it has no {RECORD}" if unknown else ""
         log(f"resuming from {newest[0]}{doubt}")

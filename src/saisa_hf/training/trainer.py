@@ -1,20 +1,26 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """transformers' `Trainer`, with what training a SAISA needs in addition."""
 
+import contextlib
 import dataclasses
 import os
+import random
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
+from ..head_saisa import IGNORED
 from .record import PARTIAL, checkpoints, discard
 from .sampler import GroupedSampler, ShuffledSampler
 from .stages import is_projector
@@ -33,6 +39,8 @@ class SaisaTrainer(Trainer):
     - stops at the first loss that is not finite, before it reaches the weights, and names the samples;
     - reports tokens (with padding) and images per second, arithmetic (see `throughput.py`) and memory;
     - orders the samples as a function of seed and epoch;
+    - evaluates the loss as training counts it: the mean of all labelled tokens, whatever the batches and the number of
+      processes (without `compute_metrics`, on data of known length), and leaves random numbers as they were;
     - writes each checkpoint under another name and renames it when it is complete, so that a killed run leaves no incomplete
       one;
     - saves whole models, also where processes share the weights (FSDP, DeepSpeed ZeRO-3).
@@ -42,6 +50,8 @@ class SaisaTrainer(Trainer):
         lengths: for `GroupedSampler`; None: no grouping.
         sample_name: name in error messages for a sample's index.
         peak_tflops: peak TFLOP/s of a device; 0: its bfloat16 peak, if the device is known.
+        eval_scores: further metrics of an evaluation, by name, without the prefix `eval_`; called with the trainer in every
+            process.
         kwargs: of `Trainer`. Batches may have the `sample_index` of `SaisaCollator`.
     """
 
@@ -52,16 +62,19 @@ class SaisaTrainer(Trainer):
         lengths: list[tuple[int, bool]] | None = None,
         sample_name: Callable[[int], str] | None = None,
         peak_tflops: float = 0.0,
+        eval_scores: "Callable[[SaisaTrainer], dict[str, float]] | None" = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.projector_learning_rate, self.lengths = projector_learning_rate, lengths
         self.sample_name = sample_name or "sample {}".format
         self.peak_tflops = peak_tflops or known_peak_tflops(self.args.device)
+        self.eval_scores = eval_scores
         self._saving = False
         self._flops: StepFlops | None = None
         self._counts: torch.Tensor | None = None
         self._seen, self._since = {"tokens": 0, "pictures": 0}, time.perf_counter()
+        self.add_callback(StepsOfArguments)
 
     # --- steps ---
 
@@ -130,9 +143,9 @@ class SaisaTrainer(Trainer):
     # --- data ---
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in transformers, but nothing more when all steps are done: a run that is resumed from its last checkpoint would
-        do one step too many."""
-        if 0 < self.state.max_steps <= self.state.global_step:
+        """As in transformers, but nothing more when all steps are done, or the run is to end: one that is resumed from its
+        last checkpoint would do one step too many."""
+        if 0 < self.state.max_steps <= self.state.global_step or self.control.should_training_stop:
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
@@ -145,6 +158,62 @@ class SaisaTrainer(Trainer):
             return ShuffledSampler(len(dataset), **arguments)
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedSampler(self.lengths, step, **arguments)
+
+    # --- evaluation ---
+
+    def evaluate(self, *args, **kwargs):
+        """As in transformers, but it leaves random numbers as they were, and its time is not that of training."""
+        start = time.perf_counter()
+        with _random_numbers_kept():
+            metrics = super().evaluate(*args, **kwargs)
+        self._since += time.perf_counter() - start
+        return metrics
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """This process's batches: every n-th of all, and as many as the others have. What makes up the number is the first
+        batch, which does not count again."""
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        chosen = self.eval_dataset[chosen] if isinstance(chosen, str) else chosen
+        if self.compute_metrics is not None or not (hasattr(chosen, "__len__") and hasattr(chosen, "__getitem__")):
+            return super().get_eval_dataloader(eval_dataset)
+        size, every = self.args.eval_batch_size, self.args.world_size
+        batches = [list(range(i, min(i + size, len(chosen)))) for i in range(0, len(chosen), size)]
+        own = batches[self.args.process_index :: every]
+        loader = DataLoader(
+            chosen,
+            batch_sampler=own + batches[:1] * (-(-len(batches) // every) - len(own)),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+            generator=torch.Generator(),  # else the workers' seed would be one of the training's random numbers
+        )
+        loader.own_batches = len(own)
+        return loader
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        """The mean loss of all labelled tokens, over all processes, and `eval_scores`."""
+        if not hasattr(dataloader, "own_batches"):
+            return super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64)  # of losses, and how many they are
+        for number, batch in enumerate(dataloader):
+            batch = self._prepare_inputs({name: value for name, value in batch.items() if name != "sample_index"})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.model(**{**batch, "use_cache": False}, skip_logits=True, num_items_in_batch=1).loss
+            if number < dataloader.own_batches:
+                total += torch.tensor([loss.item(), (batch["labels"] != IGNORED).sum().item()], dtype=torch.float64)
+        if self.args.world_size > 1:
+            total = total.to(self.args.device)
+            torch.distributed.all_reduce(total)
+        found = {"loss": (total[0] / total[1]).item(), **(self.eval_scores(self) if self.eval_scores else {})}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _determine_best_metric(self, metrics, trial):
+        """As in transformers, but the best to be loaded in the end is one of those that are saved."""
+        step = self.state.global_step
+        saved = step % self.state.save_steps == 0 or step >= self.state.max_steps
+        return (saved or not self.args.load_best_model_at_end) and super()._determine_best_metric(metrics, trial)
 
     # --- several processes ---
 
@@ -211,12 +280,33 @@ class SaisaTrainer(Trainer):
         return [path for path in found[:-1] if path.name != best][: max(len(found) - limit, 0) if limit else 0]
 
 
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Whatever random numbers the block draws, those after it are the same."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def _peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class StepsOfArguments(TrainerCallback):
+    """A run that is resumed reports, evaluates and saves as its arguments say, not as those of its checkpoint did."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Takes the steps from `args`."""
+        state.compute_steps(args, state.max_steps)
 
 
 class StopOnSignal(TrainerCallback):
