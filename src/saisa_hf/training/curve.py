@@ -19,7 +19,7 @@ def loss_curve(history: list[dict], path: str | Path) -> bool:
         Whether there were at least two finite losses; if not, nothing is written.
     """
     points, validated = (
-        [(e["step"], e[name]) for e in history if name in e and math.isfinite(e[name])]
+        [(e["step"], e[name]) for e in history if {"step", name} <= e.keys() and math.isfinite(e[name])]
         for name in ("loss", "eval_loss")
     )
     if len(points) < 2:

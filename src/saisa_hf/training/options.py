@@ -186,7 +186,7 @@ class TrainingOptions:
         if not self.eval_data:
             for name in needing:
                 if getattr(self, name):
-                    raise ValueError(f"{name}={getattr(self, name)!r} without eval_data: give {_help('eval_data')}.")
+                    raise ValueError(f"{name}={shown(getattr(self, name))} without eval_data: give validation data.")
             return
         self.eval_steps = self.eval_steps or self.save_steps
         if not self.eval_steps:
