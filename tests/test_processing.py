@@ -369,7 +369,7 @@ def test_other_texts_are_refused():
             make_processor()(text=text)
 
 
-@pytest.mark.parametrize("name", ["videos", "video", "audio", "audios"])
+@pytest.mark.parametrize("name", ["videos", "image", "audio", "audios"])
 def test_media_that_is_not_read_is_refused_and_none_of_it_is_none(name):
     processor = make_processor(chat_template=chat_template("plain"))
     plain = processor(text="a b")
@@ -377,10 +377,11 @@ def test_media_that_is_not_read_is_refused_and_none_of_it_is_none(name):
         assert processor(text="a b", **{name: nothing}) == plain
     chat = [{"role": "user", "content": "a b"}]
     assert processor.apply_chat_template(chat, tokenize=True, **{name: []}) == plain["input_ids"]
+    refused = "`videos`: 1 for 0 '<video>'" if name == "videos" else f"the call has {name}=.*not read"
     for something in ([0], "a.mp4", np.zeros(3)):
-        with pytest.raises(ValueError, match=f"the call has {name}=.*not read"):
+        with pytest.raises(ValueError, match=refused):
             processor(text="a b", **{name: something})
-        with pytest.raises(ValueError, match=f"the call has {name}=.*not read"):
+        with pytest.raises(ValueError, match=refused):
             processor.apply_chat_template(chat, tokenize=True, **{name: something})
 
 
@@ -735,11 +736,12 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
     [
         (
             {"type": "input_audio", "input_audio": {"data": "AAAA"}},
-            r"part 1 of message 0 is .*input_audio.*text and images",
+            r"part 1 of message 0 is .*input_audio.*text, images and videos",
         ),
         ({"type": "audio", "url": "a.wav"}, "part 1 of message 0 is"),
-        ({"type": "video", "path": "a.mp4"}, "part 1 of message 0 is"),
-        ({"type": "video_url", "video_url": {"url": "a"}, "text": "a"}, "part 1 of message 0 is"),
+        ({"type": "video"}, "part 1 of message 0, a video, has no data"),
+        ({"type": "video", "path": 5}, "part 1 of message 0, of type 'video', has no address"),
+        ({"type": "video_url", "video_url": {}, "text": "a"}, "part 1 of message 0, of type 'video', has no address"),
         ({"type": "file", "file": {}}, "part 1 of message 0 is"),
         ({"audio": "a.wav"}, "part 1 of message 0 has audio='a.wav'"),
         ({"video": "a.mp4"}, "part 1 of message 0 has video='a.mp4'"),
@@ -756,13 +758,13 @@ def test_templates_are_found_by_name_and_missed_with_a_hint():
         (None, "part 1 of message 0 is None"),
         (5, "part 1 of message 0 is 5"),
         ([], r"part 1 of message 0 is \[\]"),
-        ({"type": "image_url"}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image_url", "image_url": {}}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image_url", "image_url": None}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image_url", "image_url": {"url": 5}}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image_url", "image_url": 5}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image", "url": {"url": "a"}}, "part 1 of message 0, an image, has no address"),
-        ({"type": "image", "base64": 5}, "part 1 of message 0, an image, has no address"),
+        ({"type": "image_url"}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image_url", "image_url": {}}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image_url", "image_url": None}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image_url", "image_url": {"url": 5}}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image_url", "image_url": 5}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image", "url": {"url": "a"}}, "part 1 of message 0, of type 'image', has no address"),
+        ({"type": "image", "base64": 5}, "part 1 of message 0, of type 'image', has no address"),
     ],
 )
 @pytest.mark.parametrize("tokenize", [False, True])

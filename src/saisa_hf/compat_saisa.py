@@ -53,6 +53,12 @@ def needed(feature: str, module: str, name: str):
         ) from error
 
 
+def in_several_processes() -> bool:
+    """Whether weights may be spread over processes, which then have to call modules equally often."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def get_logger(name: str):
     """transformers' logger of that name, which has `warning_once`."""
     module = optional("transformers.utils", "logging")

@@ -55,7 +55,7 @@ SIZES, COUNTS, ANY_COUNT, BOOL = (1, 2**31 - 1), (1, MOST_LAYERS), (0, MOST_LAYE
 # What the fields of language models, of encoders and of SaisaConfig itself have to be (see `wanted`).
 FIELDS = (
     ("hidden_size intermediate_size moe_intermediate_size vocab_size max_position_embeddings hidden_sizes", SIZES),
-    ("num_channels patch_size image_size num_patches original_max_position_embeddings", SIZES),
+    ("num_channels patch_size image_size num_patches images_at_once original_max_position_embeddings", SIZES),
     ("num_hidden_layers num_attention_heads num_key_value_heads num_experts_per_tok depths num_stages", COUNTS),
     ("decoder_sparse_step", COUNTS),
     ("num_experts num_local_experts no_rope_layers mlp_only_layers num_register_tokens", ANY_COUNT),
@@ -124,6 +124,7 @@ class SaisaConfig(PretrainedConfig):
         image_grid_pinpoints: resolutions [height, width], multiples of the encoder's, at which tiles of an image are read
             beside the whole, as LLaVA-NeXT does (see `tiles_saisa.py`). `None`: the whole image alone.
         vision_aspect_ratio: with it, `"anyres_max_9"` scales tiles down to about so many, as LLaVA-OneVision does.
+        images_at_once: images and video frames that the encoder reads at a time; more take turns, for less memory.
 
     Raises:
         ValueError: a field does not fit the others; the message names the field, its value and what is allowed.
@@ -155,6 +156,7 @@ class SaisaConfig(PretrainedConfig):
         reduced_visual_tokens: int | None = None,
         image_grid_pinpoints: list[list[int]] | None = None,
         vision_aspect_ratio: str | None = None,
+        images_at_once: int = 32,
         **kwargs,
     ):
         known_types = tuple(optional("transformers", "CONFIG_MAPPING", ()))
@@ -174,6 +176,7 @@ class SaisaConfig(PretrainedConfig):
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         self.image_grid_pinpoints = _listed(image_grid_pinpoints)
         self.vision_aspect_ratio = vision_aspect_ratio
+        self.images_at_once = images_at_once
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         _check_fields("", {"tie_word_embeddings": tie_word_embeddings})

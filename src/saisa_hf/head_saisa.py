@@ -14,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from .compat_saisa import CACHE, decoding_masks, one_cache
 from .tiles_saisa import visual_inputs
-from .vision_saisa import reduced_length
+from .vision_saisa import frame_lengths, reduced_length
 from .visual_states_saisa import check_one_of
 
 
 IGNORED = -100
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32; each chunk is one such tensor, its copy in float32 and its gradient
 LOSS_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels")  # those of `forward` that are the loss's
-IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes")  # those that images come in
-IMAGES += ("image_sizes", "num_tiles", "visual_states")
+# those that images come in
+IMAGES = ("pixel_values", "pixel_attention_mask", "spatial_shapes", "image_sizes", "num_tiles", "frame_pooling")
+IMAGES += ("visual_states",)
 
 
 def chunked_cross_entropy(
@@ -226,13 +227,19 @@ class AnswersAboutImages:
         """How many visual tokens each image has; if the encoder does not tell, the `placeholders` that they may fill do."""
         if "visual_states" in images:
             return images["visual_states"].lengths
+        if "frame_pooling" in images and images["pixel_values"].ndim != 5:
+            poolings = images["frame_pooling"].tolist()
+            images = {name: x for name, x in images.items() if name != "frame_pooling"}
+            tokens, kind = self._visual_tokens(images, *placeholders), self.config.visual_token_reduction
+            sizes = [images["pixel_values"].shape[-2:]] * len(tokens)
+            return frame_lengths(kind, tokens, poolings, sizes, images.get("spatial_shapes"))
         if "spatial_shapes" in images:
             kind, count = self.config.visual_token_reduction, self.config.reduced_visual_tokens
             return [reduced_length(kind, count, h * w, (h, w)) for h, w in images["spatial_shapes"].tolist()]
         count, size = len(images["pixel_values"]), tuple(getattr(images["pixel_values"], "shape", ())[2:])
         if len(size) == 3:
             tokens = self.config.visual_tokens_of(*size[1:]) or self.config.image_seq_length
-            tiles = images.get("image_sizes"), images.get("num_tiles")
+            tiles = images.get("image_sizes"), images.get("num_tiles"), images.get("frame_pooling")
             return [one.length for one in visual_inputs(self.config, tokens, size[1:], *tiles)]
         each = self.config.visual_tokens_of(*size) if len(size) == 2 else None
         if each is None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Where encoded images come from (addresses, files, base64 text), read within limits of time, size and reach."""
+"""Where encoded images and videos come from (addresses, files, base64 text), read within limits of time, size and reach."""
 
 import base64
 import contextlib
@@ -30,20 +30,24 @@ SERVER = "transformers.cli.serving.server"  # imported by processes that serve a
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What reading an image may take. A process has the defaults, or what the environment variables SAISA_IMAGE_TIMEOUT,
-    ..._MAX_BYTES, ..._MAX_PIXELS, ..._ALLOW_PRIVATE_URLS and ..._ALLOW_LOCAL_FILES say. Where a model is served over HTTP,
+    """What reading an image or a video may take. A process has the defaults, or what the environment variables say:
+    SAISA_IMAGE_TIMEOUT, ..._MAX_BYTES, ..._MAX_PIXELS, ..._MAX_VIDEO_FRAMES and so on. Where a model is served over HTTP,
     local files are off by default, and a call can only tighten the limits: its arguments may be a stranger's.
 
     Args:
         timeout: seconds until an http(s) address has been read, redirects included.
-        max_image_bytes: of an encoded image in a file, in base64, or from an address (after decompression).
-        max_image_pixels: of a decoded one; never more than `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_image_bytes: of an encoded image or video in a file, in base64, or from an address (after decompression).
+        max_image_pixels: of a decoded image or frame; never more than `PIL.Image.MAX_IMAGE_PIXELS`.
+        max_video_frames: that are taken of a video.
+        max_video_pixels: of all frames that have to be decoded for these; half a minute of work or more.
         allow_private_urls: whether an address may lead to this machine or into a private network.
         allow_local_files: whether a string may be a path."""
 
     timeout: float = 20.0
     max_image_bytes: float = 2**28
     max_image_pixels: float = math.inf
+    max_video_frames: float = 1024
+    max_video_pixels: float = 2**36
     allow_private_urls: bool = False
     allow_local_files: bool = True
 

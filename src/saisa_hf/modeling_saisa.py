@@ -54,7 +54,7 @@ from .head_saisa import IGNORED, LOSS_ARGUMENTS, AnswersAboutImages, SaisaHead, 
 from .language_models_saisa import choose_attention, language_model_family
 from .tiles_saisa import NEWLINE, EncodesTiles
 from .token_layout_saisa import Rotation, TokenLayout, rotations_of, tells_samples_apart
-from .vision_saisa import SaisaVisualResampler, build_vision_tower
+from .vision_saisa import SaisaVisualResampler, build_vision_tower, in_pieces
 from .visual_states_saisa import SaisaVisualStates, UsesVisualStates
 
 
@@ -268,7 +268,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
 
         features = features.to(self.device)
         if layout is None or layout.visual_BS is None or not tells_samples_apart(self.visual_modules().values()):
-            return of(features)
+            return in_pieces(of, features)
         return tuple(map(layout.visual, of(layout.in_input_order(features))))
 
     def attended(self, text_BTD: Tensor, visual, **attention_arguments):
@@ -459,6 +459,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
         spatial_shapes: Tensor | None = None,
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
+        frame_pooling: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         cache=None,
         **kwargs,
@@ -479,6 +480,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
                 `pixel_values` (images, patches, patch size).
             image_sizes, num_tiles: (images, 2) and (images,), with `pixel_values` (images, tiles, channels, height, width) of
                 images that are read in tiles (see `get_image_features`).
+            frame_pooling: (images,), of a video's frames among them 2 where 2 x 2 features become one, and 1 of images.
             visual_states: what `get_visual_states` made of the images, in place of `pixel_values` and in the same order.
             kwargs: handed on to the attention functions; those that the encoder's `forward` names, to the encoder too.
 
@@ -490,7 +492,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
             raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
         self.check_features_asked_for(kwargs)
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles}
+        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles, "frame_pooling": frame_pooling}
         images = self.given_images(pixel_values, visual_states, sizes, kwargs)
         text = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         text |= {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -535,6 +537,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         spatial_shapes: Tensor | None = None,
         image_sizes: Tensor | None = None,
         num_tiles: Tensor | None = None,
+        frame_pooling: Tensor | None = None,
         visual_states: SaisaVisualStates | None = None,
         skip_logits: bool = False,
         cache=None,
@@ -564,7 +567,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked |= {"use_cache": use_cache, "cache": one_cache(past_key_values, cache), "position_ids": position_ids}
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
-        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles}
+        sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles, "frame_pooling": frame_pooling}
         outputs = self.model(**text, **images, **sizes, **asked, return_dict=True, **kwargs)
 
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

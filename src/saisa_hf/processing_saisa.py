@@ -4,6 +4,7 @@
 import json
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature
 
-from .checkpoint_saisa import PROCESSOR_AUTO_MAP, write_code_files
+from .checkpoint_saisa import PROCESSOR_AUTO_MAP, from_package, write_code_files
 from .compat_saisa import (
     CallArguments,
     ImageTextProcessorMixin,
@@ -48,9 +49,19 @@ findable(__name__)
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
 SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_aspect_ratio", "vision_feature_select_strategy")
 SETTINGS += ("visual_token_reduction",)
-# keys of what is not read
-MEDIA = ("audio", "audios", "audio_url", "input_audio", "video", "videos", "video_url", "file")
+VIDEO = "<video>"  # stands for a video in texts of a call that has any
+SAMPLING = ("num_frames", "fps", "do_sample_frames")
+SOURCES = ("image", "video", "url", "path", "base64")  # keys of parts of a chat, under which their data are
+# keys of what might vanish in silence
+MEDIA = ("audio", "audios", "audio_url", "input_audio", "video", "videos", "video_url", "image", "image_url", "file")
 UNSUPPORTED = ("text_pair", "text_target", "text_pair_target", "return_overflowing_tokens", "is_split_into_words")
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video among the images of a prompt: a file, as images are, or its frames as an array or a list."""
+
+    source: object = None
 
 
 def add_image_token(tokenizer, image_token: str = "<image>") -> int:
@@ -135,6 +146,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         pad_to_square: pad images to squares of the mean colour first; LLaVA-1.5's `image_aspect_ratio: "pad"`.
         tokenize_whole: tokenize texts whole, as `LlavaProcessor` does, not each stretch between images as the authors did.
         visual_token_reduction, reduced_visual_tokens, vision_aspect_ratio: as in the model's `SaisaConfig`.
+        video_settings: in place of `saisa_hf.common.videos.SETTINGS`, for frames of videos.
 
     With LLaVA-NeXT's or LLaVA-OneVision's image processor, images are read in tiles too, and with one that has
     `crop_to_patches=True` (`GotOcr2ImageProcessor`): `pixel_values` are (images, tiles, C, H, W) then."""
@@ -156,6 +168,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         visual_token_reduction=None,
         reduced_visual_tokens=None,
         vision_aspect_ratio=None,
+        video_settings=None,
     ):
         for name, value, rule in (
             ("vision_feature_select_strategy", vision_feature_select_strategy, ["default", "full", None]),
@@ -166,6 +179,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             ("chat_template", {} if chat_template is None or isinstance(chat_template, str) else chat_template, dict),
             ("pad_to_square", pad_to_square, [True, False]),
             ("tokenize_whole", tokenize_whole, [True, False]),
+            ("video_settings", {} if video_settings is None else video_settings, dict),
         ):
             check_value(name, value, rule)
         check_choice(visual_token_reduction, reduced_visual_tokens, image_seq_length)
@@ -177,6 +191,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         self.pad_to_square, self.tokenize_whole = pad_to_square, tokenize_whole
         self.visual_token_reduction, self.reduced_visual_tokens = visual_token_reduction, reduced_visual_tokens
         self.vision_aspect_ratio = vision_aspect_ratio and f"anyres_max_{most_tiles(vision_aspect_ratio)}"
+        self.video_settings = video_settings
         if not hasattr(tokenizer, "get_vocab"):
             raise ValueError(f"tokenizer is {shown(tokenizer)}. Expected a tokenizer of transformers.")
         if self.image_token not in tokenizer.get_vocab():
@@ -192,26 +207,41 @@ class SaisaProcessor(ImageTextProcessorMixin):
 
         Args:
             images: what `load_image` takes: one image, a list in the order of the texts' image tokens, or a list per text.
-            text: a text or a list of them. Each `image_token` in them stands for one image.
+            text: a text or a list of them. Each `image_token` in them stands for one image, each `<video>` for a video.
             visual_states: in place of `images`, the `SaisaVisualStates` that the model's `get_visual_states` made of them.
-            kwargs: arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
+            kwargs: `videos`, as `images`, with `num_frames`, `fps` or `do_sample_frames` of transformers' video processors;
+                arguments of a tokenizer's and an image processor's call, flat or in `text_kwargs` and `images_kwargs`;
                 `timeout`, `allow_private_urls` and other limits of `ImageLimits`; `return_mm_token_type_ids`. Offsets
                 refer to the text as given; a placeholder has those of its image token."""
-        _refuse_media({name: kwargs.pop(name, None) for name in MEDIA}, "the call")
-        texts = _checked_texts(images, text, visual_states)
+        media, videos = {name: kwargs.pop(name, None) for name in MEDIA}, []
+        if unread_media(media, ("videos",)):
+            videos = from_package("Reading videos", "common.videos", "listed")(media.pop("videos"))
+        _refuse_media(media, "the call")
+        of_videos = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs} | kwargs.pop("videos_kwargs", {})
+        texts = _checked_texts(images, text, visual_states, videos)
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
-        images, groups = self._flat_images(images, visual_states, texts)
+        visuals, groups = self._flat_images(images, visual_states, texts, videos)
+        marks = {self.image_token, *([VIDEO] if any(isinstance(one, Video) for one in visuals) else [])}
         if visual_states is not None:
-            rows = self._tokenize(texts, visual_states.lengths, text_kwargs)
+            rows = self._tokenize(texts, self._units(visual_states.lengths), marks, text_kwargs)
             batch = BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
         else:
-            pixels = self._pixels(images, groups, **images_kwargs) if images else {}
-            rows = {} if texts is None else self._tokenize(texts, self._counts(pixels) if images else [], text_kwargs)
+            if VIDEO in marks:
+                read = from_package("Reading videos", "common.videos", "read_in_order")
+                pixels, units = read(self, visuals, groups, of_videos, images_kwargs)
+            else:
+                pixels = self._pixels(visuals, groups, **images_kwargs) if visuals else {}
+                units = self._units(self._counts(pixels)) if texts and visuals else []
+            rows = {} if texts is None else self._tokenize(texts, units, marks, text_kwargs)
             if return_tensors and not all(rows.get("input_ids", ())):
                 raise ValueError(f"text {rows['input_ids'].index([])} has no tokens. A model needs at least one.")
             batch = SaisaBatch({**rows, **pixels}, tensor_type=return_tensors)
         batch.image_token_id = self.image_token_id
         return batch
+
+    def _units(self, counts: list[int]) -> list[list[int]]:
+        """The tokens that stand for each of several images."""
+        return [[self.image_token_id] * count for count in counts]
 
     def _sorted_arguments(self, kwargs: dict) -> tuple[dict, dict, str | None]:
         """(arguments for the texts, for the images, `return_tensors`)."""
@@ -228,9 +258,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return_tensors = text_kwargs.pop("return_tensors", None) or images_kwargs.get("return_tensors")
         return text_kwargs, images_kwargs, return_tensors
 
-    def _flat_images(self, images, visual_states, texts: list[str] | None) -> tuple[list, list[int] | None]:
-        """The images as one list, and if they came as lists, how many each has. Raises ValueError unless they, or the visual
-        states, are one per image token."""
+    def _flat_images(self, images, visual_states, texts: list[str] | None, videos) -> tuple[list, list[int] | None]:
+        """Images and videos as one list, and if images came as lists, how many each has. Raises ValueError unless they, or
+        the visual states, are one per token."""
         name, fix, flat = "images", "Pass one image for each: one flat list, or one list per text.", _image_list(images)
         found, groups = len(flat), None
         if visual_states is not None:
@@ -242,6 +272,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
             lists = [_image_list(group) for group in flat]
             flat, found = [image for group in lists for image in group], [len(group) for group in lists]
             groups = found
+        if videos or any(isinstance(one, Video) for one in flat):
+            return from_package("Reading videos", "common.videos", "in_order")(self, flat, videos, texts), groups
         tokens = [text.count(self.image_token) for text in texts or ()]
         if texts is not None and found not in (tokens, sum(tokens)):
             raise ValueError(f"`{name}`: {found or 'none'} for {tokens} {self.image_token!r} in `text`. {fix}")
@@ -311,7 +343,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if "num_tiles" in processed:
             pixels = processed["pixel_values"]
             tokens, side = self._counts({"pixel_values": pixels[0][:1]})[0], np.shape(pixels[0])[-2:]
-            tiles = processed.get("image_sizes"), processed["num_tiles"]
+            tiles = (processed.get(name) for name in ("image_sizes", "num_tiles", "frame_pooling"))
             return [one.length for one in visual_inputs(self, tokens, side, *map(_listed, tiles))]
         shapes, patch = [np.shape(pixels) for pixels in processed["pixel_values"]], self.patch_size
         strategy, others = self.vision_feature_select_strategy, self.num_additional_image_tokens
@@ -343,8 +375,10 @@ class SaisaProcessor(ImageTextProcessorMixin):
         counts = [self._counts(blank[size])[0] for size in sizes]
         return data_class(num_image_tokens=counts, num_image_patches=[1] * len(counts))
 
-    def _tokenize(self, texts: list[str], counts: list[int], kwargs: dict) -> dict[str, list[list]]:
-        """Token ids and what goes with them, one row per text, with `counts` placeholders for the texts' images."""
+    def _tokenize(
+        self, texts: list[str], units: list[list[int]], marks: set[str], kwargs: dict
+    ) -> dict[str, list[list]]:
+        """Token ids and what goes with them, one row per text, with `units` of tokens for the `marks` in the texts."""
         if refused := {key: kwargs[key] for key in UNSUPPORTED if kwargs.get(key)}:
             raise ValueError(f"{refused} is not supported: texts are tokenized around their images. Leave it out.")
         for name in ("max_length", "pad_to_multiple_of"):
@@ -353,7 +387,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         specials = self._special_ids() if kwargs.get("add_special_tokens", True) else ([], [])
         prefix, suffix = ([(i, (0, 0)) for i in ids] for ids in specials)
         n_special, wants_offsets = len(prefix + suffix), bool(kwargs.get("return_offsets_mapping"))
-        whole = enumerate(self._tokens(texts, iter(counts), wants_offsets))
+        whole = enumerate(self._tokens(texts, iter(units), marks, wants_offsets))
         found = [self._truncated(tokens, index, n_special, **kwargs) for index, tokens in whole]
         rows = {"input_ids": [[i for i, _ in prefix + tokens + suffix] for tokens in found]}
         if kwargs.get("return_attention_mask") is not False:
@@ -377,13 +411,13 @@ class SaisaProcessor(ImageTextProcessorMixin):
         start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
         return full[:start], full[start + len(bare) :]
 
-    def _splitter(self):
+    def _splitter(self, marks: set[str]):
         """(function that splits a text into pieces, at times empty, and special tokens by turns; `swallows`). Llama's
         sentencepiece model puts a space in front of every text, even of one that begins with a space or U+2581. Its fast form
         `swallows` it: in transformers 5 always, in 4 with `legacy=False`; with `legacy=True` behind specials as well."""
         if self.tokenize_whole:
-            return lambda text: [text], False
-        legacy, specials = getattr(self.tokenizer, "legacy", None), {self.image_token}
+            return (re.compile(f"({VIDEO})").split if VIDEO in marks else lambda text: [text]), False
+        legacy, specials = getattr(self.tokenizer, "legacy", None), {*marks}
         spaced, bare = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" a", "a"))
         swallows = legacy is not None and spaced == bare
         if swallows and legacy:
@@ -392,9 +426,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
         longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
         return re.compile(f"({'|'.join(longest_first)})").split, swallows
 
-    def _tokens(self, texts: list[str], counts, wants_offsets: bool):
-        """Yields each text's tokens as (id, offsets); of each image token as many as the next of `counts` says."""
-        split, swallows = self._splitter()
+    def _tokens(self, texts: list[str], units, marks: set[str], wants_offsets: bool):
+        """Yields each text's tokens as (id, offsets); in place of each of the `marks`, the next of `units`."""
+        split, swallows = self._splitter(marks)
         parts = [split(text) for text in texts]
         pieces = [piece for row in parts for piece in row[::2] if piece]
         extra = [int(swallows and piece[0] in " \u2581") for piece in pieces]  # spaces to put in front
@@ -408,14 +442,14 @@ class SaisaProcessor(ImageTextProcessorMixin):
             tokens, start = [], 0
             for number, part in enumerate(row):
                 if number % 2:
-                    one = (self.tokenizer.convert_tokens_to_ids(part), (start, start + len(part)))
-                    tokens += [one] * (next(counts) if part == self.image_token else 1)
+                    ids = next(units) if part in marks else [self.tokenizer.convert_tokens_to_ids(part)]
+                    tokens += [(i, (start, start + len(part))) for i in ids]
                 elif part:
                     ids, pairs, n = next(encoded)
                     for i, (a, b) in zip(ids, pairs):
                         is_image = self.tokenize_whole and i == self.image_token_id
-                        one = (i, (start + max(a - n, 0), start + max(b - n, 0)))
-                        tokens += [one] * (next(counts) if is_image else 1)
+                        place = start + max(a - n, 0), start + max(b - n, 0)
+                        tokens += [(one, place) for one in (next(units) if is_image else [i])]
                 start += len(part)
             yield tokens
 
@@ -516,13 +550,13 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return template
 
     def _chat_images(self, conversations: list[list[dict]], images, visual_states) -> list | None:
-        """The images of `conversations`, in order, `images` in place of those without data; None if there are none."""
+        """The images and videos of `conversations`, in order, `images` in place of those without data; None if there are
+        none."""
         found = []  # None where there is no data
         for content in (message.get("content") or [] for messages in conversations for message in messages):
             for part in [{"text": content}] if isinstance(content, str) else content:
-                if part.get("type") == "image":
-                    data = (part[key] for key in ("image", "url", "path", "base64") if part.get(key) is not None)
-                    found.append(next(data, None))
+                if part.get("type") in ("image", "video"):
+                    found.append(next((part[key] for key in SOURCES if part.get(key) is not None), None))
                 else:
                     found += [None] * str(part.get("text") or "").count(self.image_token)
         if visual_states is not None:
@@ -572,6 +606,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             _rewrite_json(new / "tokenizer_config.json", lambda old: portable_tokenizer_config(old, tokenizer, *ends))
             _rewrite_json(new / "preprocessor_config.json", portable_image_processor_config)
             settings = {name: getattr(self, name) for name in SETTINGS}
+            settings |= {} if self.video_settings is None else {"video_settings": self.video_settings}
             settings |= {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "SaisaProcessor"}
             _rewrite_json(new / "processor_config.json", lambda old: settings)
             files = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
@@ -598,16 +633,18 @@ def unread_media(given: dict, keys: tuple[str, ...] = MEDIA) -> str | None:
 def _refuse_media(given: dict, name: str, keys: tuple[str, ...] = MEDIA) -> None:
     """Raises ValueError if one of `keys` is `given`, as it would vanish."""
     if key := unread_media(given, keys):
-        raise ValueError(f"{name} has {key}={given[key]!r:.80}, which is not read. SAISA takes text and images.")
+        raise ValueError(
+            f"{name} has {key}={given[key]!r:.80}, which is not read. SAISA takes text, images and videos."
+        )
 
 
-def _checked_texts(images, text, visual_states) -> list[str] | None:
+def _checked_texts(images, text, visual_states, videos) -> list[str] | None:
     """The texts of a call as a list, None if it has none; raises ValueError if its inputs do not fit together."""
     if text is None and visual_states is not None:
         raise ValueError("`visual_states` was given without `text`. Pass the text whose image tokens it stands for.")
-    if images is None and text is None:
+    if images is None and text is None and not videos:
         raise ValueError("Both `images` and `text` are None. Pass at least one of them.")
-    if images is not None and visual_states is not None:
+    if (images is not None or videos) and visual_states is not None:
         raise ValueError("`images` and `visual_states` were both given for the same image tokens. Pass one of them.")
     if text is None:
         return None
@@ -650,8 +687,8 @@ def pop_call_arguments(kwargs: dict) -> dict:
     kwargs.pop("load_audio_from_video", None)
     if kwargs.pop("sanitize_control_tokens", False):
         raise ValueError("sanitize_control_tokens=True is not supported.")
-    names = {"return_tensors", "text_kwargs", "images_kwargs", "common_kwargs", "return_mm_token_type_ids"}
-    names |= call_arguments("text_kwargs") | call_arguments("images_kwargs") | {*MEDIA}
+    names = {"return_tensors", "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs", *SAMPLING, *MEDIA}
+    names |= call_arguments("text_kwargs") | call_arguments("images_kwargs") | {"return_mm_token_type_ids"}
     call |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
     if call.get("return_tensors") == "auto":
         del call["return_tensors"]
@@ -676,21 +713,28 @@ def _readable(chat, template: str) -> list[dict]:
 
 
 def _part(part, template: str, name: str) -> dict:
-    """A part of a message as a dict of type `"text"` or `"image"`, or of another that the chat `template` knows."""
+    """A part of a message as a dict of type `"text"` or `"image"`, or of another that the chat `template` knows. A video has
+    a `Video` for its data, and is an image to a template that knows no videos."""
     part = {"type": "text", "text": part} if isinstance(part, str) else part
     kind = part.get("type", "text") if isinstance(part, dict) else None
-    is_media = re.search("audio|video|file", str(kind)) is not None
-    if isinstance(part, dict) and not is_media:
-        _refuse_media(part, name, MEDIA if kind in ("image", "image_url") else (*MEDIA, "image", "image_url"))
-    if kind == "image_url":
-        url = part.get("image_url")
-        part = {"type": "image", "url": url.get("url") if isinstance(url, dict) else url or ""}
-    if kind in ("image", "image_url"):
+    media = "image" if kind in ("image", "image_url") else "video" if kind in ("video", "video_url") else None
+    is_other = media is None and re.search("audio|video|file", str(kind)) is not None
+    if isinstance(part, dict) and not is_other:
+        _refuse_media(part, name, tuple(key for key in MEDIA if key not in (media, f"{media}_url")))
+    if kind == f"{media}_url":
+        url = part.get(kind)
+        part = {"type": media, "url": url.get("url") if isinstance(url, dict) else url or ""}
+    if media is not None:
         wrong = [key for key in ("url", "path", "base64") if not isinstance(part.get(key), (str, Path, type(None)))]
-        if wrong or (kind == "image_url" and not part["url"]):
-            raise ValueError(f"{name}, an image, has no address as a string, but {part!r:.120}.")
+        if wrong or (kind == f"{media}_url" and not part["url"]):
+            raise ValueError(f"{name}, of type {media!r}, has no address as a string, but {part!r:.120}.")
+        source = next((part[key] for key in SOURCES if part.get(key) is not None), None)
+        if media == "video" and source is None:
+            raise ValueError(f"{name}, a video, has no data. Put it under 'video', 'url', 'path' or 'base64'.")
+        if media == "video":
+            part = {"type": media if re.search("[\"']video[\"']", template) else "image", "video": Video(source)}
         return part
-    if is_media or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or f"'{kind}'" in template):
-        forms = "a string, {'type': 'text', 'text': '...'}, {'type': 'image', ...} or {'type': 'image_url', ...}"
-        raise ValueError(f"{name} is {part!r:.80}. SAISA takes text and images. Expected {forms}.")
+    if is_other or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or f"'{kind}'" in template):
+        forms = "a string, or a dict whose 'type' is 'text', 'image', 'image_url', 'video' or 'video_url'"
+        raise ValueError(f"{name} is {part!r:.80}. SAISA takes text, images and videos. Expected {forms}.")
     return part

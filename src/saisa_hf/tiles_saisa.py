@@ -4,8 +4,8 @@
 Where `image_grid_pinpoints` lists resolutions, an image is read LLaVA-NeXT's way ("AnyRes"): the whole image first, then the
 tiles of the image at the best of these resolutions. The tokens of the tiles are put together as one grid, what stands for
 padding falls away, and a newline follows each row. With `vision_aspect_ratio="anyres_max_9"` a grid of many more tokens than
-9 tiles have is scaled down, LLaVA-OneVision's way. Everything else, InternVL's tiles with a thumbnail and the frames of a
-video, is one picture after the other.
+9 tiles have is scaled down, LLaVA-OneVision's way. InternVL's tiles with a thumbnail are one picture after the other. A
+frame of a video is one picture, of whose grid of tokens n x n become one.
 
 The newline is learned behind the projectors, which features have not passed yet: a row of `NEWLINE` holds its place.
 
@@ -20,7 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .compat_saisa import can_return_tuple, needed
-from .vision_saisa import EncodesImages, SaisaImageFeatures, check_value, grid_of, image_size, shown
+from .vision_saisa import (
+    OF_A_NUMBER,
+    EncodesImages,
+    SaisaImageFeatures,
+    check_value,
+    frame_length,
+    grid_of,
+    grids_of,
+    image_size,
+    pooled,
+    shown,
+    stacked,
+)
 
 
 NEWLINE = -256.0  # in all channels, as no encoder has it; every floating dtype can hold it
@@ -28,7 +40,7 @@ MOST_TILES = 1000  # of one image
 
 
 class VisualInput(NamedTuple):
-    """What the features of the pictures of one image, or of the frames of a video, become."""
+    """What the features of the pictures of one image, or of a frame of a video, become."""
 
     pictures: int  # that the encoder reads
     tokens: int  # visual tokens of each
@@ -37,16 +49,21 @@ class VisualInput(NamedTuple):
     grid: tuple[int, int] = (0, 0)  # rows and columns of the tokens of each
     padding: tuple[int, int] = (0, 0)  # rows and columns of tokens on either side that stand for nothing
     shape: tuple[int, int] = (0, 0)  # rows and columns that become visual tokens of the tiles
+    pooling: int = 1  # of a frame: n x n tokens become one
 
     @property
     def length(self) -> int:
         """The number of visual tokens."""
+        if self.pooling > 1:
+            return frame_length(self.grid, self.pooling)
         if not self.has_newlines:
             return self.pictures * self.tokens
         return self.tokens + (1 if self.pictures == 1 else self.shape[0] * (self.shape[1] + 1))
 
     def joined(self, features_PVC: Tensor, newline_C: Tensor) -> Tensor:
         """(P, tokens of each, C) -> (V, C), with the row `newline_C` for each newline."""
+        if self.pooling > 1:
+            return pooled(features_PVC, self.grid, self.pooling)[0]
         if not self.has_newlines:
             return features_PVC.flatten(0, 1)
         if self.pictures == 1:
@@ -68,7 +85,7 @@ def tiles_of(size: tuple[int, int], pinpoints: list, side: tuple[int, int]) -> t
     return best[0] // side[0], best[1] // side[1]
 
 
-def visual_input(owner, size, pictures: int | None, tokens: int, grid: tuple[int, int], side) -> VisualInput:
+def visual_input(owner, size, pictures: int | None, tokens: int, grid, side, pooling: int = 1) -> VisualInput:
     """What an image becomes.
 
     Args:
@@ -77,11 +94,14 @@ def visual_input(owner, size, pictures: int | None, tokens: int, grid: tuple[int
         pictures: that the encoder reads of it; None: as many as its size asks for.
         tokens, grid: visual tokens of each, and their rows and columns.
         side: (height, width) of each, in pixels.
+        pooling: more than 1 of a frame, which is one picture without a newline.
 
     Raises:
         ValueError: an image of this size has another number of tiles.
     """
     pinpoints = owner.image_grid_pinpoints
+    if pooling > 1 and owner.visual_token_reduction not in OF_A_NUMBER:
+        return VisualInput(1, tokens, grid=grid, pooling=pooling)
     if pinpoints is None:
         return VisualInput(pictures, tokens)
     if pictures == 1:
@@ -105,17 +125,19 @@ def visual_input(owner, size, pictures: int | None, tokens: int, grid: tuple[int
     return VisualInput(1 + tiles[0] * tiles[1], tokens, True, tiles, grid, (above, beside), shape)
 
 
-def visual_inputs(owner, tokens: int, side: tuple[int, int], image_sizes, num_tiles) -> list[VisualInput]:
-    """`visual_input` of each of several images: `image_sizes` (images, 2) and `num_tiles` (images,), tensors or lists."""
-    sizes, counts = (x.tolist() if isinstance(x, Tensor) else x for x in (image_sizes, num_tiles))
+def visual_inputs(owner, tokens: int, side, image_sizes, num_tiles, frame_pooling=None) -> list[VisualInput]:
+    """`visual_input` of each of several images: `image_sizes` (images, 2), `num_tiles` and `frame_pooling` (images,), tensors
+    or lists."""
+    given = image_sizes, num_tiles, frame_pooling
+    sizes, counts, poolings = (x.tolist() if isinstance(x, Tensor) else x for x in given)
     if counts is None and (sizes is None or owner.image_grid_pinpoints is None):
         names = "num_tiles" if owner.image_grid_pinpoints is None else "image_sizes"
         raise ValueError(f"pixel_values has tiles (images, tiles, channels, height, width): expected {names} with it.")
     if sizes is None and owner.image_grid_pinpoints is not None and max(counts, default=1) > 1:
         raise ValueError("num_tiles is given without image_sizes: expected (height, width) of each image too.")
     sizes, counts = [None] * len(counts) if sizes is None else sizes, [None] * len(sizes) if counts is None else counts
-    grid = grid_of(tokens, *side)
-    return [visual_input(owner, tuple(size or ()), count, tokens, grid, side) for size, count in zip(sizes, counts)]
+    grid, each = grid_of(tokens, *side), zip(sizes, counts, poolings or [1] * len(counts))
+    return [visual_input(owner, tuple(size or ()), count, tokens, grid, side, n) for size, count, n in each]
 
 
 class EncodesTiles(EncodesImages):
@@ -123,7 +145,7 @@ class EncodesTiles(EncodesImages):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_sizes=None, num_tiles=None, **kwargs
+        self, pixel_values: Tensor, image_sizes=None, num_tiles=None, frame_pooling=None, **kwargs
     ) -> SaisaImageFeatures:
         """The encoder's features of images, before any projector.
 
@@ -132,6 +154,7 @@ class EncodesTiles(EncodesImages):
                 (images, tiles, channels, height, width), several, padded to as many as the image with most of them has.
             image_sizes: with tiles, (images, 2): height and width of the images as they were, for `image_grid_pinpoints`.
             num_tiles: with tiles, (images,): how many pictures are an image's. None: as many as its size asks for.
+            frame_pooling: (images,): 1 of images, and of video frames 2, where 2 x 2 of a grid of features become one.
             kwargs: handed on to the encoder.
 
         Returns:
@@ -140,10 +163,12 @@ class EncodesTiles(EncodesImages):
             row by row, as many as `visual_token_reduction` leaves. A list of (R, C) where images may differ in number. A
             newline is a row of `NEWLINE`. With tiles in embedding space, rows (R, D) are past the projector."""
         config, inputs = self.config, None
+        if frame_pooling is not None:
+            self._check_frame_pooling(pixel_values, frame_pooling)
         if isinstance(pixel_values, Tensor) and pixel_values.ndim == 5:
             (images, most), side = pixel_values.shape[:2], tuple(pixel_values.shape[-2:])
             tokens = config.visual_tokens_of(*side) or config.image_seq_length
-            inputs = visual_inputs(config, tokens, side, image_sizes, num_tiles)
+            inputs = visual_inputs(config, tokens, side, image_sizes, num_tiles, frame_pooling)
             if len(inputs) != images or any(not 0 < one.pictures <= most for one in inputs):
                 expected = f"pictures of {len(inputs)} images, {[one.pictures for one in inputs]} of each"
                 raise ValueError(f"pixel_values is {tuple(pixel_values.shape)}: expected {expected}, by image_sizes.")
@@ -161,8 +186,19 @@ class EncodesTiles(EncodesImages):
         if inputs is not None:
             each = features.split([one.pictures for one in inputs])
             features = [one.joined(x_PVC, newline) for one, x_PVC in zip(inputs, each)]
+        elif frame_pooling is not None and config.visual_token_reduction not in OF_A_NUMBER and len(features):
+            sizes, shapes = [pixel_values.shape[-2:]] * len(features), kwargs.get("spatial_shapes")
+            grids = grids_of(config.visual_token_reduction, map(len, features), sizes, shapes)
+            each = zip(features, grids, torch.as_tensor(frame_pooling).tolist())
+            features = stacked([x if n == 1 else pooled(x[None], grid, n)[0] for x, grid, n in each])
         outputs.pooler_output = features
         return outputs
+
+    def _check_frame_pooling(self, pixel_values: Tensor, frame_pooling) -> None:
+        poolings = torch.as_tensor(frame_pooling).tolist()
+        if len(poolings) != len(pixel_values) or min(poolings, default=1) < 1 or self.config.kept_prefix_tokens:
+            expected = f"{len(pixel_values)} positive numbers, and vision_feature_select_strategy='default'"
+            raise ValueError(f"frame_pooling={shown(poolings)}: expected {expected}.")
 
     def no_features(self, **no_images) -> Tensor:
         if no_images["pixel_values"].ndim == 5:

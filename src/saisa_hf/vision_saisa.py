@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .compat_saisa import can_return_tuple, model_class_of
+from .compat_saisa import can_return_tuple, in_several_processes, model_class_of
 
 
 # encoder -> how many tokens stand in front of its patch tokens
@@ -36,6 +36,7 @@ OF_A_NUMBER = ("resampler", "class_attention")  # as many as `reduced_visual_tok
 REDUCTIONS = OF_CELLS + OF_A_NUMBER
 # encoders with a class token in front, blocks that normalise first, and no rotation of queries and keys
 CLASS_ATTENTION_ENCODERS = ("clip_vision_model", "dinov2", "dinov2_with_registers", "vit")
+ROWS_AT_ONCE = 2**13  # visual tokens that are projected at a time, where no gradient needs them all
 MOST_TOKENS = 2**20  # visual tokens per image: placeholders are lists and tensors of that length
 
 
@@ -177,8 +178,24 @@ class EncodesImages:
 
         Returns what the encoder, which gets `kwargs`, returns, with features (I, R, C) as `pooler_output`: the states of
         `vision_feature_layer`, without class token where `vision_feature_select_strategy` is `"default"`, feature maps row by
-        row, as many as `visual_token_reduction` leaves. A list of (R, C) where sizes differ."""
+        row, as many as `visual_token_reduction` leaves. A list of (R, C) where sizes differ. More images than
+        `config.images_at_once` are encoded in turns, and have features alone."""
         self.check_features_asked_for(kwargs)
+        count, at_once = len(pixel_values) if isinstance(pixel_values, Tensor) else 0, self.config.images_at_once
+        if count <= at_once or in_several_processes():
+            outputs = self._encoded(pixel_values, kwargs)
+        else:
+            by_image = {name: x for name, x in kwargs.items() if isinstance(x, Tensor) and len(x) == count}
+            turns = [slice(start, start + at_once) for start in range(0, count, at_once)]
+            each = [(pixel_values[turn], kwargs | {name: x[turn] for name, x in by_image.items()}) for turn in turns]
+            parts = [(one.pooler_output, one.kept_tokens) for one in (self._encoded(*arguments) for arguments in each)]
+            features = stacked([image for part, _ in parts for image in part])
+            kept = None if parts[0][1] is None else torch.cat([part for _, part in parts])
+            outputs = SaisaImageFeatures(pooler_output=features, kept_tokens=kept)
+        return outputs
+
+    def _encoded(self, pixel_values: Tensor, kwargs: dict) -> SaisaImageFeatures:
+        """See `get_image_features`, of images and at once."""
         config, kept = self.config, None
         is_siglip2 = config.vision_config.model_type == "siglip2_vision_model"
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim not in ((3, 4) if is_siglip2 else (4,)):
@@ -199,7 +216,7 @@ class EncodesImages:
         if is_siglip2:  # images of unlike shapes, padded
             grids = [(int(h), int(w)) for h, w in kwargs["spatial_shapes"]]
             features = [self._reduced(x[None, : h * w], (h, w))[0] for x, (h, w) in zip(features, grids)]
-            features = torch.stack(features) if len(set(map(len, features))) == 1 else features
+            features = stacked(features)
         elif config.visual_token_reduction == "class_attention":
             attention = class_attention(self.vision_tower, config, outputs.hidden_states)
             kept = most_attended(attention, config.reduced_visual_tokens, features.shape[1])
@@ -251,6 +268,28 @@ def _patchify(pixel_values, patch_size: int, kwargs: dict):
     return patches, {**kwargs, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
+def in_pieces(function, rows_VX: Tensor):
+    """`function` of rows: a tensor with as many, or a tuple of tensors (V, K, H), these head by head in memory. Of many rows
+    it is computed some at a time, so that what lies between takes no memory for all; whole where gradients need that."""
+    if (
+        len(rows_VX) <= ROWS_AT_ONCE
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or in_several_processes()
+    ):
+        return function(rows_VX)
+    results, start = None, 0
+    for piece in rows_VX.split(ROWS_AT_ONCE):
+        made = function(piece)
+        parts = made if isinstance(made, tuple) else (made[:, None],)
+        if results is None:
+            results = [x.new_empty(x.shape[1], len(rows_VX), x.shape[2]).transpose(0, 1) for x in parts]
+        for result, x in zip(results, parts):
+            result[start : start + len(x)] = x
+        start += len(piece)
+    return tuple(results) if isinstance(made, tuple) else results[0][:, 0]
+
+
 # --- fewer visual tokens ----------------------------------------------------------------------------------------------
 
 
@@ -290,6 +329,41 @@ def check_choice(kind, count, image_seq_length=None) -> None:
     else:
         return
     raise ValueError(problem)
+
+
+def grids_of(kind: str | None, lengths, sizes, spatial_shapes=None) -> list[tuple[int, int]]:
+    """(rows, columns) of the visual tokens, `lengths` of them, that the reduction `kind` leaves of each of several images, of
+    (height, width) in `sizes`."""
+    if spatial_shapes is None:
+        return [grid_of(length, *size) for length, size in zip(lengths, sizes)]
+    side = 2 if kind in OF_CELLS else 1
+    return [(math.ceil(int(h) / side), math.ceil(int(w) / side)) for h, w in spatial_shapes]
+
+
+def frame_lengths(kind: str | None, lengths: list[int], poolings: list[int], sizes, spatial_shapes=None) -> list[int]:
+    """Visual tokens of images behind `frame_pooling`, of which the reduction `kind` leaves `lengths`."""
+    if kind in OF_A_NUMBER:
+        return lengths
+    grids = zip(lengths, grids_of(kind, lengths, sizes, spatial_shapes), poolings)
+    return [tokens if n == 1 else frame_length(grid, n) for tokens, grid, n in grids]
+
+
+def frame_length(grid: tuple[int, int], n: int) -> int:
+    """Visual tokens of a frame, one for each n x n."""
+    return math.ceil(grid[0] / n) * math.ceil(grid[1] / n)
+
+
+def pooled(features_IVC: Tensor, grid: tuple[int, int], n: int) -> Tensor:
+    """(I, V, C) in `grid` -> (I, R, C), one for each n x n; rows and columns are rounded up. As in LLaVA-OneVision and
+    LLaVA-Video: bilinear interpolation, which of 2 x 2 of an even grid is the mean."""
+    maps = features_IVC.transpose(1, 2).unflatten(-1, grid)
+    size = [math.ceil(side / n) for side in grid]
+    return F.interpolate(maps, size, mode="bilinear").flatten(2).transpose(1, 2)
+
+
+def stacked(rows: list[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor, if `rows` are alike in shape."""
+    return torch.stack(rows) if len({len(row) for row in rows}) == 1 else rows
 
 
 def reduced_length(kind: str | None, count: int | None, tokens: int, grid: tuple[int, int]) -> int:

@@ -26,6 +26,7 @@ from .compat_saisa import get_logger
 from .hardware_saisa import weights_fingerprint, with_all_heads
 from .saving_saisa import hidden_folder, sweep
 from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
+from .vision_saisa import in_pieces
 
 
 logger = get_logger(__name__)
@@ -288,7 +289,7 @@ class UsesVisualStates:
             store: `"keys_values"`, those of each layer that sees images, 2 * V * h_kv numbers a layer, or `"features"`, the
                 encoder's, V * C numbers, which are projected at each use. None: `"keys_values"`; in embedding space, where
                 visual tokens have hidden states that depend on what stands around them, `"features"`.
-            kwargs: `image_sizes` and `num_tiles`, as there; others are handed on to the encoder.
+            kwargs: `image_sizes`, `num_tiles`, `frame_pooling`, as there; others are handed on to the encoder.
 
         Raises:
             ValueError: `store` is neither, or `"keys_values"` in embedding space; `pixel_values` is not a batch of images.
@@ -440,7 +441,7 @@ class UsesVisualStates:
         if self.config.projector_sharing != "shared" or self.config.features_are_projected:
             return features
         if layout is None or layout.visual_BS is None or not tells_samples_apart([self.visual_projector]):
-            return self.visual_projector(features)
+            return in_pieces(self.visual_projector, features)
         return layout.visual(self.visual_projector(layout.in_input_order(features)))
 
     def tells_samples_apart(self) -> bool:
