@@ -36,8 +36,9 @@ class SaisaRenderer(HfRenderer):
     def _rows(self, text: str, **options) -> dict:
         """What `SaisaProcessor` makes of a text, with one token for each image."""
         assert self._processor is not None  # there is no text without a tokenizer
-        images = text.count(self._processor.image_token)
-        return self._processor._tokenize([text], [1] * images, {"return_mm_token_type_ids": False, **options})
+        processor, options = self._processor, {"return_mm_token_type_ids": False, **options}
+        units = processor._units([1] * text.count(processor.image_token))
+        return processor._tokenize([text], units, {processor.image_token}, options)
 
     def render_messages(self, messages, params):
         conversation, prompt = super().render_messages(messages, params)
