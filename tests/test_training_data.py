@@ -13,6 +13,7 @@ from training_parts import TOKENS, character_tokenizer, conversation, picture, p
 
 from saisa_hf.chat.templates import chat_template_names, with_pictures
 from saisa_hf.cli import main
+from saisa_hf.processing_saisa import Video
 from saisa_hf.training import (
     BadSample,
     ConversationDataset,
@@ -380,3 +381,68 @@ def test_data_check_looks_at_every_stream(tmp_path):
     options = TrainingOptions(data=[str(tmp_path / f"{name}.parquet") for name in ("good", "bad")], **given)
     assert check(options, log=lambda line: None) == (6, 3)
     assert check(options, limit=2, log=lambda line: None) == (4, 2)
+
+
+# --- videos ---
+
+
+def test_videos_in_records_are_found_in_every_form(tmp_path):
+    turns = [{"role": "user", "content": "<video>What?"}, {"role": "assistant", "content": "This."}]
+    parts = [{"type": "video", "path": "a.mp4"}, {"type": "image", "path": "a.png"}, {"type": "text", "text": "A?"}]
+    film, image = Video(str(tmp_path / "a.mp4")), str(tmp_path / "a.png")
+    for record, images in (
+        ({**conversation("<video>\nA?", "B."), "video": "a.mp4"}, [film]),
+        ({**conversation("A?\n<image>", "B."), "video": "a.mp4"}, [film]),
+        ({**conversation("A <video> B <image> C?", "B.", image="a.png"), "videos": ["a.mp4"]}, [film, image]),
+        ({"messages": turns, "video": "a.mp4"}, [film]),
+        ({"messages": [{"role": "user", "content": parts}, turns[1]]}, [film, image]),
+        (conversation("What does <video> mean in HTML?", "A film."), []),
+    ):
+        sample = read_sample(record, "s", folder=str(tmp_path))
+        assert sample["images"] == images
+        text = "".join(
+            message["content"] if isinstance(message["content"], str)
+            else "".join("<image>" if part["type"] == "image" else part["text"] for part in message["content"])
+            for message in sample["messages"]
+        )  # fmt: skip
+        assert text.count("<image>") == len(images)
+    assert read_sample({**conversation("A <video>", "B."), "video": "a"}, "s")["messages"][0]["content"] == "<image>\nA"
+    for record, message in (
+        ({**conversation("A?", "B."), "video": "a.mp4"}, "1 video for 0 <video>"),
+        ({**conversation("<video><video>", "B."), "video": "a.mp4"}, "1 video for 2 <video>"),
+        ({**conversation("<video><image>", "B."), "video": "a.mp4"}, "0 images for 1 <image>"),
+    ):
+        with pytest.raises(BadSample, match=message):
+            read_sample(record, "s")
+
+
+def test_encoded_videos_are_batched_with_images_and_texts():
+    films = [np.stack([np.asarray(picture(20 * i + j)) for i in range(3)]) for j in range(2)]
+    records = [
+        {**conversation("<video>\nA?", "B."), "video": films[0]},
+        conversation("<image>\nA?", "B.", image=picture()),
+        conversation("A?", "B."),
+        {**conversation("<image><video>\nA?", "B.", image=picture(9)), "video": films[1]},
+    ]
+    encode = ConversationEncoder(processor_for())
+    dataset = ConversationDataset([records], encode)
+    batch = SaisaCollator(encode)([dataset[i] for i in range(4)])
+    assert batch["frame_pooling"].tolist() == [2, 2, 2, 1, 1, 2, 2, 2] and len(batch["pixel_values"]) == 8
+    counts = (batch["input_ids"] == encode.processor.image_token_id).sum(1).tolist()
+    assert counts == [3, TOKENS, 0, TOKENS + 3]
+    batch.pop("sample_index")
+    model = tiny_model()
+    together = model(**batch).loss
+    alone = [SaisaCollator(encode)([dataset[i]]) for i in range(4)]
+    total = [int((one["labels"] != -100).sum()) for one in alone]
+    losses = [model(**{name: x for name, x in one.items() if name != "sample_index"}).loss for one in alone]
+    assert together.item() == pytest.approx(
+        sum(n * loss.item() for n, loss in zip(total, losses)) / sum(total), rel=1e-5
+    )
+    # a video that does not fit goes as a whole, and leaves the rows of what is in front of it
+    record = conversation("<image>A?", "B.", "<video>C?", "D.", image=picture())
+    sample = open_images(read_sample({**record, "video": films[0]}, "s"))
+    ids = encode(sample)["input_ids"]
+    visual = [i for i, token in enumerate(ids) if token == encode.processor.image_token_id]
+    cut = ConversationEncoder(processor_for(), max_length=visual[-1])(sample)
+    assert len(cut["input_ids"]) == visual[TOKENS] and len(cut["pixel_values"]) == 1 == len(cut["frame_pooling"])

@@ -124,7 +124,7 @@ def read_in_order(
             words.append([[]])
     poolings = [settings["pool"] if isinstance(one, Video) else 1 for one, own in zip(visuals, words) for _ in own]
     pixels = _joined(rows) | {"frame_pooling": poolings}
-    counts = iter(_lengths(processor, pixels))
+    counts = iter(placeholders(processor, pixels))
     image_token = [processor.image_token_id]
     units = [[token for text in own for token in (*text, *image_token * next(counts))] for own in words]
     if return_tensors:
@@ -173,9 +173,16 @@ def _padded(tiles: Any, most: int) -> Any:
     return np.pad(tiles, [(0, most - len(tiles)), (0, 0), (0, 0), (0, 0)])
 
 
-def _lengths(processor: "SaisaProcessor", pixels: dict) -> list[int]:
-    """Placeholders of each image and frame."""
-    counts, kind, most = processor._counts(pixels), processor.visual_token_reduction, max(pixels["frame_pooling"])
+def placeholders(processor: "SaisaProcessor", pixels: dict) -> list[int]:
+    """Placeholders of each image and frame in a processor's output.
+
+    Raises:
+        ValueError: frames are to be pooled, and their tokens are no grid.
+    """
+    counts, kind = processor._counts(pixels), processor.visual_token_reduction
+    if "frame_pooling" not in pixels:
+        return counts
+    most = max(pixels["frame_pooling"])
     keeps = processor.vision_feature_select_strategy == "full" and processor.num_additional_image_tokens
     if most > 1 and kind is None and keeps:
         kept = "vision_feature_select_strategy='full' keeps a class token in front of it"

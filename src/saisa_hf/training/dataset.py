@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..common.shown import shown
 from ..common.sources import first_line
-from .samples import IMAGE, BadSample, is_image, open_images, read_sample
+from .samples import IMAGE, BadSample, is_image, is_video, open_images, read_sample
 from .sources import Source, unreadable
 
 
@@ -144,12 +144,13 @@ class ConversationDataset(_Reader, Dataset):
         raise BadSample(f"None of the {len(self)} samples can be used; the last of them: {last}")
 
     def lengths(self, tokens_per_image: int) -> list[tuple[int, bool]]:
-        """For each sample an estimate of its tokens, and whether it has images. No image is read."""
+        """For each sample an estimate of its tokens, in which a video counts as eight images, and whether it has images or
+        videos. None is read."""
         found: list[tuple[int, bool]] = []
         for source in self.sources:
             records = source.records
             if hasattr(records, "column_names"):  # of `datasets`, which would decode the images
-                images = [name for name in ("image", "images") if name in records.column_names]
+                images = [name for name in ("image", "images", "video", "videos") if name in records.column_names]
                 texts = records.remove_columns(images)
                 found += [_estimate(record, tokens_per_image, bool(images)) for record in texts]
             else:
@@ -162,12 +163,14 @@ def _estimate(record: Any, tokens_per_image: int, has_images: bool) -> tuple[int
     if isinstance(record, dict):
         own = record.get("images", record.get("image"))
         images = max(images, len(own) if isinstance(own, (list, tuple)) else int(own is not None))
+        films = record.get("videos", record.get("video"))
+        images += 8 * (len(films) if isinstance(films, (list, tuple)) else int(films is not None))
         for turn in _first(record, (list, tuple), "conversations", "messages") or [record]:
             keys = ("caption", "text") if turn is record else ("value", "content")
             content = _first(turn, (str, list, tuple), *keys) if isinstance(turn, dict) else turn
             if isinstance(content, (list, tuple)):
                 parts = [part for part in content if isinstance(part, dict)]
-                images = max(images, sum(is_image(part) for part in parts))
+                images = max(images, sum(is_image(part) + 8 * is_video(part) for part in parts))
                 content = " ".join(part["text"] for part in parts if isinstance(part.get("text"), str))
             text += len(content) if isinstance(content, str) else 0
     return text // 4 + images * tokens_per_image, images > 0

@@ -2,6 +2,8 @@
 """Conversations as token ids and labels: what the model reads, and which tokens it learns to predict."""
 
 import copy
+from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from PIL import Image
 
 from ..chat.templates import chat_template as packaged_template
 from ..chat.templates import chat_template_names
+from ..common.videos import placeholders
 from ..head_saisa import IGNORED
 from ..processing_saisa import SaisaProcessor, begins_with_bos
 from .samples import BadSample
@@ -114,13 +117,14 @@ class ConversationEncoder:
             if said and not visual[i] and not visual[i - 1]:
                 labels[i] = ids[i]
         end = len(ids) if self.max_length is None else min(len(ids), self.max_length)
-        if end < len(ids) and visual[end]:
-            while end > 0 and visual[end - 1] and offsets[end - 1] == offsets[self.max_length]:
-                end -= 1  # the placeholders of an image share their place in the text
+        if end < len(ids) and offsets[end] in {place for place, is_visual in zip(offsets, visual) if is_visual}:
+            while end > 0 and offsets[end - 1] == offsets[self.max_length]:
+                end -= 1  # what stands for an image or a video shares its place in the text
         if not any(label != IGNORED for label in labels[:end]):
             why = "no answer has a token" if end == len(ids) else f"max_length={self.max_length} cuts off all answers"
             raise BadSample(f"{name}: {why}, so there is nothing to learn ({len(ids)} tokens).")
-        n_images = len({offsets[i] for i in range(end) if visual[i]})
+        left = list(accumulate(placeholders(self.processor, encoded) if any(visual) else ()))
+        n_images = bisect_right(left, sum(visual[:end]))
         pixels = {key: torch.as_tensor(np.asarray(value)) for key, value in encoded.items()} if n_images else {}
         pixels = {key: value[:n_images] for key, value in pixels.items()}
         return {"input_ids": ids[:end], "labels": labels[:end], **pixels, "cut": len(ids) - end}
@@ -152,6 +156,8 @@ class SaisaCollator:
         Batches of text alone have `pixel_values` (0, ...) if there is an `encode`. With it the projectors get gradients, of
         zero: processes that train together have to have the same gradients."""
         items = [self._encoded(sample) for sample in samples]
+        if any("frame_pooling" in item for item in items):
+            items = [_with_pooling(item) if "pixel_values" in item else item for item in items]
         batch = self._packed(items) if self.packing else self._padded(items)
         images = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
         batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(images)}
@@ -197,6 +203,11 @@ class SaisaCollator:
             "attention_mask": padded(([1] * len(item["input_ids"]) for item in items), 0),
             "labels": padded((item["labels"] for item in items), IGNORED),
         }
+
+
+def _with_pooling(item: dict) -> dict:
+    """An encoded sample as it has to be in a batch with frames of videos: images are not pooled."""
+    return {"frame_pooling": torch.ones(len(item["pixel_values"]), dtype=torch.long), **item}
 
 
 def template_source(name: str, processor: SaisaProcessor, captions: bool = False) -> str | None:
