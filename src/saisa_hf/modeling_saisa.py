@@ -478,9 +478,8 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
             use_cache, output_attentions, output_hidden_states: whether to return these. None: as the config says.
             pixel_attention_mask, spatial_shapes: (images, patches) and (images, 2), from SigLIP 2's image processor, with
                 `pixel_values` (images, patches, patch size).
-            image_sizes, num_tiles: (images, 2) and (images,), with `pixel_values` (images, tiles, channels, height, width) of
-                images that are read in tiles (see `get_image_features`).
-            frame_pooling: (images,), of a video's frames among them 2 where 2 x 2 features become one, and 1 of images.
+            image_sizes, num_tiles, frame_pooling: (images, 2), (images,) and (images,), of images that are read in tiles and
+                of frames of videos (see `get_image_features`).
             visual_states: what `get_visual_states` made of the images, in place of `pixel_values` and in the same order.
             kwargs: handed on to the attention functions; those that the encoder's `forward` names, to the encoder too.
 
@@ -552,8 +551,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
                 -100: the text token in front of an image would learn to predict them, and `Trainer` would count them. Where
                 no label counts, the loss and all gradients are zero, with `skip_logits` and without.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
-            skip_logits: with `labels`, return the loss alone, without memory for logits: they are made for labelled rows
-                only, some at a time, and again in backward.
+            skip_logits: with `labels`, return the loss alone: logits of labelled rows are made some at a time, and again later.
             kwargs: for the loss `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels` (B, S), each at the
                 position that predicts it. Others go to `SaisaModel.forward` and to `loss_function`, which gets text rows
                 alone: logits (B, T, vocabulary) and `shift_labels` (B, T).
