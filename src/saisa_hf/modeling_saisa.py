@@ -551,7 +551,7 @@ class SaisaForConditionalGeneration(AnswersAboutImages, BuiltFromParts, SaisaPre
                 -100: the text token in front of an image would learn to predict them, and `Trainer` would count them. Where
                 no label counts, the loss and all gradients are zero, with `skip_logits` and without.
             logits_to_keep: 0 for the logits of all positions, n for the last n, or a 1-D tensor of positions.
-            skip_logits: with `labels`, return the loss alone: logits of labelled rows are made some at a time, and again later.
+            skip_logits: with `labels`, return the loss alone: logits of labelled rows are made some at a time, twice.
             kwargs: for the loss `num_items_in_batch`, `ignore_index` in place of -100, and `shift_labels` (B, S), each at the
                 position that predicts it. Others go to `SaisaModel.forward` and to `loss_function`, which gets text rows
                 alone: logits (B, T, vocabulary) and `shift_labels` (B, T).
