@@ -98,6 +98,19 @@ def test_questions_are_read_when_they_are_needed():
     assert next(read) == 64
 
 
+def test_answers_may_come_batch_by_batch(tmp_path):
+    model, processor = tiny()
+    asked = questions(tmp_path)
+    asked[7] = Question("abc", [str(tmp_path / "not-there.png")], 7)
+    answerer = Answerer(model, processor, batch_size=4, max_new_tokens=3)
+    passes = Count(model)
+    answers = answerer.answer(asked, as_they_come=True)
+    first = [next(answers) for _ in range(4)]
+    assert len(passes.text) == 3  # one batch
+    found = {answer.key: answer for answer in [*first, *answers]}
+    assert found == {answer.key: answer for answer in answerer.answer(asked)} and len(found) == len(asked)
+
+
 def test_what_cannot_be_asked_has_an_error_and_the_others_their_answers(tmp_path):
     model, processor = tiny()
     asked = questions(tmp_path)

@@ -26,6 +26,7 @@ from saisa_hf.demo.run import ask_model, load
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablations
 import convert_memory
+import evaluation
 import learning
 import relations
 import told_pictures
@@ -643,3 +644,29 @@ def test_the_tables_of_a_page_are_those_of_the_numbers_beside_the_script(script,
     importlib.import_module(script).main([f"--json={numbers}", f"--tables={page}", *options])
     blocks = [re.findall(r"<!-- (\S+): start -->\n(.*?)<!--", text, re.S) for text in (written, page.read_text())]
     assert blocks[0] == blocks[1] and len(blocks[0]) == tables
+
+
+# --- many questions about each image ----------------------------------------------------------------------------------
+
+
+def test_questions_a_second_stand_beside_the_flops_that_they_take(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    args = [*OPTIONS, "--images=2", "--questions=3", "--batch-size=1", "--vocab-size=400"]
+    found = evaluation.main([*args, f"--json={path}"])
+    assert found["equal_answers"] == 6 and json.loads(path.read_text())["rows"] == found["rows"]
+    assert [row["name"] for row in found["rows"]] == [evaluation.WITH, evaluation.WITHOUT, evaluation.LLAVA]
+    assert "6 of 6 answers" in capsys.readouterr().out
+    args = evaluation.arguments(args)
+    models, asked = evaluation.build(args), evaluation.questions_of(args)
+    processor, expected = evaluation.processor_of(args), evaluation.flops(models.saisa.config, args)
+    for model in (models.saisa, models.llava):
+        model.generation_config.eos_token_id = None
+    for row, model in zip(found["rows"], (models.saisa, models.saisa, models.llava)):
+        states = row["name"] == evaluation.WITH
+        answerer = evaluation.Answerer(
+            model, processor, batch_size=1, visual_states=states, max_new_tokens=args.new_tokens
+        )
+        with models.countable("sdpa"):
+            counted = measure.flops(lambda answerer=answerer: list(answerer.answer(asked)))
+        assert counted == pytest.approx(args.images * expected[row["name"]], rel=0.02)
+        assert row["flops_per_question"] == expected[row["name"]] / args.questions

@@ -32,7 +32,7 @@ class Parrot:
     def __init__(self, answers):
         self.answers, self.asked = answers, []
 
-    def answer(self, questions):
+    def answer(self, questions, as_they_come):
         for question in questions:
             self.asked.append(question)
             yield Answer(question.key, self.answers[question.key % len(self.answers)], 2)
@@ -64,7 +64,7 @@ PROMPTS = {
         f"{LETTER}",
         f"Context: Look.\nQuestion: What does the map show?\nOptions: (A) a (B) b (C) c\n{LETTER}",
     ],
-    "textvqa": [f"what is the brand of this camera?\n{SHORT}", f"what does the small text say?\n{SHORT}"],
+    "textvqa": [f"What is the brand of this camera?\n{SHORT}", f"What does the small text say?\n{SHORT}"],
     "pope": [f"Is there a {thing} in the image?\n{SHORT}" for thing in ("snowboard", "car")] * 3,
     "mme": [f"Is a {thing} shown in the picture?\n{SHORT}" for thing in ("c++ code", "python code")] * 2,
     "seed-bench": [f"How many {things}?\nA. One\nB. Two\nC. Three\nD. Four\n{LETTER}" for things in ("towels", "dogs")],
@@ -341,7 +341,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     asked(questions, tmp_path / "out", "--limit=7", status=2)
     assert "limit was None, is 7" in capsys.readouterr().err
     asked(questions, tmp_path / "out")
-    assert seen == list(range(17, 40))
+    assert len(seen) == len(set(seen)) == 40 - 17
     for name in ("answers.jsonl", "summary.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

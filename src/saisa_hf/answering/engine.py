@@ -78,10 +78,12 @@ class Answerer:
         self.generation = {"max_new_tokens": 64, **generation}
         self._kept = KeptImages(model, processor, state_bytes, batch_size)
 
-    def answer(self, questions: Iterable[Question], **generation: Any) -> Iterator[Answer]:
+    def answer(self, questions: Iterable[Question], as_they_come: bool = False, **generation: Any) -> Iterator[Answer]:
         """The answers, in the order of the questions, a window at a time; no question is read before it is needed.
 
         Args:
+            as_they_come: yield the answers of a batch when it is done, so that their order is any within a window: for those
+                who write them down, with keys to put them in order.
             generation: as in the constructor, for these questions.
 
         Raises:
@@ -89,7 +91,9 @@ class Answerer:
         """
         options = {**GREEDY, **self.generation, **generation}
         prompts = (self._prompt(question) for question in questions)
-        return self._run(prompts, lambda batch, inputs: self._generate(batch, inputs, options), _no_answer)
+        return self._run(
+            prompts, lambda batch, inputs: self._generate(batch, inputs, options), _no_answer, as_they_come
+        )
 
     def loglikelihood(self, asked: Iterable[tuple[Question, str]]) -> Iterator[Likelihood]:
         """How likely the given answers are, each for its question, in their order.
@@ -121,7 +125,11 @@ class Answerer:
         return Prompt(question, text, continuation, images)
 
     def _run(
-        self, prompts: Iterator[Prompt], ask: Callable[[list[Prompt], BatchFeature], list[R]], failed: Callable[..., R]
+        self,
+        prompts: Iterator[Prompt],
+        ask: Callable[[list[Prompt], BatchFeature], list[R]],
+        failed: Callable[..., R],
+        as_they_come: bool = False,
     ) -> Iterator[R]:
         self.model.eval()
         size = max(LEAST_WINDOW, 8 * self.batch_size)
@@ -132,10 +140,15 @@ class Answerer:
                 if asked:
                     with torch.no_grad():
                         results.update(zip(map(id, asked), ask(asked, inputs)))
+                if as_they_come:
+                    yield from (results.pop(id(prompt)) for prompt in asked)
             for prompt in window:
                 if prompt.error is not None and self.strict:
                     raise ValueError(prompt.error)
-                yield failed(prompt.question.key, error=prompt.error) if prompt.error else results.pop(id(prompt))
+                if prompt.error is not None:
+                    yield failed(prompt.question.key, error=prompt.error)
+                elif not as_they_come:
+                    yield results.pop(id(prompt))
         self._kept.clear()
 
     def _batches(self, window: list[Prompt]) -> Iterator[list[Prompt]]:

@@ -81,10 +81,11 @@ def vizwiz(files: Files) -> list[Item]:
 def textvqa(files: Files) -> list[Item]:
     entries = read_entries(files.questions, inside=["data"])
     if not of_llava(entries):
-        items = [
-            short_item(entry.id("question_id"), entry, files.image(f"{entry.text('image_id')}.jpg"), entry.values)
-            for entry in entries
-        ]
+        items = []
+        for entry in entries:
+            image = (files.image(f"{entry.text('image_id')}.jpg"),)
+            prompt = f"{entry.text('question').capitalize()}\n{SHORT}"
+            items.append(Item(entry.id("question_id"), prompt, image, entry.values))
         return unique(items, files.questions)
     # LLaVA's have the image's id as theirs, which several questions share
     labels: dict[tuple[str, str], Entry] = {}

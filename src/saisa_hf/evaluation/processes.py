@@ -1,9 +1,13 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The processes that `accelerate launch` starts: each answers its share of the questions."""
 
+import datetime
 import os
 from collections.abc import Sequence
 from typing import Any
+
+
+LONGEST_WAIT = datetime.timedelta(days=7)  # shares take unlike times; minutes are the default
 
 
 class Processes:
@@ -24,7 +28,8 @@ class Processes:
             import torch
             from accelerate import PartialState
 
-            self._state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+            without = device == "cpu" or not torch.accelerator.is_available()
+            self._state = PartialState(cpu=without, timeout=LONGEST_WAIT)
             self.count, self.index = self._state.num_processes, self._state.process_index
             self.device = str(self._state.device)
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """A model asked the questions of a benchmark: answers go into a journal as they come, then into a file, with their score."""
 
+import io
 import json
 import os
 import time
@@ -80,6 +81,8 @@ def evaluate(
     depends = {"chat_template": chat_template, "dtype": dtype}
     plan = make_plan(model, benchmark, questions, annotations, images, metric, limit, seed, max_new_tokens, **depends)
     folder, processes = Path(output).expanduser(), Processes(device)
+    if processes.count > 1 and device_map is not None:
+        raise ValueError(f"device_map={device_map!r} is for one process: each of several has a device of its own.")
     if overwrite and processes.first:
         _discard(folder)
     processes.wait()
@@ -170,7 +173,7 @@ def _ask(answerer: Any, plan: Plan, indices: Sequence[int], journal: Journal, pr
     seen: set[str | bytes] = set()
     buffer: list[tuple[int, dict[str, Any]]] = []
     written = time.monotonic()
-    with Progress(len(indices), what, "images") as progress:
+    with Progress(len(indices), what, "images", None if processes.first else io.StringIO()) as progress:
         try:
             for index, line in answers:
                 images = {image for image in plan.items[index].images if image not in seen}
@@ -189,7 +192,7 @@ def _said(answerer: Any, items: list[Item], indices: Sequence[int]) -> Iterator[
     from ..answering import Question
 
     questions = (Question(items[index].prompt, items[index].images, index) for index in indices)
-    for answer in answerer.answer(questions):
+    for answer in answerer.answer(questions, as_they_come=True):
         _check(answer.error, items[answer.key])
         yield answer.key, {"text": answer.text, "tokens": answer.tokens, "finish": answer.finish}
 
