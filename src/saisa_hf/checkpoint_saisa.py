@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from .compat_saisa import encoder_names_of_all_releases, load_options
+from .compat_saisa import encoder_names_of_all_releases
 from .hardware_saisa import check_backend, check_device_map, check_tensor_parallelism, settle, with_precise_modules
 from .language_models_saisa import choose_attention, initialize
 from .saving_saisa import check_finished, saved_together
@@ -113,10 +113,12 @@ class SaisaCheckpoint:
             if not hasattr(config, "text_config"):
                 config = cls.config_class.from_pretrained(config or pretrained_model_name_or_path, **files)
             check_tensor_parallelism(config.text_config, kwargs)
-        check_backend(quantization or kwargs.get("quantization_config"))
+        if quantization := quantization or kwargs.get("quantization_config"):
+            check_backend(quantization)
+            if not kwargs.keys() & {"dtype", "torch_dtype"}:
+                kwargs["dtype"] = "auto"  # 4.57 would take float16
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = with_precise_modules(kwargs["quantization_config"])
-        kwargs |= load_options(bool(quantization or kwargs.get("quantization_config")), kwargs)
         kwargs["output_loading_info"] = True
         read = (cls, pretrained_model_name_or_path, config, files, kwargs)
         try:

@@ -452,12 +452,6 @@ class ForeignNames:
             return super()._get_key_renaming_mapping(checkpoint_keys, key_mapping, of_head, of_base)
 
 
-def load_options(quantized: bool, given: dict) -> dict:
-    """Arguments of `from_pretrained` beside those `given`: the checkpoint's dtype, where 4.57 would take float16."""
-    named = TRANSFORMERS_5 or "dtype" in given or "torch_dtype" in given
-    return {"dtype": "auto"} if quantized and not named else {}
-
-
 @contextlib.contextmanager
 def encoder_names_of_all_releases(model):
     """Within, `save_pretrained(**options)` writes tensors under the names that every release reads; yields these options.

@@ -11,7 +11,6 @@ import os
 import queue
 import socket
 import ssl
-import stat
 import sys
 import threading
 import urllib.request
@@ -102,16 +101,10 @@ def open_binary(source, limits: ImageLimits):
         raise TypeError(f"expected a PIL image, an array, a tensor, a path or a URL, got {type(source).__name__}")
     if not limits.allow_local_files:
         raise ValueError("it is no address, data URI or base64 text, and local files are off (allow_local_files)")
-    # to open a named pipe waits, and to read a device never ends
-    descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
-            raise ValueError("it is no file, but a folder, named pipe, socket or device")
-        limits.check_bytes(status.st_size)
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    if os.path.exists(source) and not os.path.isfile(source):  # to open a pipe waits, and to read a device never ends
+        raise ValueError("it is no file, but a folder, named pipe, socket or device")
+    limits.check_bytes(os.path.getsize(source))
+    return open(source, "rb")
 
 
 def from_base64(text: str, limits: ImageLimits | None = None) -> io.BytesIO | None:

@@ -129,9 +129,8 @@ def _write(path: Path, text: str, new: Path) -> None:
 
 
 def _put_in_place(folder: Path, new: Path) -> None:
-    for path in sorted(
-        _files(new), key=lambda path: -ENTRIES.index(path.name) if path.name in ENTRIES else -len(ENTRIES)
-    ):
+    last = ENTRIES[::-1]
+    for path in sorted(_files(new), key=lambda path: last.index(path.name) if path.name in last else -1):
         place = folder / path.relative_to(new)
         place.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # without locks, another process may be finishing it too
