@@ -29,8 +29,6 @@ PACKAGES = ("transformers", "peft", "accelerate")
 START, END = "<!-- names: start -->", "<!-- names: end -->"
 # methods of `object`, `dict` and PyTorch's modules, which `super()` can also reach
 NOT_TRANSFORMERS = ("__init__", "__getattr__", "__getitem__", "__call__", "forward")
-# the class whose file has substitutes for parts of a language model
-HAS_SUBSTITUTES = "PlainAttention"
 # the last commit before the core path was made narrow
 BEFORE = "5c6bc16"
 
@@ -138,9 +136,8 @@ class Names(ast.NodeVisitor):
                 self.add(f"{module}.{name}", False)
         elif called == "self.part":
             name = self._text(node.args[0])
-            plain = name.islower() and self.functions and HAS_SUBSTITUTES in self.own_methods
-            prefix = "" if name.islower() else "{prefix}"
-            self.add(f"transformers.models.{{family}}.modeling_{{family}}.{prefix}{name}", not plain)
+            prefix = "" if name.islower() else "{prefix}"  # a function, in the files at `BEFORE`
+            self.add(f"transformers.models.{{family}}.modeling_{{family}}.{prefix}{name}", True)
         elif called in ("getattr", "hasattr") and isinstance(node.args[0], ast.Name) and node.args[0].id in self.bound:
             fallback = called == "hasattr" or len(node.args) > 2
             self.add(f"{self.bound[node.args[0].id]}.{self._text(node.args[1])}", not fallback)

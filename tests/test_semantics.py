@@ -742,7 +742,7 @@ def test_placeholders_without_pictures_are_text_and_warned_about(monkeypatch):
     own.model.load_state_dict(model.model.language_model.state_dict(), strict=False)
     own.lm_head = model.lm_head
     warned = []
-    monkeypatch.setattr("saisa_hf.visual_states_saisa.logger.warning_once", warned.append)
+    monkeypatch.setattr("saisa_hf.visual_states_saisa.warn_once", warned.append)
     with torch.no_grad():
         found = model(input_ids=prompts.input_ids).logits
         assert torch.equal(found, own(input_ids=prompts.input_ids).logits)

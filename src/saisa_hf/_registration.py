@@ -8,6 +8,7 @@ torch. So registration waits for transformers: it happens right now if transform
 
 import importlib.abc
 import importlib.util
+import logging
 import sys
 
 
@@ -30,10 +31,10 @@ def register() -> None:
 
 def warn_if_untested() -> None:
     """Logs a line where the installed transformers is newer than all that were tested."""
-    from .compat_saisa import NEWEST_TESTED, TESTED_RELEASES, VERSION, get_logger, transformers
+    from .compat_saisa import NEWEST_TESTED, TESTED_RELEASES, VERSION, transformers
 
     if VERSION > NEWEST_TESTED:
-        get_logger(__name__).warning(
+        logging.getLogger(__name__).warning(
             f"saisa_hf was tested with transformers {TESTED_RELEASES}; {transformers.__version__} is newer. If something "
             "fails, take one of those or a newer saisa_hf."
         )

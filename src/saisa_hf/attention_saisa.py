@@ -26,15 +26,13 @@ from .compat_saisa import (
     ALL_ATTENTION_FUNCTIONS,
     cached_key_range,
     causal_mask,
-    get_logger,
     is_paged,
     makes_causal_masks,
+    warn_once,
 )
 from .hardware_saisa import PerDevice
 from .token_layout_saisa import TokenLayout, segments_of
 
-
-logger = get_logger(__name__)
 
 # All components of a key that stands where a decoder layer does not see the image. It marks its place as hidden, in any cache
 # that gives back the keys it got. No text token has such a key: this is the smallest normal float16.
@@ -208,10 +206,25 @@ def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
         return mask.attend(implementation, *inputs, **options), None
     # a chunk of visual tokens alone has no query, which fused kernels do not expect
     if implementation == "eager" or query_BNTH.shape[2] == 0:
-        return attention.eager_attention(*inputs, mask, **options)
+        return eager_attention(*inputs, mask, **options)
     if "flash" in implementation:
         options["sliding_window"] = attention.window
     return ALL_ATTENTION_FUNCTIONS[implementation](*inputs, mask, **options)
+
+
+def eager_attention(attention, query_BNTH, key_BKLH, value_BKLH, mask, scaling, dropout=0.0, softcap=None, **kwargs):
+    """(B, T, N, H), and (B, N, T, L) probabilities: attention as it is written down, and as transformers' models have it."""
+    groups = attention.num_key_value_groups
+    if groups > 1:
+        key_BKLH, value_BKLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
+    scores_BNTL = query_BNTH @ key_BKLH.mT * scaling
+    if softcap is not None:
+        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
+    if mask is not None:
+        scores_BNTL = scores_BNTL + mask[..., : scores_BNTL.shape[-1]]
+    probabilities_BNTL = scores_BNTL.softmax(-1, dtype=torch.float32).to(query_BNTH.dtype)
+    probabilities_BNTL = nn.functional.dropout(probabilities_BNTL, dropout, attention.training)
+    return (probabilities_BNTL @ value_BKLH).transpose(1, 2), probabilities_BNTL
 
 
 def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, device):
@@ -221,7 +234,7 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, de
     checkpointing = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
     if checkpointing and (use_cache or cache is not None):
         # the layers run again in backward, and would write into it a second time
-        logger.warning_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
+        warn_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
         use_cache, cache = False, None
     if use_cache and cache is None:
         cache = DynamicCache(config=decoder.config)

@@ -59,13 +59,10 @@ def in_several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def get_logger(name: str):
-    """transformers' logger of that name, which has `warning_once`."""
-    module = optional("transformers.utils", "logging")
-    logger = logging.getLogger(name) if module is None else module.get_logger(name)
-    if module is None:
-        logger.warning_once = functools.lru_cache(None)(logger.warning)
-    return logger
+@functools.cache
+def warn_once(message: str) -> None:
+    """Logs a warning, in each process the first time."""
+    logging.getLogger(__name__).warning(message)
 
 
 def findable(name: str) -> None:
@@ -119,26 +116,6 @@ def plain_sdpa(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, dropout
     return output_BNTH.transpose(1, 2), None
 
 
-def plain_eager(module, query_BNTH, key_BKLH, value_BKLH, attention_mask, scaling, dropout=0.0, softcap=None, **kwargs):
-    """(B, T, N, H), and (B, N, T, L) probabilities: attention as it is written down."""
-    groups = query_BNTH.shape[1] // key_BKLH.shape[1]
-    key_BNLH, value_BNLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
-    scores_BNTL = query_BNTH @ key_BNLH.mT * scaling
-    if softcap is not None:
-        scores_BNTL = softcap * torch.tanh(scores_BNTL / softcap)
-    if attention_mask is not None:
-        scores_BNTL = scores_BNTL + attention_mask
-    probabilities_BNTL = scores_BNTL.softmax(-1, dtype=torch.float32).to(query_BNTH.dtype)
-    probabilities_BNTL = nn.functional.dropout(probabilities_BNTL, dropout, module.training)
-    return (probabilities_BNTL @ value_BNLH).transpose(1, 2), probabilities_BNTL
-
-
-def plain_rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(..., H), the second half with its sign changed in front of the first."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
-
-
 class PlainCheckpointing(nn.Module):
     """A layer that is computed again in the backward pass where `gradient_checkpointing` asks for that."""
 
@@ -178,8 +155,6 @@ ALL_ATTENTION_FUNCTIONS = optional(
 )
 GradientCheckpointingLayer = optional("transformers.modeling_layers", "GradientCheckpointingLayer", PlainCheckpointing)
 can_return_tuple = optional("transformers.utils", "can_return_tuple", plain_can_return_tuple)
-# parts of each language model's own module
-PLAIN_PARTS = {"rotate_half": plain_rotate_half, "eager_attention_forward": plain_eager}
 ProcessingKwargs = optional("transformers.processing_utils", "ProcessingKwargs")
 Unpack = optional("transformers.processing_utils", "Unpack")
 # the annotation by which serving engines find out what a processor takes

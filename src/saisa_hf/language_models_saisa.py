@@ -6,14 +6,13 @@ that of the feed-forward network; each of the two may have a norm in front and o
 text enters self-attention: behind the norm in front of it, or, in a family without one, as they leave the projector.
 """
 
-from collections.abc import Callable
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .compat_saisa import ACT2FN, PLAIN_PARTS, RotaryByLayerType, init, needed, optional
+from .compat_saisa import ACT2FN, RotaryByLayerType, init, needed
 
 
 FAMILIES: dict[str, type["LanguageModelFamily"]] = {}  # by `model_type`, in the order in which they are defined here
@@ -50,11 +49,9 @@ class LanguageModelFamily:
         self.config = config
 
     def part(self, name: str):
-        """transformers' class `name` of this family, or its function."""
+        """transformers' class `name` of this family."""
         folder = self.config.model_type.removesuffix("_text")
         module = f"transformers.models.{folder}.modeling_{folder}"
-        if name in PLAIN_PARTS:
-            return optional(module, name, PLAIN_PARTS[name])
         return needed(f"Language models of type {self.config.model_type}", module, type(self).__name__ + name)
 
     def norm(self, size: int) -> nn.Module:
@@ -70,15 +67,6 @@ class LanguageModelFamily:
 
     def feed_forward(self, layer_idx: int) -> nn.Module:
         return self.part("MLP")(self.config)
-
-    @property
-    def rotate_half(self) -> Callable:
-        return self.part("rotate_half")
-
-    @property
-    def eager_attention(self) -> Callable:
-        """Attention in plain matrix products, which also returns the probabilities."""
-        return self.part("eager_attention_forward")
 
     @property
     def head_dim(self) -> int:

@@ -41,11 +41,11 @@ from .compat_saisa import (
     can_return_tuple,
     differentiable,
     findable,
-    get_logger,
     one_cache,
     readable_tp_plan,
     tied_weights,
     update_cache,
+    warn_once,
 )
 from .configuration_saisa import SaisaConfig
 from .embedding_space_saisa import ThroughEveryLayer, VisualTokensAmongWords
@@ -65,8 +65,6 @@ if TYPE_CHECKING:  # not used here: transformers 4.57 copies those files of a ch
     from .saving_saisa import saved_together  # noqa: F401
 
 findable(__name__)
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -140,8 +138,6 @@ class NaavitAttention(nn.Module):
         self.attention_dropout = text.attention_dropout
         self.is_causal = True
         self.watcher = None  # if set, called with this module, the queries and the new keys
-        self.rotate_half = family.rotate_half
-        self.eager_attention = family.eager_attention
 
         query_size = text.num_attention_heads * self.head_dim
         key_size = text.num_key_value_heads * self.head_dim
@@ -381,7 +377,7 @@ class SaisaLanguageModel(SaisaPreTrainedModel):
         masks = attention_masks(self, layout, text_BTD, slots, attention_mask, cache, position_ids)
         rotations = rotations_of(self, layout, text_BTD, slots[None] if position_ids is None else position_ids)
         if output_attentions and (name := self.config._attn_implementation) != "eager":
-            logger.warning_once(f"`output_attentions=True` needs attn_implementation='eager': {name!r} returns none.")
+            warn_once(f"`output_attentions=True` needs attn_implementation='eager': {name!r} returns none.")
         wanted = {"hidden_states": output_hidden_states, "attentions": output_attentions}
         kwargs |= {"cache": cache, "slots": slots}
         last, before, attentions = self.through_layers(text_BTD, visual, layout, rotations, masks, wanted, **kwargs)

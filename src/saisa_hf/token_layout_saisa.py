@@ -218,7 +218,7 @@ class Rotation(NamedTuple):
 
     def of_text(self, x_BTNH: Tensor, attention) -> Tensor:
         """Queries or keys of text tokens in a layer's `attention`, rotated."""
-        return _rotated_as_trained(x_BTNH, *self.text, attention.rotate_half) if attention.rotates else x_BTNH
+        return _rotated_as_trained(x_BTNH, *self.text) if attention.rotates else x_BTNH
 
     def of_visual(self, key_VKH: Tensor | None, attention) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
         """Keys of visual tokens, and the rotation that is left to `TokenLayout.keys`, which does an ordinary one in fewer
@@ -227,7 +227,7 @@ class Rotation(NamedTuple):
             return key_VKH, None
         if self.visual[0].shape[-1] == key_VKH.shape[-1] and self.visual[0].dtype == key_VKH.dtype:
             return key_VKH, self.visual
-        return _rotated_as_trained(key_VKH, *self.visual, attention.rotate_half), None
+        return _rotated_as_trained(key_VKH, *self.visual), None
 
     def as_text(self) -> "Rotation":
         """Of an input in which visual tokens are tokens like all others."""
@@ -250,13 +250,14 @@ def rotations_of(decoder, layout: TokenLayout, text_BTD: Tensor, position_ids: T
     return dict.fromkeys(kinds, rotation(kinds[0]))
 
 
-def _rotated_as_trained(x: Tensor, cos: Tensor, sin: Tensor, rotate_half) -> Tensor:
+def _rotated_as_trained(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(..., heads, H) by cosines and sines (..., 1, H), as the language model does it, to the last bit. As much of each head
     is rotated as the cosines are for."""
     size = cos.shape[-1]
     if size < x.shape[-1]:
-        return torch.cat([_rotated_as_trained(x[..., :size], cos, sin, rotate_half), x[..., size:]], dim=-1)
-    return (x * cos + rotate_half(x) * sin).to(x.dtype)
+        return torch.cat([_rotated_as_trained(x[..., :size], cos, sin), x[..., size:]], dim=-1)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def tells_samples_apart(modules: Iterable[nn.Module]) -> bool:

@@ -22,14 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .compat_saisa import get_logger
+from .compat_saisa import warn_once
 from .hardware_saisa import weights_fingerprint, with_all_heads
 from .saving_saisa import hidden_folder, sweep
 from .token_layout_saisa import TokenLayout, real_tokens, tells_samples_apart
 from .vision_saisa import in_pieces
 
-
-logger = get_logger(__name__)
 
 FORMAT = "saisa visual states 1"
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # as safetensors calls them
@@ -425,7 +423,7 @@ class UsesVisualStates:
         if input_ids is not None and input_ids.shape[1] > 1 and not torch.compiler.is_compiling():
             placeholders = int((input_ids == self.config.image_token_id).sum())
             if placeholders >= max(self.config.image_seq_length, 2):
-                logger.warning_once(
+                warn_once(
                     f"input_ids has {placeholders} placeholders, but pixel_values is None: they are read as text."
                 )
         return TokenLayout(None)
