@@ -1,5 +1,6 @@
 """Videos in prompts: frames as images whose tokens are pooled, from the processor to the answer."""
 
+import io
 import json
 
 import numpy as np
@@ -13,7 +14,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 from video_parts import pictures, write_video
 
 from saisa_hf import SaisaProcessor, SaisaVisualStates
+from saisa_hf.chat import Conversation
 from saisa_hf.chat.templates import chat_template
+from saisa_hf.cli import main
+from saisa_hf.common.videos import encoding_progress
+from saisa_hf.demo.run import CHECKPOINT
 from saisa_hf.processing_saisa import Video
 from saisa_hf.vision_saisa import pooled
 
@@ -363,3 +368,67 @@ def test_a_second_question_about_a_video_costs_its_text(tmp_path, film):
         layer.visual_projector.register_forward_pre_hook(refuse)
     second = prompt(processor, "<image>" * 6 + "who?", visual_states=states)
     assert model.generate(**second, max_new_tokens=4).tolist() == expected.tolist()
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def test_a_video_in_a_conversation_is_decoded_and_encoded_once(film, monkeypatch):
+    model, processor = make_model(), make_processor(video_settings={"timestamps": True, "num_frames": 4})
+    conversation = Conversation(model, processor, max_new_tokens=3, do_sample=False)
+    encoded = []
+    model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    list(conversation.ask("what?", images=frames(1), videos=[str(film)]))
+    monkeypatch.setattr("saisa_hf.common.videos.decoded_frames", None)
+    assert encoded == [5] and runs(conversation.inputs(conversation.messages)["input_ids"][0].tolist()) == [
+        9,
+        4,
+        4,
+        4,
+        4,
+    ]
+    list(conversation.ask("and?"))
+    assert encoded == [5]
+    said = conversation.messages[-1]
+    conversation.clear()
+    with pytest.raises(ValueError, match=r"video 0 cannot be read: .*No such file"):
+        list(conversation.ask("what?", videos=["no.mp4"]))
+    assert not conversation.messages and said["role"] == "assistant"
+
+
+def test_saisa_chat_shows_videos(film, monkeypatch, capsys, tmp_path):
+    def chat(lines, *arguments):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        status = main(["chat", str(CHECKPOINT), "--max-new-tokens", "3", "--temperature", "0", *arguments])
+        return status, *capsys.readouterr()
+
+    seen = []
+    ask = Conversation.ask
+
+    def noted(self, text, images, videos):
+        seen.append([len(one.images) for one in videos])
+        return ask(self, text, images, videos)
+
+    monkeypatch.setattr(Conversation, "ask", noted)
+    lines = f"how many digits are there?\n/clear\n/video {film} {film}\n\n"
+    status, out, err = chat(lines, "--video", str(film), "--num-frames", "3")
+    assert (status, len(out.splitlines()), err) == (0, 2, "") and seen == [[3], [3, 3]]
+    (tmp_path / "text.mp4").write_text("no film")
+    for given, message in (
+        ("no.mp4", "There is no video 'no.mp4'"),
+        (str(tmp_path / "text.mp4"), "it is no video of a format"),
+    ):
+        status, out, err = chat("a\n", "--video", given)
+        assert (status, out, err.count("\n")) == (1, "", 1) and message in err
+
+
+def test_progress_is_shown_where_it_takes_a_while(capsys):
+    model = make_model(images_at_once=8)
+    with encoding_progress(model, 20, progress=True):
+        model.get_image_features(torch.zeros(20, 3, SIDE, SIDE))
+    assert "encoding images" in capsys.readouterr().err
+    with encoding_progress(model, 20, progress=False), encoding_progress(model, 8, progress=True):
+        model.get_image_features(torch.zeros(8, 3, SIDE, SIDE))
+    assert not capsys.readouterr().err and not model.vision_tower._forward_hooks

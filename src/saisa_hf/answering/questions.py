@@ -92,6 +92,11 @@ def render(question: Question, processor: SaisaProcessor, chat_template: str | N
         messages = list(question.prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
+    parts = (part for message in messages if isinstance(message, dict) for part in message.get("content") or ())
+    if any(isinstance(part, dict) and part.get("type") in ("video", "video_url") for part in parts):
+        raise ValueError(
+            "A question holds a video. Questions are of text and images here; `Conversation` reads videos."
+        )
     try:
         options = {"chat_template": chat_template, "add_generation_prompt": True, "tokenize": False}
         text = processor.apply_chat_template(messages, **options)

@@ -12,6 +12,7 @@ import torch
 from transformers import BatchFeature, DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from ..common.videos import encoding_progress, read_video
 from ..compat_saisa import CACHE
 from ..images_saisa import load_image
 
@@ -31,6 +32,7 @@ class Conversation:
         model: a `SaisaForConditionalGeneration`.
         processor: its `SaisaProcessor`, with a chat template.
         system: the system message, if the template has one.
+        progress: whether to show on stderr how far the encoding of many images and frames is.
         generation: arguments of `generate` for every answer: one sequence, without beam search. `max_new_tokens` is 512 if
             left out.
 
@@ -45,9 +47,11 @@ class Conversation:
         model: SaisaForConditionalGeneration,
         processor: SaisaProcessor,
         system: str | None = None,
+        progress: bool = False,
         **generation: Any,
     ):
         self.model = model
+        self.progress = progress
         self.processor = processor
         self.system = system
         self.generation = {"max_new_tokens": 512, **generation}
@@ -70,7 +74,7 @@ class Conversation:
         """Ends the answer in progress after its current token. For another thread, or a signal handler."""
         self._interrupt.asked = True
 
-    def ask(self, text: str = "", images: Iterable = ()) -> Iterator[str]:
+    def ask(self, text: str = "", images: Iterable = (), videos: Iterable = ()) -> Iterator[str]:
         """Asks a question and yields the answer piece by piece, as its tokens come.
 
         An answer that is not read to its end (`stop`, closing the iterator, an exception in between) ends there, and its
@@ -78,35 +82,39 @@ class Conversation:
         unchanged.
 
         Args:
-            text: the question; may be empty if there are images.
+            text: the question; may be empty if there are images or videos.
             images: images that come before the text, as `load_image` takes them.
+            videos: videos that come behind them, as `video_frames` takes them. Each is decoded once.
 
         Raises:
-            ValueError: neither text nor images, an unreadable image, or an image token in the text.
+            ValueError: nothing to ask, an unreadable image or video, or an image token in the text.
+            ImportError: a video has to be decoded, and PyAV is not installed.
             RuntimeError: the answer to another question is still being read.
         """
         if not self._answering.acquire(blocking=False):
             raise RuntimeError("An answer is still being read: read its iterator to the end, or close it.")
         try:
-            yield from self._answer([*self.messages, self.question(text, images)])
+            yield from self._answer([*self.messages, self.question(text, images, videos)])
         finally:
             self._answering.release()
 
-    def question(self, text: str, images: Iterable = ()) -> dict:
-        """The message that asks `text` about `images`, as `apply_chat_template` takes it; the conversation is not changed.
+    def question(self, text: str, images: Iterable = (), videos: Iterable = ()) -> dict:
+        """The message that asks `text` about `images` and `videos`, as `apply_chat_template` takes it; the conversation is
+        not changed.
 
         Raises:
-            ValueError: neither text nor images, an unreadable image, or an image token in the text.
+            ValueError, ImportError: see `ask`.
         """
         loaded = [load_image(image, f"image {index}") for index, image in enumerate(images)]
-        if not text and not loaded:
-            raise ValueError("Nothing to ask: `text` is empty and there are no `images`.")
+        films = [read_video(self.processor, video, f"video {index}") for index, video in enumerate(videos)]
+        if not text and not loaded and not films:
+            raise ValueError("Nothing to ask: `text` is empty and there are no `images` or `videos`.")
         if self.processor.image_token in text:
             raise ValueError(
                 f"The text contains {self.processor.image_token!r}, which stands for an image. Leave it out: images are "
                 "given beside the text, and come before it."
             )
-        return _message("user", text, loaded)
+        return _message("user", text, loaded, films)
 
     def inputs(self, messages: list[dict]) -> BatchFeature:
         """What the model reads of `messages`, on its device, up to where the answer begins."""
@@ -164,14 +172,15 @@ class Conversation:
         if "stop_strings" in generation:
             generation.setdefault("tokenizer", self.processor.tokenizer)
         try:
-            ids = self.model.generate(
-                **inputs,
-                **{CACHE: cache},
-                streamer=_TokenStreamer(tokens),
-                stopping_criteria=stopping,
-                return_dict_in_generate=False,
-                **generation,
-            )
+            with encoding_progress(self.model, len(inputs.get("pixel_values", ())), self.progress):
+                ids = self.model.generate(
+                    **inputs,
+                    **{CACHE: cache},
+                    streamer=_TokenStreamer(tokens),
+                    stopping_criteria=stopping,
+                    return_dict_in_generate=False,
+                    **generation,
+                )
             outcome.append(ids)
         except BaseException as error:
             outcome.append(error)
@@ -216,8 +225,9 @@ def _agree(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
     return torch.equal(old[:count], new[:count])
 
 
-def _message(role: str, text: str, images: Iterable = ()) -> dict:
+def _message(role: str, text: str, images: Iterable = (), films: Iterable = ()) -> dict:
     parts: list[dict] = [{"type": "image", "image": image} for image in images]
+    parts += [{"type": "video", "video": film} for film in films]
     return {"role": role, "content": [*parts, {"type": "text", "text": text}] if text or not parts else parts}
 
 

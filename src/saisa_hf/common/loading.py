@@ -102,12 +102,21 @@ def read_image(path: str) -> tuple[PIL.Image.Image, str]:
     Raises:
         OSError: it cannot be read.
     """
-    name = path
-    if not path.startswith(("http://", "https://", "data:")):
-        path = os.path.expanduser(path)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"There is no image {name!r}.")
     try:
-        return load_image(path, f"image {name!r}", timeout=60), name
+        return load_image(found(path, "image"), f"image {path!r}", timeout=60), path
     except ValueError as error:
         raise OSError(str(error)) from error
+
+
+def found(path: str, kind: str) -> str:
+    """A path without `~`, or an address as it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if path.startswith(("http://", "https://", "data:")):
+        return path
+    expanded = os.path.expanduser(path)
+    if not os.path.isfile(expanded):
+        raise FileNotFoundError(f"There is no {kind} {path!r}.")
+    return expanded

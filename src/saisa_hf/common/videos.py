@@ -5,13 +5,16 @@ import contextlib
 import copy
 import itertools
 import re
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from ..image_sources_saisa import LIMITS, ImageLimits, open_binary
 from ..images_saisa import ImageError, load_image
@@ -35,6 +38,61 @@ SETTINGS: dict[str, Any] = {
 RULES = {"num_frames": (1, 2**20), "fps": (1e-6, 1e6), "do_sample_frames": [True, False], "pool": (1, 100)}
 RULES["timestamps"] = [True, False]
 FRAMES_AT_ONCE = 32  # that exist as images at a time
+
+
+@dataclass(frozen=True)
+class Film:
+    """A video that has been read: the frames that are taken of it, and when they are shown."""
+
+    images: list[Image.Image]
+    seconds: list[float | None]
+
+
+def read_video(
+    processor: "SaisaProcessor", video: Any, name: str = "the video", progress: bool = False, **limits: Any
+) -> Film:
+    """Reads the frames of a video that `processor` would take, so that it need not be decoded again.
+
+    Args:
+        video, name, limits: as for `video_frames`.
+        progress: whether to show on stderr how far it is.
+
+    Raises:
+        ValueError, ImportError: see `video_frames`.
+    """
+    if isinstance(video, Film):
+        return video
+    frames = video_frames(video, name, **sampling_of(settings_of(processor, {})), **limits)
+    seconds = next(frames)
+    with bar("decoding frames", len(seconds), progress) as shown:
+        images = []
+        for frame in frames:
+            images.append(frame)
+            shown.update()
+    return Film(images, seconds)
+
+
+def bar(what: str, total: int, progress: bool) -> tqdm:
+    """A progress bar on stderr, which goes when it is done; for few frames there is none."""
+    return tqdm(total=total, desc=what, unit="", leave=False, file=sys.stderr, disable=not progress or total <= 8)
+
+
+@contextlib.contextmanager
+def encoding_progress(model: torch.nn.Module, total: int, progress: bool) -> Iterator[None]:
+    """Shows on stderr how many of `total` images and frames `model` has encoded. They are, in turns of `images_at_once`."""
+    with bar("encoding images", total, progress and total > model.config.images_at_once) as shown:
+        hook = model.vision_tower.register_forward_hook(
+            lambda module, args, kwargs, output: shown.update(len(kwargs["pixel_values"])), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def sampling_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `video_frames` that say which frames are taken."""
+    return {name: settings[name] if settings["do_sample_frames"] else None for name in ("num_frames", "fps")}
 
 
 def settings_of(processor: "SaisaProcessor", of_call: dict) -> dict[str, Any]:
@@ -104,10 +162,7 @@ def read_in_order(
     settings, images_kwargs = settings_of(processor, of_call), dict(images_kwargs)
     return_tensors = images_kwargs.pop("return_tensors", None)
     limits = {name: images_kwargs[name] for name in LIMITS if name in images_kwargs}
-    sampling = {"num_frames": None, "fps": None}
-    if settings["do_sample_frames"]:
-        sampling = {name: settings[name] for name in sampling}
-    of_frames = _without_tiles(processor)
+    sampling, of_frames = sampling_of(settings), _without_tiles(processor)
     images = [one for one in visuals if not isinstance(one, Video)]
     image_rows = iter(_rows(processor._pixels(images, groups, **images_kwargs)) if images else ())
     rows: list[dict] = []  # of each image and frame
@@ -218,7 +273,7 @@ def video_frames(
 
     Args:
         video: a video file, in all the ways in which `load_image` takes images; or frames, as a list of what `load_image`
-            takes, or as an array or tensor (frames, ...) of such.
+            takes, or as an array or tensor (frames, ...) of such; or a `Film`, all of it.
         name: what error messages call it.
         num_frames, fps: which frames are taken, see `sampled`. None: all.
         check, limits: as for `load_image`.
@@ -228,6 +283,10 @@ def video_frames(
         ImportError: it is a file, and PyAV is not installed.
     """
     within = ImageLimits.of_process(**limits)
+    if isinstance(video, Film):
+        yield video.seconds
+        yield from video.images
+        return
     with _named(name):
         if isinstance(video, Image.Image) or getattr(video, "ndim", 4) != 4:
             raise ValueError("it is an image, and a video has an axis of frames: pass it as an image")
