@@ -5,12 +5,14 @@ import itertools
 import warnings
 
 import pytest
+import tile_parts
 import torch
 from test_chat import Count, picture, tiny_processor
 from tiny_models import tiny_model
 
 from saisa_hf.answering import Answerer, Likelihood, Question
 from saisa_hf.chat.templates import chat_template
+from saisa_hf.processing_saisa import Video
 
 
 WORDS = ["abc", "de", "fgh dea", "a", "bad cab", "ace of bees"]
@@ -42,8 +44,9 @@ def questions(tmp_path, count=40):
 def alone(model, processor, question, **options):
     """The answer of `generate` to one question."""
     text = question.prompt if "<image>" in question.prompt else "<image>\n" * len(question.images) + question.prompt
-    prompt = processor.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-    inputs = processor(text=prompt, images=list(question.images) or None, return_tensors="pt")
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    images = list(question.images) or None
+    inputs = processor.apply_chat_template([{"role": "user", "content": text}], images=images, **how)
     ids = model.generate(**inputs, do_sample=False, **options)[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -76,7 +79,7 @@ def test_an_image_is_encoded_once_however_many_questions_it_has(tmp_path, alignm
 
 def test_kept_states_stay_within_their_memory(tmp_path):
     model, processor = tiny()
-    asked = questions(tmp_path, 200)
+    asked = questions(tmp_path, 100)
     wanted = [answer.text for answer in Answerer(model, processor, max_new_tokens=3).answer(asked)]
     one = model.get_visual_states(**processor(images=picture(0), return_tensors="pt")).nbytes
     answerer, most = Answerer(model, processor, max_new_tokens=3, batch_size=4, state_bytes=5 * one), 0
@@ -217,3 +220,33 @@ def test_the_answer_of_greedy_decoding_is_the_greedy_one():
 def test_a_batch_has_at_least_one_question():
     with pytest.raises(ValueError, match="batch_size=0"):
         Answerer(*tiny(), batch_size=0)
+
+
+# --- other inputs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size, states", [(1, True), (8, True), (8, False)])
+def test_images_in_tiles_are_answered_alike(batch_size, states):
+    model, processor = tile_parts.tiled_saisa(), tile_parts.our_processor(tile_parts.next_processor())
+    drawn = [tile_parts.draw(index, size) for index, size in enumerate([(12, 40), (30, 12), (24, 24), (5, 5)])]
+    asked = [Question("is there a 3?", [drawn[index % 4]]) for index in range(8)] + [Question("where?", drawn[:2])]
+    answers = Answerer(model, processor, batch_size=batch_size, visual_states=states, max_new_tokens=4).answer(asked)
+    assert [answer.text for answer in answers] == [alone(model, processor, one, max_new_tokens=4) for one in asked]
+
+
+def test_videos_are_answered_beside_images(tmp_path):
+    pytest.importorskip("av")
+    from test_video import make_model, make_processor
+    from video_parts import write_video
+
+    film = write_video(tmp_path / "film.mp4", count=20, rate=20)
+    (tmp_path / "not.mp4").write_bytes(b"nothing")
+    model, processor = make_model(), make_processor()
+    asked = [Question(words, [Video(str(film))]) for words in WORDS[:2]] + [Question("abc", [picture(0)])] * 2
+    answers = list(
+        Answerer(model, processor, max_new_tokens=3).answer(
+            [*asked, Question("abc", [Video(str(tmp_path / "not.mp4"))])]
+        )
+    )
+    assert [answer.text for answer in answers[:4]] == [alone(model, processor, one, max_new_tokens=3) for one in asked]
+    assert "video" in answers[4].error

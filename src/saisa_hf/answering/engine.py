@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..processing_saisa import begins_with_bos
+from ..processing_saisa import Video, begins_with_bos
 from .kept_images import KeptImages, opened
 from .questions import Answer, Likelihood, Prompt, Question, image_name, render
 from .stops import StopTexts
@@ -156,7 +156,8 @@ class Answerer:
         there when it is yielded."""
         counts = Counter(name for prompt in window for name in prompt.images)
         repeated = {name for name, count in counts.items() if count > 1 or name in self._kept}
-        several = [prompt for prompt in window if self.visual_states and repeated.intersection(prompt.images)]
+        still = [prompt for prompt in window if not any(isinstance(one, Video) for one in prompt.question.images)]
+        several = [prompt for prompt in still if self.visual_states and repeated.intersection(prompt.images)]
         several_ids = set(map(id, several))
         yield from self._by_length(prompt for prompt in window if id(prompt) not in several_ids)
         while several:

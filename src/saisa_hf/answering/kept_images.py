@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from ..images_saisa import load_image
+from ..processing_saisa import Video
 from ..visual_states_saisa import SaisaVisualStates
 
 
 def opened(image: Any) -> Any:
-    """`image` as a PIL image. Raises ValueError, which names it, if it cannot be read."""
+    """`image` as a PIL image; a `Video` as it is. Raises ValueError, which names it, if it cannot be read."""
+    if isinstance(image, Video):
+        return image
     return load_image(image, f"image {image!r:.300}" if isinstance(image, str) else "the image")
 
 

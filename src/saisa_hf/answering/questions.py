@@ -18,7 +18,7 @@ class Question:
         prompt: the words of a user, in front of which the images come unless the processor's image token says where they
             are; or chat messages as `apply_chat_template` takes them, the last of them the user's, whose image parts and
             image tokens stand for `images` in this order.
-        images: what `load_image` takes. They are opened when their turn comes.
+        images: what `load_image` takes, or `Video`s. They are opened when their turn comes.
         key: anything, which the answer has too.
     """
 
