@@ -71,6 +71,7 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
+TILES = [[8, 16], [16, 8], [16, 16], [8, 24]]
 # name -> SaisaConfig's arguments, the image processor's class and arguments, SaisaProcessor's arguments, and the rotary
 # settings as 5.x writes them
 VARIANTS = {
@@ -101,6 +102,22 @@ VARIANTS = {
         "image_processor": ("SiglipImageProcessor", {"size": {"height": 8, "width": 8}}),
         "processor": {"vision_feature_select_strategy": "full", "num_additional_image_tokens": 0},
         "rope": {"rope_type": "default", "rope_theta": 1000000.0},
+    },
+    "tiles": {
+        "config": {
+            "text_config": TEXT | {"model_type": "llama", "max_position_embeddings": 512},
+            "vision_config": VISION | {"model_type": "siglip_vision_model"},
+            "tie_word_embeddings": False,
+            "vision_feature_select_strategy": "full",
+            "image_grid_pinpoints": TILES,
+            "vision_aspect_ratio": "anyres_max_2",
+        },
+        "image_processor": (
+            "LlavaOnevisionImageProcessor",
+            {"size": {"height": 8, "width": 8}, "image_grid_pinpoints": TILES},
+        ),
+        "processor": {"vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_2"},
+        "rope": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
 
@@ -159,6 +176,7 @@ def parameter_names(variant):
         names += [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up", "down")]
         if index in config.get("visual_layers", range(layers)):
             names += [f"{layer}.visual_projector.linear_{n}.{x}" for n in (1, 2) for x in ("weight", "bias")]
+            names += [f"{layer}.visual_projector.image_newline"] if "image_grid_pinpoints" in config else []
     return set(names)
 
 

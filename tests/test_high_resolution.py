@@ -1,12 +1,19 @@
 """Images in tiles: what transformers' LLaVA-NeXT and LLaVA-OneVision make of an image, and the same in SAISA."""
 
+import re
+
 import pytest
 import torch
 import transformers
 from tile_parts import (
     EXTREMES,
     IMAGE,
+    NEXT,
     ONEVISION,
+    SIDE,
+    TOKENIZER,
+    TOKENS,
+    VISIONS,
     close,
     draw,
     make_next,
@@ -15,12 +22,16 @@ from tile_parts import (
     onevision_processor,
     our_processor,
     random_sizes,
+    text_config,
     tiled_saisa,
     tiles_processor,
 )
+from tiny_models import tiny_config
 
-from saisa_hf import SaisaForConditionalGeneration, SaisaVisualStates
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor, SaisaVisualStates
+from saisa_hf.chat.conversation import Conversation
 from saisa_hf.tiles_saisa import NEWLINE
+from saisa_hf.training.encoding import ConversationEncoder, SaisaCollator
 
 
 MAKERS = {"next": (make_next, next_processor), "onevision": (make_onevision, onevision_processor)}
@@ -285,3 +296,107 @@ def test_newlines_learn_and_checkpointed_gradients_are_those_without(way):
     for name, p in model.named_parameters():
         if "visual_projector" in name:
             assert p.grad is not None and not p.grad.any(), name
+
+
+def test_training_takes_images_of_unlike_numbers_of_tiles():
+    model, processor = made("next")
+    samples = []
+    for number, size in enumerate([(24, 24), (7, 40), None, (13, 12)]):
+        asked = [{"type": "text", "text": "what is this ?"}]
+        images = [] if size is None else [draw(number, size)]
+        content = [{"type": "image"} for _ in images] + asked
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "two"}]
+        samples.append({"messages": messages, "images": images})
+    collate = SaisaCollator(ConversationEncoder(processor))
+    batch = collate(samples)
+    assert batch["pixel_values"].shape[:2] == (3, 5) and batch["num_tiles"].tolist() == [5, 4, 3]
+    loss = model(**batch).loss
+    ones = [collate([sample]) for sample in samples]
+    counts = [int((one["labels"] != -100).sum()) for one in ones]
+    alone = sum(model(**one).loss * count for one, count in zip(ones, counts)) / sum(counts)
+    close(loss, alone)
+    assert ones[2]["pixel_values"].shape[::2] == (0, 3, SIDE) and len(ones[2]["num_tiles"]) == 0
+    packed = SaisaCollator(ConversationEncoder(processor), packing=True)(samples)
+    close(model(**packed).loss, loss)
+
+
+def test_a_chat_goes_on_with_an_image_of_more_tiles_from_what_is_cached():
+    model, processor = made("next")
+    read, forward = [], model.model.language_model.forward
+    model.model.language_model.forward = lambda *a, **k: (read.append(k["input_ids"].shape[1]), forward(*a, **k))[1]
+    chat = Conversation(model, processor, max_new_tokens=3)
+    said = []
+    for number, size in enumerate([(13, 12), (24, 24)]):
+        read.clear()
+        "".join(chat.ask("what is this ?", [draw(number, size)]))
+        said.append(read[0])
+    ids = chat.inputs(chat.messages)["input_ids"]
+    assert said[1] < ids.shape[1] - said[0] + 8  # what the second turn brought, not the whole conversation
+    fresh = Conversation(model, processor, max_new_tokens=3)
+    fresh.messages = chat.messages[:2]
+    "".join(fresh.ask("what is this ?", [draw(1, (24, 24))]))
+    assert fresh.messages == chat.messages
+
+
+def test_the_whole_image_alone_may_be_asked_for_at_loading(tmp_path):
+    tiled_saisa().save_pretrained(tmp_path)
+    model = SaisaForConditionalGeneration.from_pretrained(tmp_path, image_grid_pinpoints=None)
+    assert model.config.image_grid_pinpoints is None
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    plain = tiled_saisa().get_image_features(pixels).pooler_output
+    assert plain.shape[1] == TOKENS and torch.equal(model.get_image_features(pixels).pooler_output, plain)
+    with pytest.raises(ValueError, match=r"lacks .*image_newline"):
+        tiled_saisa(image_grid_pinpoints=None).save_pretrained(tmp_path / "plain")
+        SaisaForConditionalGeneration.from_pretrained(tmp_path / "plain", image_grid_pinpoints=NEXT)
+
+
+REFUSED = {
+    "no list": ({"image_grid_pinpoints": 12}, "image_grid_pinpoints=12: expected a list"),
+    "empty": ({"image_grid_pinpoints": []}, "expected a list of [height, width], at least one"),
+    "no pairs": ({"image_grid_pinpoints": [[12, 24], [12]]}, "expected a list of [height, width]"),
+    "no numbers": ({"image_grid_pinpoints": [["a", 24]]}, "image_grid_pinpoints='a': expected a whole number"),
+    "no multiple": ({"image_grid_pinpoints": [[12, 30]]}, "image_grid_pinpoints has [12, 30]: expected multiples of 12 x 12"),
+    "too many tiles": ({"image_grid_pinpoints": [[1200, 1200]]}, "image_grid_pinpoints (tiles)=10000: expected a whole"),
+    "aspect alone": ({"image_grid_pinpoints": None, "vision_aspect_ratio": "anyres_max_9"}, "goes with image_grid_pinpoints"),
+    "no aspect": ({"vision_aspect_ratio": "anyres"}, "vision_aspect_ratio='anyres': expected 'anyres_max_9'"),
+    "aspect 0": ({"vision_aspect_ratio": "anyres_max_0"}, "vision_aspect_ratio='anyres_max_0': expected"),
+    "class token": ({"vision_feature_select_strategy": "full"}, "choose 'default', as clip_vision_model has 1"),
+    "no grid": ({"visual_token_reduction": "resampler", "reduced_visual_tokens": 4}, "choose 'avg_pool', 'pixel_unshuffle'"),
+    "own shape": ({"vision": "siglip2"}, "siglip2_vision_model reads images in their own shape"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_settings_that_do_not_fit_are_named(case):
+    settings, message = REFUSED[case]
+    settings = {"image_grid_pinpoints": NEXT, **settings}
+    vision = tiny_config(vision=settings.pop("vision")).vision_config if "vision" in settings else VISIONS["clip"]()
+    if vision.model_type == "siglip2_vision_model":
+        settings["image_grid_pinpoints"] = [[224, 448]]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SaisaConfig(vision, text_config(), IMAGE, **settings)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"image_sizes": None, "num_tiles": None}, "expected image_sizes with it"),
+        ({"image_sizes": None}, "num_tiles is given without image_sizes"),
+        ({"num_tiles": torch.tensor([2, 4])}, "An image is read as 2 pictures of 12 x 12: expected 1 or 5 by its size"),
+        ({"image_sizes": torch.tensor([[24, 24]]), "num_tiles": None}, "pixel_values is (2, 5, 3, 12, 12): expected"),
+        ({"pixel_values": torch.zeros(2, 3, 3, SIDE, SIDE)}, "pixel_values is (2, 3, 3, 12, 12): expected pictures of"),
+        ({"pixel_values": torch.zeros(2, 3, SIDE, SIDE)}, "pixel_values is (2, 3, 12, 12): expected (images, tiles, "),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_are_named(change, message):
+    model, processor = made("next")
+    inputs = dict(processor(images=[draw(0, (24, 24)), draw(1, (7, 40))], return_tensors="pt"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.get_image_features(**inputs | change)
+
+
+def test_the_processor_refuses_what_the_model_cannot_know():
+    with pytest.raises(ValueError, match="image_grid_pinpoints cannot be chosen in a call"):
+        as_next()(images=draw(0, (24, 24)), image_grid_pinpoints=[[12, 24]])
+    with pytest.raises(ValueError, match="vision_aspect_ratio='wide': expected"):
+        SaisaProcessor(next_processor().image_processor, TOKENIZER, vision_aspect_ratio="wide")

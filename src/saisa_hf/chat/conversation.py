@@ -218,11 +218,16 @@ class Conversation:
 
 
 def _agree(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
-    """Whether the images at the beginning of both, as many as the shorter one has, are the same."""
+    """Whether the images at the beginning of both, as many as the shorter one has, are the same. Images in tiles are padded
+    to as many as the one with most of them has."""
     if old is None or new is None:
         return True
     count = min(len(old), len(new))
-    return torch.equal(old[:count], new[:count])
+    old, new = old[:count], new[:count]
+    if old.ndim != 5 or new.ndim != 5:
+        return torch.equal(old, new)
+    tiles = min(old.shape[1], new.shape[1])
+    return torch.equal(old[:, :tiles], new[:, :tiles]) and not any(x[:, tiles:].any() for x in (old, new))
 
 
 def _message(role: str, text: str, images: Iterable = (), films: Iterable = ()) -> dict:

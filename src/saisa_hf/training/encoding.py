@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 from PIL import Image
+from torch.nn import functional as F
 
 from ..chat.templates import chat_template as packaged_template
 from ..chat.templates import chat_template_names
@@ -160,7 +161,7 @@ class SaisaCollator:
             items = [_with_pooling(item) if "pixel_values" in item else item for item in items]
         batch = self._packed(items) if self.packing else self._padded(items)
         images = {key for item in items for key in item} - {"input_ids", "labels", "cut", "sample_index"}
-        batch |= {key: torch.cat([item[key] for item in items if key in item]) for key in sorted(images)}
+        batch |= {key: joined([item[key] for item in items if key in item]) for key in sorted(images)}
         if not images and self.encode is not None:
             batch |= self._no_images(self.encode.processor)
         if all("sample_index" in item for item in items):
@@ -175,11 +176,10 @@ class SaisaCollator:
         return self.encode(sample)
 
     def _no_images(self, processor: SaisaProcessor) -> dict[str, torch.Tensor]:
-        """The image processor's output for zero images."""
+        """The processor's output for zero images."""
         if not self.no_images:
-            blank = Image.new("RGB", (64, 64))
-            encoded = processor.image_processor(images=[blank], return_tensors="pt")
-            self.no_images = {key: torch.as_tensor(np.asarray(value))[:0] for key, value in encoded.items()}
+            encoded = processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")
+            self.no_images = {key: torch.as_tensor(value)[:0] for key, value in encoded.items()}
         return self.no_images
 
     def _packed(self, items: list[dict]) -> dict[str, Any]:
@@ -208,6 +208,14 @@ class SaisaCollator:
 def _with_pooling(item: dict) -> dict:
     """An encoded sample as it has to be in a batch with frames of videos: images are not pooled."""
     return {"frame_pooling": torch.ones(len(item["pixel_values"]), dtype=torch.long), **item}
+
+
+def joined(images: list[torch.Tensor]) -> torch.Tensor:
+    """Tensors of images, one after the other; those of images in tiles, of unlike numbers, are padded with zeros."""
+    if images[0].ndim == 5:
+        most = max(x.shape[1] for x in images)
+        images = [F.pad(x, (0, 0) * 3 + (0, most - x.shape[1])) for x in images]
+    return torch.cat(images)
 
 
 def template_source(name: str, processor: SaisaProcessor, captions: bool = False) -> str | None:

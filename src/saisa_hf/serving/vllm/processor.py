@@ -14,7 +14,7 @@ from vllm.multimodal.processing import (
 from ...configuration_saisa import SaisaConfig
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import image_size, reduced_length
-from .refusals import check_pixels, check_request_settings
+from .refusals import IN_TRANSFORMERS, check_pixels, check_request_settings, refusal
 
 
 class SaisaProcessingInfo(BaseProcessingInfo):
@@ -64,6 +64,9 @@ class SaisaMultiModalProcessor(BaseMultiModalProcessor[SaisaProcessingInfo]):
         return super().apply(inputs, timing_ctx)
 
     def _get_mm_fields_config(self, hf_inputs, hf_processor_mm_kwargs):
+        if "num_tiles" in hf_inputs:
+            why = f"an image has one picture here. {IN_TRANSFORMERS}"
+            raise refusal("an image processor that makes tiles of images", why)
         names = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
         return {name: MultiModalFieldConfig.batched("image") for name in names if name in hf_inputs}
 

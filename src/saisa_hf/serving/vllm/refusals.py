@@ -99,6 +99,9 @@ def check_checkpoint(config) -> None:
             "tie_word_embeddings=False",
             f"vLLM's decoder for {text.model_type} has no head of its own. {IN_TRANSFORMERS}",
         )
+    if config.image_grid_pinpoints is not None:
+        why = f"each projector has a learned row for the ends of their lines, which is not read here. {IN_TRANSFORMERS}"
+        raise refusal("image_grid_pinpoints, images in tiles", why)
     for rope_type in rope_types(text):
         if rope_type in STRETCHED:
             why = f"vLLM stretches it by the longest possible sequence, not by the one at hand. {IN_TRANSFORMERS}"
