@@ -41,6 +41,7 @@ FEATURES = {
     r"masking_utils": "masks of transformers' own",
     r"LogitsProcessor": "images in `generate`",
     r"chat_template": "chat templates",
+    r"select_best_resolution": "images in tiles",
     r"image_utils": "images from addresses",
     r"AddedToken": "adding an image token",
     r"MultiModalData": "serving engines' question about sizes",

@@ -1,10 +1,12 @@
 """Images in tiles: what transformers' LLaVA-NeXT and LLaVA-OneVision make of an image, and the same in SAISA."""
 
+import json
 import re
 
 import pytest
 import torch
 import transformers
+from test_build import parts_on_disk
 from tile_parts import (
     EXTREMES,
     IMAGE,
@@ -27,9 +29,12 @@ from tile_parts import (
     tiles_processor,
 )
 from tiny_models import tiny_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor, SaisaVisualStates
+from saisa_hf.bench import measure
 from saisa_hf.chat.conversation import Conversation
+from saisa_hf.cli import main
 from saisa_hf.tiles_saisa import NEWLINE
 from saisa_hf.training.encoding import ConversationEncoder, SaisaCollator
 
@@ -400,3 +405,50 @@ def test_the_processor_refuses_what_the_model_cannot_know():
         as_next()(images=draw(0, (24, 24)), image_grid_pinpoints=[[12, 24]])
     with pytest.raises(ValueError, match="vision_aspect_ratio='wide': expected"):
         SaisaProcessor(next_processor().image_processor, TOKENIZER, vision_aspect_ratio="wide")
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_saisa_build_makes_a_model_that_reads_tiles(tmp_path, capsys):
+    parts, target = parts_on_disk(tmp_path), tmp_path / "out"
+    assert main(["build", *map(str, parts), str(target), "--tiles", "1x2", "2x2"]) == 0, capsys.readouterr().err
+    model, processor = SaisaForConditionalGeneration.from_pretrained(target), SaisaProcessor.from_pretrained(target)
+    side = model.config.vision_config.image_size
+    assert model.config.image_grid_pinpoints == [[side, 2 * side], [2 * side, 2 * side]]
+    assert processor.image_processor.image_mean == SaisaProcessor.from_pretrained(target).image_processor.image_mean
+    inputs = processor(images=draw(0, (2 * side, 2 * side)), text="<image> word1", return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 5, 3, side, side)
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert main(["check", str(target)]) == 0, capsys.readouterr().out
+    settings = target / "preprocessor_config.json"
+    whole = json.loads(settings.read_text())
+    settings.write_text(json.dumps({**whole, "image_grid_pinpoints": [[side, side]]}))
+    assert main(["check", str(target)]) == 1
+    assert f"its image_grid_pinpoints is [[{side}, {side}]], expected [[{side}, " in capsys.readouterr().out
+    for model_settings in (["--tiles", "1x"], ["--tiles", "0x2"]):
+        with pytest.raises(SystemExit):
+            main(["build", *map(str, parts), str(tmp_path / "other"), *model_settings])
+
+
+def test_saisa_flops_counts_the_tiles_of_an_image_as_pytorch_does(tmp_path, capsys):
+    model, processor = made("next")
+    model.set_attn_implementation("eager")
+    model.save_pretrained(tmp_path)
+    for size in ((24, 24), (7, 40)):
+        inputs = processor(images=draw(0, size), text="<image> ?", return_tensors="pt")
+        tokens = inputs["input_ids"].shape[1]
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            counted = measure.flops(lambda given=inputs: model(**given, use_cache=True, logits_to_keep=1))
+        visual = int((inputs["input_ids"] == IMAGE).sum())
+        sizes = ["--image-size", *map(str, size), "--text", str(tokens - visual), "--json"]
+        assert main(["flops", str(tmp_path), *sizes]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["visual"] == visual
+        assert sum(found["saisa"]["prompt"].values()) == pytest.approx(counted, rel=0.01)
+    assert main(["flops", str(tmp_path)]) == 0
+    assert "51 tokens per image, read in 5 pictures" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["flops", str(tmp_path), "--visual", "3", "--image-size", "2", "2"])
+    assert main(["flops", "vicuna-7b", "--image-size", "2", "2"]) == 2
+    assert "no image_grid_pinpoints" in capsys.readouterr().err

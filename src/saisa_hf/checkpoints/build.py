@@ -8,14 +8,21 @@ place at the very end.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    LlavaNextImageProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import read_chat_template, with_pictures
@@ -23,6 +30,7 @@ from ..common.destination import Destination, size_in_bytes
 from ..common.sources import local_folder, reading
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token
+from ..vision_saisa import image_size
 from .model_card import licence_in_card, write_model_card
 from .names import as_saved
 from .padding import prepare_padding
@@ -42,6 +50,7 @@ def build(
     chat_template: str | None = None,
     dtype: str | None = None,
     pad_to_square: bool = False,
+    tiles: Sequence[tuple[int, int]] | None = None,
     seed: int = 0,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -62,6 +71,8 @@ def build(
             None: the tokenizer's own, made to accept images; "plain" if it has none.
         dtype: "float32", "float16" or "bfloat16"; None keeps the language model's.
         pad_to_square: whether the processor first pads images to squares with the mean colour, as LLaVA-1.5 does.
+        tiles: grids of tiles, (rows, columns) each, that images are read in beside the whole, as LLaVA-NeXT does; None: the
+            whole alone.
         seed: of the projectors' weights.
         max_shard_size: the largest size of a weight file, as a number of bytes or like "5GB".
         overwrite: whether `destination` may be replaced.
@@ -92,6 +103,11 @@ def build(
     template = _chat_template(chat_template, tokenizer, image_token)
     with reading(f"the image processor of {vision_model}"):
         image_processor = _image_processor(vision_model)
+        if tiles:
+            config = AutoConfig.from_pretrained(vision_model)
+            height, width = image_size(getattr(config, "vision_config", config))
+            settings["image_grid_pinpoints"] = [[rows * height, columns * width] for rows, columns in tiles]
+            image_processor = _with_tiles(image_processor, settings["image_grid_pinpoints"], height)
 
     log(f"reading {language_model} and {vision_model}")
     torch.manual_seed(seed)
@@ -184,7 +200,9 @@ def make_processor(
             f"The encoder does not accept images of shape {tuple(inputs['pixel_values'].shape)}, which its image processor "
             f"makes: {error}"
         ) from error
-    if "spatial_shapes" not in inputs:  # every image has as many tokens, whatever its shape
+    if (
+        "num_tiles" not in inputs and "spatial_shapes" not in inputs
+    ):  # every image has as many tokens, whatever its shape
         config.image_seq_length = processor.image_seq_length = len(outputs.pooler_output[0])
         # for when another reduction is chosen at loading: without `image_seq_length`, the processor counts patches
         height, width = inputs["pixel_values"].shape[-2:]
@@ -222,6 +240,22 @@ def _image_processor(vision_model: str) -> Any:
         image_mean=list(seen.get("mean", (0.485, 0.456, 0.406))),
         image_std=list(seen.get("std", (0.229, 0.224, 0.225))),
     )
+
+
+def _with_tiles(image_processor: Any, pinpoints: list[list[int]], side: int) -> LlavaNextImageProcessor:
+    """LLaVA-NeXT's image processor with the settings of an encoder's own."""
+    return LlavaNextImageProcessor(
+        size={"height": side, "width": side},
+        crop_size={"height": side, "width": side},
+        image_grid_pinpoints=pinpoints,
+        **colour_settings(image_processor),
+    )
+
+
+def colour_settings(image_processor: Any) -> dict[str, Any]:
+    """Those settings of an image processor that do not depend on the sizes of images."""
+    names = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
+    return {name: getattr(image_processor, name) for name in names if hasattr(image_processor, name)}
 
 
 def _compare(folder: Path, model: SaisaForConditionalGeneration) -> int:

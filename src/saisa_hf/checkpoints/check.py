@@ -287,6 +287,10 @@ def _unlike(processor: SaisaProcessor, config: SaisaConfig, index: int) -> Itera
     if index != config.image_token_id:
         expected = f"image_token_id={config.image_token_id} of config.json"
         yield f"its image token {processor.image_token!r} is {index}, expected {expected}."
+    own = processor.image_grid_pinpoints and [list(pair) for pair in processor.image_grid_pinpoints]
+    for name, found in (("image_grid_pinpoints", own), ("vision_aspect_ratio", processor.vision_aspect_ratio)):
+        if found != getattr(config, name):
+            yield f"its {name} is {found!r:.200}, expected {getattr(config, name)!r:.200} of config.json."
     rows, tokens = config.text_config.vocab_size, max(processor.tokenizer.get_vocab().values()) + 1
     if tokens > rows:
         yield f"its tokenizer has indices up to {tokens - 1}, the model has vocab_size={rows}."

@@ -12,6 +12,7 @@ import torch
 
 from ..compat_saisa import needed
 from ..configuration_saisa import SaisaConfig
+from ..costs.images import image_of
 from ..costs.products import feed_forward_sizes
 from ..language_models_saisa import language_model_family
 from ..modeling_saisa import SaisaForConditionalGeneration
@@ -170,6 +171,9 @@ Visual tokens enter in front of the first layer, through one projector. They att
 {attend} and pass the feed-forward network in {fed} of the {count} decoder layers; in all layers they are keys and values."""
     reduction = config.visual_token_reduction
     fewer = "" if reduction is None else f", of {config.encoder_tokens_per_image} by {reduction}"
+    tiles = ""
+    if config.image_grid_pinpoints is not None:
+        tiles = f" for the whole image, up to {image_of(config).length} with its tiles"
     return f"""\
 {what}
 
@@ -179,7 +183,7 @@ Visual tokens enter in front of the first layer, through one projector. They att
 vocabulary {text.vocab_size} |
 | Vision encoder | {vision.model_type}, hidden state {config.vision_feature_layer}, feature selection \
 "{config.vision_feature_select_strategy}" |
-| Visual tokens per image | {config.image_seq_length}, width {config.vision_feature_size}{fewer} |
+| Visual tokens per image | {config.image_seq_length}{tiles}, width {config.vision_feature_size}{fewer} |
 | Projectors | {config.projector_sharing}, activation {config.projector_hidden_act} |
 """
 

@@ -4,7 +4,7 @@
 import argparse
 from typing import Any
 
-from ..common.arguments import count, positive, seed
+from ..common.arguments import count, grid, positive, seed
 from .options import (
     Commands,
     Options,
@@ -80,6 +80,8 @@ def _add_parts(group: Options) -> None:
     seeing = "decoder layers that see images (default: all)"
     add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
     add_reduction(group, "reduce the visual tokens of an image (default: no reduction)")
+    tiles = "read images in tiles too, as LLaVA-NeXT does, in the best of these grids: --tiles 1x2 2x1 2x2 1x3 3x1"
+    add("--tiles", metavar="ROWSxCOLUMNS", type=grid, nargs="+", help=tiles)
     add("--pad-to-square", action="store_true", help="pad images to squares, as LLaVA-1.5 does")
 
 

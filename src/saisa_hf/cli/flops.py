@@ -3,6 +3,7 @@
 
 import argparse
 import json
+from typing import Any
 
 from ..common.arguments import count, positive
 from ..costs.presets import LANGUAGE_MODELS
@@ -32,6 +33,8 @@ def add_to(commands: Commands) -> None:
     visual.add_argument("--visual", metavar="N", type=count, help="visual tokens (default: those of one image)")
     images = "images, with as many tokens as the encoder gives"
     visual.add_argument("--images", metavar="N", type=count, help=images)
+    size = "of the images, for a model that reads tiles (default: that with most visual tokens)"
+    add("--image-size", metavar=("HEIGHT", "WIDTH"), type=positive, nargs=2, help=size)
     add_prompt_sizes(command, text=64, generate=0)
     add("--dtype", choices=DTYPES, default="bfloat16", help="for all bytes (default: %(default)s)")
     every = "the Flamingo has cross-attention before every Nth layer (default: %(default)s)"
@@ -46,24 +49,30 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..costs.flops import Step, account, read_config, show
+    from ..costs.images import image_of
 
+    if arguments.visual is not None and arguments.image_size is not None:
+        arguments.parser.error("--image-size does not go with --visual, which says how many tokens there are")
     config = _reduced(read_config(arguments.model), arguments)
-    visual = arguments.visual
+    image = image_of(config, None if arguments.image_size is None else tuple(arguments.image_size))
+    visual, pictures = arguments.visual, None
     if visual is None:
-        visual = config.image_seq_length * (1 if arguments.images is None else arguments.images)
+        images = 1 if arguments.images is None else arguments.images
+        visual, pictures = image.length * images, image.pictures * images
     step = Step(arguments.text, visual, batch=arguments.batch)
-    options = {"cross_every": arguments.cross_every, "trained": arguments.train}
+    options: dict[str, Any] = {"cross_every": arguments.cross_every, "trained": arguments.train}
     itemsize = 4 if arguments.dtype == "float32" else 2
-    found = account(config, step, itemsize, arguments.generate, **options)
+    found = account(config, step, itemsize, arguments.generate, **options, pictures=pictures)
     if arguments.json:
         asked = {"model": arguments.model, "text": arguments.text, "visual": visual, "batch": arguments.batch}
         asked |= {"generated": arguments.generate, "dtype": arguments.dtype, **options}
         print(json.dumps(asked | found, indent=1))
         return 0
     text, vision = config.text_config, config.vision_config
+    tiles = "" if image.pictures == 1 else f", read in {image.pictures} pictures"
     print(
         f"{arguments.model}: {text.model_type}, {text.num_hidden_layers} layers, hidden {text.hidden_size}; "
-        f"{vision.model_type}, {config.image_seq_length} tokens per image\n{arguments.text} text and {visual} visual tokens, "
+        f"{vision.model_type}, {image.length} tokens per image{tiles}\n{arguments.text} text and {visual} visual tokens, "
         f"batch {arguments.batch}, {arguments.dtype}\n"
     )
     print(show(found, arguments.generate, own="this model" if config.in_embedding_space else "SAISA", **options))

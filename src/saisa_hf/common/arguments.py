@@ -46,3 +46,11 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number that is not negative, got {text!r}")
     return value
+
+
+def grid(text: str) -> tuple[int, int]:
+    """Rows and columns, like 2x3."""
+    rows, _, columns = text.partition("x")
+    if not all(part.isdecimal() and len(part) <= DIGITS and int(part) for part in (rows, columns)):
+        raise argparse.ArgumentTypeError(f"expected ROWSxCOLUMNS like 2x3, got {text!r:.40}")
+    return int(rows), int(columns)

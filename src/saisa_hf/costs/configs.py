@@ -31,7 +31,12 @@ def read_config(model: str) -> SaisaConfig:
     if isinstance(config, SaisaConfig):
         return config
     if hasattr(config, "vision_config") and hasattr(config, "text_config"):
-        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        names = (
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+            "image_grid_pinpoints",
+            "vision_aspect_ratio",
+        )
         settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
         settings["projector_bias"] = getattr(config, "multimodal_projector_bias", True)
         return _with_encoder(config.text_config, config.vision_config, **settings)

@@ -109,7 +109,13 @@ def training_flops(
 
 
 def account(
-    config: SaisaConfig, step: Step, itemsize: int = 2, generated: int = 0, cross_every: int = 4, trained: str = "full"
+    config: SaisaConfig,
+    step: Step,
+    itemsize: int = 2,
+    generated: int = 0,
+    cross_every: int = 4,
+    trained: str = "full",
+    pictures: int | None = None,
 ) -> dict:
     """All that `saisa flops` prints, by architecture.
 
@@ -120,14 +126,14 @@ def account(
         generated: tokens to generate. The prompt's pass yields the first; each of the others takes a pass of its own.
         cross_every: see `step_flops`.
         trained: what a training step trains, see `training_flops`.
+        pictures: that the encoder reads for a sample, tiles too; None: as many whole images as the visual tokens fill.
 
     Returns:
         For `"saisa"`, `"llava"` and `"flamingo"`: `prompt` (FLOPs by part), `language_model` (FLOPs as the paper counts
         them), `next_token`, `generated` (of all passes after the prompt) and `training` (FLOPs), `parameters` (by part),
-        `cache_bytes` (after the last pass) and `activation_bytes`. The encoder reads as many whole images as the visual
-        tokens fill.
+        `cache_bytes` (after the last pass) and `activation_bytes`.
     """
-    images = step.batch * -(-step.visual // config.image_seq_length)
+    images = step.batch * (-(-step.visual // config.image_seq_length) if pictures is None else pictures)
     found = {}
     for name in ARCHITECTURES[:3]:
         prompt = step_flops(config, name, step, cross_every)

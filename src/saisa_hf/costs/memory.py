@@ -15,6 +15,7 @@ from ..common.tables import table
 from ..configuration_saisa import SaisaConfig
 from ..hardware_saisa import KEPT_PRECISE
 from ..modeling_saisa import SaisaForConditionalGeneration
+from .images import image_of
 from .products import Step
 from .sizes import activation_bytes, cache_bytes
 
@@ -95,7 +96,8 @@ def use_bytes(
         text, images, generated: of each of `batch` samples.
     """
     dtype, quantization = WAYS[way]
-    step = Step(text, images * config.image_seq_length, batch=batch)
+    image = image_of(config)
+    step = Step(text, images * image.length, batch=batch)
     behind = Step(text + max(generated - 1, 0), step.visual, batch=batch)  # the last token is not read again
     decoder, vision = config.text_config, config.vision_config
     work = activation_bytes(config, "saisa", step, dtype.itemsize)
@@ -104,7 +106,7 @@ def use_bytes(
     inner = getattr(vision, "intermediate_size", None) or 4 * width
     # all states of the encoder are kept until the end of its pass, beside what its last layer works with
     each = config.image_seq_length if config.visual_token_reduction is None else config.encoder_tokens_per_image
-    patches = batch * images * each
+    patches = batch * images * image.pictures * each
     encoder = patches * dtype.itemsize * (states * width + 4 * width + 2 * inner)
     if quantization is not None:  # a prompt's products take the largest matrix in full
         work += decoder.hidden_size * max(decoder.intermediate_size, decoder.hidden_size) * dtype.itemsize
@@ -128,8 +130,9 @@ def _fit(
     config: SaisaConfig, way: str, weights: int, memory: int, text: int, images: int, generated: int, batch: int
 ) -> dict:
     limit = getattr(config.text_config, "max_position_embeddings", MOST_TOKENS)
-    room = limit - generated - images * config.image_seq_length
-    most_images = (limit - generated - text) // config.image_seq_length
+    each = image_of(config).length
+    room = limit - generated - images * each
+    most_images = (limit - generated - text) // each
     parts = {"weights": weights, **use_bytes(config, way, text, images, generated, batch)}
 
     def fits(text: int, images: int) -> bool:

@@ -70,7 +70,8 @@ class StepFlops:
     def counts(self, inputs: dict) -> torch.Tensor:
         """`COUNTS` of a batch of the model's inputs, float64 on its device."""
         ids, labels = inputs["input_ids"], inputs["labels"]
-        images = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device)
+        tiles = inputs.get("num_tiles")  # of images that are read as several pictures
+        images = torch.tensor(len(inputs.get("pixel_values", ())), device=ids.device) if tiles is None else tiles.sum()
         visual = (ids == self.image_token_id).sum()
         text_BS, text = ids != self.image_token_id, ids.numel() - visual
         predicts_BS = text_BS | self.visual_tokens_predict

@@ -13,6 +13,7 @@ from ...language_models_saisa import LanguageModelFamily
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import CLASS_TOKENS, NESTED_ENCODERS, NestedEncoder
+from ..build import colour_settings
 from ..names import checkpoint_state_dict
 
 
@@ -139,11 +140,10 @@ def processor_from_llava(llava_processor: ProcessorMixin, config: SaisaConfig) -
     image_processor = llava_processor.image_processor
     if hasattr(image_processor, "image_grid_pinpoints") and config.image_grid_pinpoints is None:
         side = config.vision_config.image_size
-        keep = ("image_mean", "image_std", "rescale_factor", "resample", "do_rescale", "do_normalize", "do_convert_rgb")
         image_processor = CLIPImageProcessor(
             size={"height": side, "width": side},
             do_center_crop=False,
-            **{name: getattr(image_processor, name) for name in keep if hasattr(image_processor, name)},
+            **colour_settings(image_processor),
         )
     return SaisaProcessor(
         image_processor,
