@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 
 TOLERANCE = 1e-5
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "num_tiles")
 NEW_TOKENS = 8
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "\n", "?", "what", "is", "in", "this", "picture", "and", "that"]
 WORDS += ["one", "a", "cat", "or", "dog"]
@@ -153,7 +154,7 @@ def run(model, processor):
             "beams": model.generate(**inputs, **options, num_beams=3),
             "static_cache": model.generate(**inputs, **options, cache_implementation="static"),
         }
-    tensors = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    tensors = {name: inputs[name] for name in INPUTS if name in inputs}
     tensors |= {"logits": output.logits, "loss": output.loss}
     tensors |= {name: tokens[:, length:] for name, tokens in sequences.items()}
     require(torch.equal(tensors["greedy"], tensors["static_cache"]), "a static cache generates other tokens")
@@ -347,7 +348,7 @@ def check(checkpoint, code, resave=None):
         check_model(*transformers.AutoModelForVision2Seq.from_pretrained(checkpoint, **options), weights)
     base, info = AutoModel.from_pretrained(checkpoint, **options)
     require(not info["missing_keys"] and set(info["unexpected_keys"]) <= {"lm_head.weight"}, f"AutoModel: {info}")
-    inputs = {name: tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: tensors[name] for name in INPUTS if name in tensors}
     with torch.no_grad():
         logits = model.lm_head(base.eval()(**inputs).last_hidden_state)
     require(torch.allclose(logits, tensors["logits"], rtol=0, atol=TOLERANCE), "AutoModel: other hidden states")
