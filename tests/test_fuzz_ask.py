@@ -51,7 +51,7 @@ class Reader:
     def __init__(self):
         self.processor = SaisaProcessor.from_pretrained(CHECKPOINT)
 
-    def answer(self, questions):
+    def answer(self, questions, **options):
         for question in questions:
             try:
                 text = render(question, self.processor, None, None)

@@ -30,7 +30,7 @@ AHEAD = 4  # batches that vLLM is given at once
 WRITTEN_AT_ONCE, WRITTEN_EACH = (
     64,
     2.0,
-)  # answers, and seconds, that a kill costs at most, beside a window of the engine
+)  # answers, and seconds, that a kill costs at most, beside a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _questions(rows: Rows, asking: Asking, journal: Journal, writer: _Writer, pr
 
 
 def _answers(answerer: Any, questions: Iterable[Question]) -> Iterator[tuple[Answer, int]]:
-    """Answers, each with the number of its images."""
+    """Answers as they come, each with the number of its images."""
     counts = {}
 
     def counted() -> Iterator[Question]:
@@ -246,7 +246,7 @@ def _answers(answerer: Any, questions: Iterable[Question]) -> Iterator[tuple[Ans
             counts[question.key] = len(question.images)
             yield question
 
-    for answer in answerer.answer(counted()):
+    for answer in answerer.answer(counted(), as_they_come=True):
         yield answer, counts.pop(answer.key)
 
 

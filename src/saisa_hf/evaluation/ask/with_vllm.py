@@ -61,8 +61,8 @@ class VllmAnswerer:
         except TypeError as error:  # a name that vLLM does not know
             raise ValueError(f"--vllm-options: {error}") from error
 
-    def answer(self, questions: Iterable[Question]) -> Iterator[Answer]:
-        """The answers, in the order of the questions; so many as `at_once` are read ahead."""
+    def answer(self, questions: Iterable[Question], as_they_come: bool = False) -> Iterator[Answer]:
+        """The answers, in the order of the questions in any case; so many as `at_once` are read ahead."""
         iterator = iter(questions)
         while chunk := list(itertools.islice(iterator, self.at_once)):
             answers = {}
