@@ -3,6 +3,7 @@ LLaVA's scripts write; scores are those of the answers; bad files end in one cle
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -363,6 +364,17 @@ def test_a_finished_run_is_not_taken_for_another(tmp_path, parrot, capsys):
     (tmp_path / "photos/me.jpg").touch()
     asked(questions, tmp_path / "photos", status=1)
     assert "has other files, me.jpg for instance" in capsys.readouterr().err
+
+
+def test_a_run_that_answered_nothing_leaves_no_trace(tmp_path, capsys):
+    questions = digits(tmp_path / "digits", 2)
+    model = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    files = [f"--questions={questions}", "--metric=exact_match", f"--output={tmp_path / 'out'}"]
+    assert main(["eval", str(model), "jsonl", *files]) == 2
+    assert "has no chat template: name one with --chat-template" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert main(["eval", str(model), "jsonl", *files, "--chat-template=vicuna"]) == 0
 
 
 def test_choices_by_letter_and_by_likelihood(tmp_path):

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,9 @@ def evaluate(
             mine = processes.share([index for index in range(len(plan.items)) if index not in journal])
             processes.wait()  # all have looked what is left before one writes
             if mine:
-                answerer = _answerer(plan.model, processes.device, chat_template, loading, asking)
-                _ask(answerer, plan, mine, journal, processes)
+                with _without_trace(journal, processes):
+                    answerer = _answerer(plan.model, processes.device, chat_template, loading, asking)
+                    _ask(answerer, plan, mine, journal, processes)
             processes.wait()
             if processes.first:
                 _finish(journal, folder, plan)
@@ -155,6 +156,18 @@ def _discard(folder: Path) -> None:
 # --- asking ---
 
 
+@contextmanager
+def _without_trace(journal: Journal, processes: Processes) -> Iterator[None]:
+    """A run that ends inside with an error before its first answer leaves no beginning that other settings would disagree
+    with."""
+    try:
+        yield
+    except BaseException:
+        if processes.count == 1 and not len(journal):
+            journal.remove()
+        raise
+
+
 def _answerer(model: str, device: str, chat_template: str, loading: dict[str, Any], asking: dict[str, Any]) -> Any:
     from ..answering import Answerer
     from ..common.loading import load_model, quiet_transformers
@@ -162,7 +175,10 @@ def _answerer(model: str, device: str, chat_template: str, loading: dict[str, An
 
     with quiet_transformers(progress=False):
         loaded, processor = load_model(model, device=device, **loading)
-        return Answerer(loaded, processor, chat_template=template_source(chat_template, processor), **asking)
+        template = template_source(chat_template, processor)
+        if template is None and not processor.chat_template:
+            raise ValueError(f"{model} has no chat template: name one with --chat-template, vicuna for instance.")
+        return Answerer(loaded, processor, chat_template=template, **asking)
 
 
 def _ask(answerer: Any, plan: Plan, indices: Sequence[int], journal: Journal, processes: Processes) -> None:
