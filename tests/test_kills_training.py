@@ -110,11 +110,11 @@ def check_rerun(runs, whole):
     assert runs.names() == whole.names()
 
 
-def kill_and_rerun(start, folder, whole, moments=(), renames=()):
+def kill_and_rerun(start, folder, whole, moments=(), renames=(), **changes):
     whole, seconds, _ = whole
     killed = 0
     for index, (fraction, last) in enumerate([*((moment, 0) for moment in moments), *((0, last) for last in renames)]):
-        runs = Runs(start, folder / str(index))
+        runs = Runs(start, folder / str(index), **changes)
         status, *_ = runs.run(last=last) if last else runs.run(after=fraction * seconds)
         killed += status == -9
         check_what_is_there(runs, [whole.weights()])
@@ -166,3 +166,21 @@ def test_killed_again_and_again_it_still_ends(start, whole, tmp_path):
         runs.run(after=fraction * seconds)
         check_what_is_there(runs, [new.weights()])
     check_rerun(runs, new)
+
+
+@pytest.mark.slow
+def test_killed_with_validation_it_still_ends_in_the_best_checkpoint(start, tmp_path):
+    """Which is not the last one, and is kept beside it."""
+    how = {"eval_data": str(start / "q.json"), "load_best_model_at_end": True, "early_stopping_patience": 2}
+    how |= {"learning_rate": 1.0, "lr_scheduler": "constant", "warmup_ratio": 0, "max_steps": 6, "save_total_limit": 1}
+    new = Runs(start, tmp_path / "whole", **how)
+    new.run(last=1)
+    assert new.run()[0] == 0
+    kept = checkpoints(new.output)
+    assert [path.name for path in kept] == ["checkpoint-1", "checkpoint-3"]  # and no further: patience is over
+    assert new.weights() == (kept[0] / "model.safetensors").read_bytes()
+    shutil.rmtree(new.output)
+    status, seconds, count = new.run()
+    assert status == 0
+    chosen = range(count % 4 + 1, count + 1, -(-count // 4))
+    assert kill_and_rerun(start, tmp_path, (new, seconds, count), (), chosen, **how) == len(chosen) >= 3
