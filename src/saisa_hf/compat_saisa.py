@@ -439,14 +439,12 @@ def encoder_names_of_all_releases(model):
         mapping = needed(feature, "transformers.conversion_mapping", "get_model_conversion_mapping")
         found = mapping(model, add_legacy=False)
         conversions = [one for one in found if str(getattr(one, "scope_prefix", "")).endswith("vision_tower")]
-    before = getattr(model, "_weight_conversions", None)  # what it was loaded with
-    if conversions:
-        model._weight_conversions = conversions
+    loaded_with = getattr(model, "_weight_conversions", None)
+    model._weight_conversions = conversions or loaded_with
     try:
         yield {"save_original_format": bool(conversions)} if TRANSFORMERS_5 else {}
     finally:
-        if conversions:
-            model._weight_conversions = before
+        model._weight_conversions = loaded_with
 
 
 class ImageTextProcessorMixin(ProcessorMixin):

@@ -99,9 +99,9 @@ class AnswersAboutImages:
     def logits_and_loss(self, hidden_BTD, targets_BT, skip_logits: bool, labels, loss_arguments: dict, kwargs: dict):
         """(B, T, vocabulary) logits, or None where they are skipped, and the loss, or None without targets."""
         scaled, vocab_size = self.language_model.family.scaled_logits, self.config.text_config.vocab_size
+        count, ignored = loss_arguments.get("num_items_in_batch"), loss_arguments.get("ignore_index", IGNORED)
         if skip_logits and targets_BT is not None:
-            targets_BT = targets_BT.masked_fill(targets_BT == loss_arguments.get("ignore_index", IGNORED), IGNORED)
-            count = loss_arguments.get("num_items_in_batch")
+            targets_BT = targets_BT.masked_fill(targets_BT == ignored, IGNORED)
 
             def loss(hidden_BTD, head):
                 return chunked_cross_entropy(hidden_BTD, targets_BT, lambda x: scaled(head(x)), vocab_size, count)
@@ -112,7 +112,6 @@ class AnswersAboutImages:
         logits_BTX = scaled(self.lm_head(hidden_BTD))
         if targets_BT is None:
             return logits_BTX, None
-        count, ignored = loss_arguments.get("num_items_in_batch"), loss_arguments.get("ignore_index", IGNORED)
         count = (targets_BT != ignored).sum() if count is None else torch.as_tensor(count)
         # at least one, and no mean: where no label counts, the loss is zero, not NaN
         loss_arguments |= {**kwargs, "shift_labels": targets_BT, "num_items_in_batch": count.clamp(min=1)}
