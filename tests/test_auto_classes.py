@@ -2,12 +2,10 @@
 """Auto classes and pipelines take a SAISA checkpoint where they take a LLaVA, with the package and without it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from apart import alone, succeeds
 from PIL import Image
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_model
 from training_parts import processor_for
@@ -52,12 +50,8 @@ def llava(folders):
 
 def answers(folders, home, model, by):
     """What `auto_worker.py` finds about a model, in a process in which the package is known or not."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment = inherited | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONPATH": str(CODE)} if by == "package" else {}
-    command = [sys.executable, str(WORKER), str(folders / model), str(folders / "picture.png"), by]
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-6000:]
+    environment = alone(home, **({"PYTHONPATH": str(CODE)} if by == "package" else {}))
+    done = succeeds(WORKER, folders / model, folders / "picture.png", by, environment=environment, cwd=home)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -3,13 +3,11 @@
 weights."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
+from apart import alone, succeeds
 from safetensors.torch import load_file, save_file
 from test_fuzz_weights import DAMAGE, INDEX, NORM, SINGLE, saved  # noqa: F401, a fixture
 from tiny_models import TEXT_CONFIGS, VISION_CONFIGS, tiny_model
@@ -250,9 +248,7 @@ def test_a_checkpoint_in_a_subfolder_loads_with_the_code_at_the_top(saved, tmp_p
     shutil.copytree(saved / "one", repository / "second")
 
     def load():
-        command = [sys.executable, "-c", SUBFOLDER, str(repository)]
-        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=environment).stdout
+        return succeeds(SUBFOLDER, repository, environment=alone(tmp_path / "home"), cwd=tmp_path).stdout
 
     assert "does not appear to have a file named configuration_saisa.py" in load()
     write_code_files(repository)

@@ -10,10 +10,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
+from apart import succeeds
 from hostile import bounded
 from test_convert import (
     authors_checkpoint,
@@ -114,11 +114,7 @@ for job in jobs:
 
 
 def run_jobs(source, jobs):
-    command = [sys.executable, "-c", JOBS, str(source), json.dumps(jobs)]
-    done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = succeeds(JOBS, source, json.dumps(jobs), environment=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=source)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

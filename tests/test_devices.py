@@ -1,13 +1,12 @@
 """A model that is spread over devices, or lies on the disk until it is used, computes what it does in one place."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate
 import pytest
 import torch
+from apart import succeeds
 from tiny_models import ROWS, prompts_from_rows, tiny_model
 from torch.utils import backend_registration
 from transformers import AutoModelForImageTextToText
@@ -128,11 +127,7 @@ def test_weights_that_are_nowhere_have_no_fingerprint():
 def test_on_two_devices_it_computes_what_it_does_on_one_and_features_travel_once():
     tests = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests.parent / "src"), str(tests)])}
-    done = subprocess.run(
-        [sys.executable, tests / "devices_worker.py"], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.endswith("equal\n")
+    assert succeeds(tests / "devices_worker.py", environment=environment, cwd=tests).stdout.endswith("equal\n")
 
 
 @pytest.mark.parametrize(

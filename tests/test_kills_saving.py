@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from apart import succeeds
 from test_convert_faults import names, small_disk, state
 from test_from_llava import PROMPTS, draw, make_llava, make_processor
 from test_upgrade import DEMO, current_code, generation, old_checkpoint
@@ -335,8 +335,7 @@ def test_an_interrupted_folder_says_what_to_do(unfinished):
 
 def test_an_interrupted_folder_says_what_to_do_without_the_package(unfinished, tmp_path):
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, " ".join(LOADERS), *map(str, unfinished)]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = succeeds(WITHOUT_PACKAGE, " ".join(LOADERS), *unfinished, environment=environment, cwd=tmp_path)
     model, processor = json.loads(done.stdout.splitlines()[-1])
     for folder, said in [(unfinished[0], said) for said in model[:3]] + [
         (unfinished[1], said) for said in processor[3:]

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from apart import alone, succeeds
 from PIL import Image
 
 from saisa_hf import compat_saisa
@@ -69,9 +69,8 @@ for version in sys.argv[1:]:
 
 def test_a_newer_release_than_all_that_were_tested_is_named_in_one_line():
     versions = [f"{NEWEST_TESTED[0]}.{NEWEST_TESTED[1] + more}.0" for more in (0, 1)]
-    command = [sys.executable, "-c", IMPORTED, *versions]
     environment = {key: value for key, value in os.environ.items() if key != "TRANSFORMERS_VERBOSITY"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = succeeds(IMPORTED, *versions, environment=environment, cwd=ROOT)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "saisa_hf was tested with" in line]
     assert len(lines) == 1 and f"; {versions[1]} is newer" in lines[0]
 
@@ -86,12 +85,8 @@ def drills(tmp_path_factory):
     shutil.copytree(CHECKPOINT, folder / "checkpoint")
     ((scene, question),) = held_out_questions(1, seed=1)
     Image.fromarray(draw(scene)).save(folder / "picture.png")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("names_worker.py")), str(folder / "results.json")]
-    command += [str(folder / "checkpoint"), "additions", *REMOVABLE, "+".join(REMOVABLE)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-6000:]
+    arguments = (folder / "results.json", folder / "checkpoint", "additions", *REMOVABLE, "+".join(REMOVABLE))
+    succeeds(Path(__file__).with_name("names_worker.py"), *arguments, environment=alone(folder / "home"), cwd=folder)
     results = json.loads((folder / "results.json").read_text())
     assert results["text"].strip() == question.answer
     return results["drills"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import transformers
 import yaml
+from apart import alone, succeeds
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 import saisa_hf
@@ -36,11 +37,10 @@ def parameters_of(checkpoint: Path, cache: Path) -> int:
     """How many parameters the model has that `checkpoint` loads as by the code that it carries."""
     program = (
         "import sys; sys.modules['saisa_hf'] = None; from transformers import AutoModelForImageTextToText as Auto; "
-        f"model = Auto.from_pretrained({str(checkpoint)!r}, trust_remote_code=True); "
+        "model = Auto.from_pretrained(sys.argv[1], trust_remote_code=True); "
         "print(sum(p.numel() for p in model.parameters()))"
     )
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache)}
-    return int(subprocess.check_output([sys.executable, "-c", program], env=environment, text=True).splitlines()[-1])
+    return int(succeeds(program, checkpoint, environment=alone(cache), cwd=ROOT).stdout.splitlines()[-1])
 
 
 def third_party(modules: set[str]) -> set[str]:

@@ -5,13 +5,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from apart import succeeds
 from hub_standin import HubStandIn
 from test_convert import authors_checkpoint, tower_tensors, write_weights
 from tiny_models import tiny_model
@@ -141,9 +140,7 @@ def run(hub, home, script, repo=REPO, logits_file="", without=()):
     names variables of the environment that it lacks."""
     environment = os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "0"}
     environment = {name: value for name, value in environment.items() if name not in without}
-    command = [sys.executable, "-c", script, str(TESTS), repo, str(logits_file)]
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = succeeds(script, TESTS, repo, logits_file, environment=environment, cwd=home)
     return done.stdout + done.stderr * bool(without)
 
 

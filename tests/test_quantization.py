@@ -4,13 +4,11 @@ trains and answers as other weights do."""
 import copy
 import importlib.metadata
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from apart import alone, succeeds
 from hub_standin import HubStandIn
 from tiny_models import ROWS, TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
 from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
@@ -188,17 +186,14 @@ def test_a_pushed_quantized_checkpoint_is_pulled_by_remote_code(tmp_path):
     model = save(tmp_path / "model", aligned=True)
     prompts = random_prompts(0)
     torch.save(prompts.inputs | {"text": prompts.text}, tmp_path / "inputs")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     tests = Path(__file__).parent
     with HubStandIn() as hub:
         for script, arguments, path in (
             (PUSH, [tests, tmp_path / "model", "someone/small", tmp_path / "logits"], tests.parent / "src"),
             (PULL, ["someone/small", tmp_path / "logits", tmp_path / "inputs"], tmp_path),
         ):
-            environment = inherited | hub.environment(tmp_path / "home") | {"PYTHONPATH": str(path)}
-            command = [sys.executable, "-c", script, *map(str, arguments)]
-            done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-4000:]
+            environment = alone(tmp_path, **hub.environment(tmp_path / "home"), PYTHONPATH=str(path))
+            succeeds(script, *arguments, environment=environment, cwd=tmp_path)
     card = hub.files("someone/small")["README.md"].decode()
     assert f"{sum(p.numel() for p in model.model.vision_tower.parameters()):,}" in card
 

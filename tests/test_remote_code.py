@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import apart
 import pytest
 import torch
 import transformers
+from apart import alone, run_apart
 from hub_standin import HubStandIn
 from roundtrip import AUTO_MAP, TOLERANCE, VARIANTS, RoundTripError, build, require_package_absent, run
 from safetensors.torch import load_file, save_file
@@ -30,10 +32,7 @@ OTHER_PYTHON = os.environ.get("SAISA_OTHER_PYTHON")
 def child(home, *arguments, python=sys.executable, **variables):
     """Runs `roundtrip.py` away from the repository, with caches of its own in the new folder `home`."""
     home.mkdir()
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment = {**inherited, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
-    command = [str(python), str(ROUND_TRIP), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=500)
+    return run_apart(ROUND_TRIP, *arguments, environment=alone(home, **variables), cwd=home, python=python)
 
 
 def succeeds(*arguments, **options):
@@ -159,10 +158,8 @@ getattr(transformers, auto_class).from_pretrained(source, trust_remote_code=True
 def test_what_remote_code_loads_alone_saves_whole(saved, tmp_path, auto_class):
     """A process that has loaded nothing else has no file in its cache but those that transformers carried along."""
     (tmp_path / "home").mkdir()
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ALONE, auto_class, str(saved / "llama-clip"), str(tmp_path / "again")]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    arguments = (auto_class, saved / "llama-clip", tmp_path / "again")
+    apart.succeeds(ALONE, *arguments, environment=alone(tmp_path / "home"), cwd=tmp_path)
     for path in CODE.glob("*_saisa.py"):
         assert filecmp.cmp(path, tmp_path / "again" / path.name, shallow=False), path.name
 
@@ -253,7 +250,7 @@ needs_other = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def saved_by_other(tmp_path_factory):
-    command = [OTHER_PYTHON, "-c", "import transformers; print(transformers.__version__)"]
+    command = [OTHER_PYTHON, "-c", "from importlib.metadata import version; print(version('transformers'))"]
     version = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert version.split(".")[0] != transformers.__version__.split(".")[0], f"SAISA_OTHER_PYTHON has {version}"
     folder = tmp_path_factory.mktemp("saved-by-other")

@@ -7,14 +7,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from apart import run_apart
 from PIL import Image
 from tiny_models import IMAGE_TOKEN
 from training_parts import (
@@ -275,7 +274,7 @@ train(load_options(sys.argv[1]))
 def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_as_if_nothing_had_happened(start, whole_run, tmp_path):
     given = options(start, tmp_path / "run")
     (tmp_path / "c.yaml").write_text(json.dumps(vars(given)))
-    ended = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "c.yaml")], capture_output=True, text=True)
+    ended = run_apart(KILLED, tmp_path / "c.yaml", environment=dict(os.environ), cwd=tmp_path)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert [path.name for path in checkpoints(given.output)] == ["checkpoint-2"]
     assert (tmp_path / "run" / ".partial" / "checkpoint-4").is_dir()

@@ -8,11 +8,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from apart import succeeds
 from hub_standin import HubStandIn
 
 import saisa_hf
@@ -224,9 +224,7 @@ def test_a_folder_killed_midway_and_one_upgraded_load_in_transformers(tmp_path, 
     folder = old_checkpoint(tmp_path / "upgraded")
     upgrade.upgrade(folder, log=str)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", LOAD, *folders, f"new={folder}"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    succeeds(LOAD, *folders, f"new={folder}", environment=environment, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -375,9 +373,7 @@ def run(hub, home, *commands, without=()):
     """Runs `saisa upgrade` in a process that knows no hub but `hub`; each command begins with the status it has to have."""
     environment = os.environ | hub.environment(home) | {"OMP_NUM_THREADS": "1", "TRANSFORMERS_OFFLINE": "0"}
     environment = {name: value for name, value in environment.items() if name not in without}
-    command = [sys.executable, "-c", UPGRADE, json.dumps(commands)]
-    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = succeeds(UPGRADE, json.dumps(commands), environment=environment, cwd=home)
     return done.stdout + done.stderr
 
 
