@@ -29,7 +29,7 @@ from .compat_saisa import (
 from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
-from .saving_saisa import ENTRIES, check_finished, saved_together
+from .saving_saisa import PROCESSOR_ENTRIES, check_finished, saved_together
 from .tiles_saisa import most_tiles, tiles_of, visual_inputs
 from .vision_saisa import MOST_TOKENS, check_choice, check_value, reduced_length, shown
 
@@ -574,7 +574,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """transformers' own. Raises ValueError if saving into the folder was interrupted."""
-        check_finished(pretrained_model_name_or_path, ENTRIES[:3], kwargs.get("subfolder"))
+        check_finished(pretrained_model_name_or_path, PROCESSOR_ENTRIES, kwargs.get("subfolder"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod

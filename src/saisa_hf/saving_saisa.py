@@ -22,14 +22,9 @@ from .compat_saisa import optional
 
 
 flock, FLAGS = optional("fcntl", "flock"), optional("fcntl", "LOCK_EX", 0) | optional("fcntl", "LOCK_NB", 0)
-# those of a processor in the order in which they are closed; they are opened in reverse
-ENTRIES = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "tokenizer_config.json",
-    "adapter_config.json",
-    "config.json",
-)
+# in the order in which they are closed; they are opened in reverse
+PROCESSOR_ENTRIES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+ENTRIES = (*PROCESSOR_ENTRIES, "adapter_config.json", "config.json")
 HIDDEN, COMPLETE, UNFINISHED = ".saving.", ".complete", "saving_unfinished"
 # of an earlier processor, what a later one would read if it has none itself
 PROCESSOR_FILES = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json")
@@ -108,9 +103,9 @@ def _begin(folder: Path, new: Path) -> None:
 
 def _finish(folder: Path) -> None:
     """Does what `_begin` has announced, or what an interrupted call has left of it."""
-    for journal in [_journal(folder / entry) for entry in ENTRIES]:
-        new = folder / os.path.basename(str(journal.get("folder"))) if journal else folder
-        if journal and new.name.startswith(HIDDEN) and (new / COMPLETE).exists():
+    for journal in filter(None, [_journal(folder / entry) for entry in ENTRIES]):
+        new = folder / os.path.basename(str(journal.get("folder")))
+        if new.name.startswith(HIDDEN) and (new / COMPLETE).exists():
             for name in ENTRIES:
                 if (new / name).exists() and not _journal(folder / name):
                     _write(folder / name, json.dumps(journal, indent=2), new)
