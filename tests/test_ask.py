@@ -19,7 +19,6 @@ from saisa_hf.answering import Answerer, Question
 from saisa_hf.cli import main
 from saisa_hf.common.loading import load_model
 from saisa_hf.demo import CHECKPOINT
-from saisa_hf.evaluation.ask import run as module
 from saisa_hf.evaluation.ask.rows import open_rows
 
 
@@ -260,7 +259,7 @@ def test_what_is_there_is_not_replaced_unasked(photos, wanted, tmp_path, monkeyp
 
 def test_a_full_disk_ends_the_run_and_what_was_answered_counts(photos, wanted, tmp_path, monkeypatch, capsys):
     table, output = write(tmp_path / "in.jsonl", rows_of(photos)), tmp_path / "out.jsonl"
-    monkeypatch.setattr(module, "WRITTEN_AT_ONCE", 2)
+    monkeypatch.setattr("saisa_hf.common.journal.WRITTEN_AT_ONCE", 2)
     calls, sync = [], os.fsync
 
     def full(handle):

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from saisa_hf.cli import main
+from saisa_hf.common import journal
 from saisa_hf.demo import CHECKPOINT
-from saisa_hf.evaluation.ask import run
 
 
 # a server that has loaded everything and begun nothing: a run of it takes a second, all of which is the run's own
@@ -38,7 +38,7 @@ def counted(call, calls, last):
 
 def work(table, output, calls, last):
     """Runs `saisa ask`; kills the process at call number `last` of those that write to the disk. Counts them in `calls`."""
-    run.WRITTEN_AT_ONCE = 16
+    journal.WRITTEN_AT_ONCE = 16
     for name in ("fsync", "replace", "unlink"):
         setattr(os, name, counted(getattr(os, name), calls, last))
     how = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--batch-size", "4"]

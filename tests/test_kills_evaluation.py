@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from saisa_hf.answering import engine
 from saisa_hf.cli import main
+from saisa_hf.common import journal
 from saisa_hf.demo import CHECKPOINT
 from saisa_hf.demo.dataset import write_questions
-from saisa_hf.evaluation import run as module
 
 
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ FORKS.set_forkserver_preload(
 def work(questions, folder, calls, last):
     """Runs `saisa eval`; kills the process at call number `last` of those that write. Counts them in `calls`."""
     tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
-    engine.LEAST_WINDOW, module.WRITTEN_AT_ONCE = 8, 3
+    engine.LEAST_WINDOW, journal.WRITTEN_AT_ONCE = 8, 3
 
     def counted(call):
         def run(*arguments, **options):

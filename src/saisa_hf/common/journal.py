@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +20,7 @@ from .identity import differences, read_record, write_record
 
 SETTINGS, RESULT = "settings.json", "result"
 MOST_PARTS, MOST_LINES = 2**12, 2**27  # an index beyond the latter is no index, but damage
+WRITTEN_AT_ONCE, WRITTEN_EACH = 64, 2.0  # lines, and seconds, that a kill costs at most
 LOCK_WAIT = 10  # seconds: the workers of a run that was killed live on for some seconds
 
 
@@ -157,6 +159,31 @@ class Journal:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+class Writer:
+    """Puts lines into a journal, several at a time. A context manager: the last ones are written when the block ends, however
+    it ends."""
+
+    def __init__(self, journal: Journal):
+        self.journal, self.lines, self.since = journal, [], time.monotonic()
+
+    def add(self, index: int, line: dict[str, Any]) -> None:
+        """A finished line; it is on the disk when 64 have come together, or with the first that comes two seconds later."""
+        self.lines.append((index, line))
+        if len(self.lines) >= WRITTEN_AT_ONCE or time.monotonic() - self.since > WRITTEN_EACH:
+            self.write()
+
+    def write(self) -> None:
+        """Writes what has come together."""
+        lines, self.lines, self.since = self.lines, [], time.monotonic()
+        self.journal.write(lines)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.write()
 
 
 def check_request(folder: str | os.PathLike, request: dict[str, Any]) -> bool:

@@ -4,7 +4,6 @@
 import io
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from .._version import __version__
 from ..common.identity import differences
-from ..common.journal import SETTINGS, Journal
+from ..common.journal import SETTINGS, Journal, Writer
 from ..common.journal import remove as remove_journal
 from ..common.progress import Progress
 from .benchmarks import BENCHMARKS
@@ -24,10 +23,6 @@ from .report import answer_lines, scored, summary_of, summary_table
 
 
 ANSWERS, SUMMARY, JOURNAL = "answers.jsonl", "summary.json", ".journal"
-WRITTEN_AT_ONCE, WRITTEN_EACH = (
-    64,
-    2.0,
-)  # answers, and seconds, that are lost at most when a run is killed, beside a window
 
 
 def evaluate(
@@ -187,20 +182,13 @@ def _ask(answerer: Any, plan: Plan, indices: Sequence[int], journal: Journal, pr
     by_likelihood = plan.metric is not None and plan.metric.name == LIKELIHOOD
     answers = (_chosen if by_likelihood else _said)(answerer, plan.items, indices)
     seen: set[str | bytes] = set()
-    buffer: list[tuple[int, dict[str, Any]]] = []
-    written = time.monotonic()
-    with Progress(len(indices), what, "images", None if processes.first else io.StringIO()) as progress:
-        try:
-            for index, line in answers:
-                images = {image for image in plan.items[index].images if image not in seen}
-                seen |= images
-                progress.add(1, len(images))
-                buffer.append((index, line))
-                if len(buffer) >= WRITTEN_AT_ONCE or time.monotonic() - written > WRITTEN_EACH:
-                    journal.write(buffer)
-                    buffer, written = [], time.monotonic()
-        finally:
-            journal.write(buffer)
+    stream = None if processes.first else io.StringIO()
+    with Progress(len(indices), what, "images", stream) as progress, Writer(journal) as writer:
+        for index, line in answers:
+            images = {image for image in plan.items[index].images if image not in seen}
+            seen |= images
+            writer.add(index, line)
+            progress.add(1, len(images))
 
 
 def _said(answerer: Any, items: list[Item], indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...common.identity import of_data, of_file, of_model
-from ...common.journal import SETTINGS, Journal, check_request, result_of
+from ...common.journal import SETTINGS, Journal, Writer, check_request, result_of
 from ...common.journal import remove as remove_journal
 from ...common.progress import Progress
 from ...common.sources import check_local
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "transformers", "vllm")
 MOST_IMAGES = 16  # of a row that has several, for vLLM, which makes room for them
 AHEAD = 4  # batches that vLLM is given at once
-WRITTEN_AT_ONCE, WRITTEN_EACH = (
-    64,
-    2.0,
-)  # answers, and seconds, that a kill costs at most, beside a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +184,7 @@ def _ask(model: str, rows: Rows, asking: Asking, journal: Journal, log: Callable
     missing = rows.count - len(journal)
     if missing and len(journal):
         log(f"{len(journal)} of {rows.count} rows are answered already")
-    writer = _Writer(journal)
+    writer = Writer(journal)
     if missing:
         answerer = _answerer(model, asking, rows)
         with Progress(missing, "rows", "images") as progress, writer:
@@ -201,29 +196,7 @@ def _ask(model: str, rows: Rows, asking: Asking, journal: Journal, log: Callable
     return sum("error" in line for _, line in journal.lines())
 
 
-class _Writer:
-    """Puts lines into a journal, several at a time; the last ones when the block ends."""
-
-    def __init__(self, journal: Journal):
-        self.journal, self.lines, self.since = journal, [], time.monotonic()
-
-    def add(self, index: int, line: dict[str, Any]) -> None:
-        self.lines.append((index, line))
-        if len(self.lines) >= WRITTEN_AT_ONCE or time.monotonic() - self.since > WRITTEN_EACH:
-            self.write()
-
-    def write(self) -> None:
-        lines, self.lines, self.since = self.lines, [], time.monotonic()
-        self.journal.write(lines)
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.write()
-
-
-def _questions(rows: Rows, asking: Asking, journal: Journal, writer: _Writer, progress: Progress) -> Iterator[Question]:
+def _questions(rows: Rows, asking: Asking, journal: Journal, writer: Writer, progress: Progress) -> Iterator[Question]:
     """The questions of rows that are missing. A row that asks none is noted at once."""
     for index, row in enumerate(rows.read(True)):
         if index in journal:
