@@ -15,6 +15,7 @@ Shape suffixes as in `modeling_saisa.py`; R rows of a query or key tensor in a g
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from transformers import DynamicCache
 
 from .compat_saisa import (
     ALL_ATTENTION_FUNCTIONS,
+    CROP_REMOVES,
+    DynamicLayer,
     cached_key_range,
     causal_mask,
     is_paged,
@@ -237,7 +240,7 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, de
         warn_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
         use_cache, cache = False, None
     if use_cache and cache is None:
-        cache = DynamicCache(config=decoder.config)
+        cache = hold_text_alone(DynamicCache(config=decoder.config), decoder.layers)
     is_quantized = any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
     if is_quantized and not all(layer.sees_image for layer in decoder.layers):
         raise ValueError(
@@ -265,7 +268,12 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
             own_layout, queries = layer.queries_of(layout, text_BTD)
             key_range = (0, 0) if is_paged(cache) else cached_key_range(cache, index, slots)
             visibility = Visibility(own_layout, slots, key_range, layer.self_attn.window, given, documents)
-            masks[layer.mask_kind] = _mask(decoder.config, layer, visibility, queries, cache, position_ids, prepared)
+            mask = partial(_mask, decoder.config, layer, visibility, queries, cache, position_ids, prepared)
+            if holds_text_alone(layer, index, cache):
+                held = None if cache is None else cache.layers[index]
+                masks[layer.mask_kind] = _of_text_alone(layer.self_attn, visibility, queries, held, mask)
+            else:
+                masks[layer.mask_kind] = mask()
     return masks
 
 
@@ -295,6 +303,125 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
 
 
 # --- layers that do not see the image ---------------------------------------------------------------------------------
+
+
+class TextLayer(DynamicLayer or object):  # type: ignore[misc]
+    """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the sample
+    has that holds most of it. It counts all tokens."""
+
+    length = 0  # of the input, visual tokens included
+    place_BL: Tensor | None = None  # where in the input the text of a column stands; -1: it is in front of a shorter text
+    is_text = True  # whether there are no visual tokens in the input
+
+    def append(self, key_BKTH: Tensor, value_BKTH: Tensor, place_BL: Tensor, length: int, is_text: bool):
+        """Keys and values of all text, (B, K, L, H) each."""
+        self.place_BL, self.length, self.is_text = place_BL, length, is_text
+        return super().update(key_BKTH, value_BKTH)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def reset(self) -> None:
+        self.keys = self.values = self.place_BL = None
+        self.length, self.is_initialized, self.is_text = 0, False, True
+
+    def crop(self, tokens: int) -> None:
+        """To so many tokens of the input, or by so many where `tokens` is negative or the installed release says so."""
+        length = tokens if tokens > 0 or not (tokens or CROP_REMOVES) else self.length + tokens
+        if self.place_BL is None or length >= self.length:
+            return
+        is_kept_BL = (self.place_BL >= 0) & (self.place_BL < length)
+        columns = int((is_kept_BL.any(0).nonzero().flatten()[-1:] + 1).sum())  # up to the last that a sample keeps
+        self.place_BL = self.place_BL.masked_fill(~is_kept_BL, -1)[:, :columns]
+        self.keys, self.values, self.length = self.keys[:, :, :columns], self.values[:, :, :columns], length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda x: x[indices, ...])
+
+    def _each(self, function) -> None:
+        if self.place_BL is not None:
+            self.keys, self.values, self.place_BL = map(function, (self.keys, self.values, self.place_BL))
+
+
+def hold_text_alone(cache, layers):
+    """`cache`, an empty one. A dynamic one will hold text alone for those decoder `layers` that do not see the image, but not
+    for sliding windows, which are counted in places of the input and are short anyway."""
+    if type(cache) is DynamicCache and DynamicLayer is not None and not cache.offloading:
+        cache.layers += [DynamicLayer() for _ in layers[len(cache.layers) :]]
+        for index, (held, layer) in enumerate(zip(cache.layers, layers)):
+            if type(held) is DynamicLayer and not layer.sees_image and layer.self_attn.window is None:
+                cache.layers[index] = TextLayer()
+    return cache
+
+
+def holds_text_alone(layer, index: int, cache) -> bool:
+    """Whether a decoder layer finds text alone; else visual tokens too, which it marks as hidden where it must not see them."""
+    if cache is None:
+        return not layer.sees_image and layer.self_attn.window is None
+    return index < len(layers := getattr(cache, "layers", ())) and isinstance(layers[index], TextLayer)
+
+
+class OfTextAlone(NamedTuple):
+    """What layers that attend to text alone get in place of a mask."""
+
+    mask: Tensor | None  # (B, 1, T, L); None: plain causal attention
+    place_BL: Tensor  # as in `TextLayer`, with the new text, as are the others
+    length: int
+    is_text: bool
+
+    def keys_values(self, index: int, key_BTKH: Tensor, value_BTKH: Tensor, cache) -> tuple[Tensor, Tensor]:
+        """Keys and values of all text, (B, K, L, H)."""
+        new = key_BTKH.transpose(1, 2), value_BTKH.transpose(1, 2)
+        return new if cache is None else cache.layers[index].append(*new, *self[1:])
+
+    def in_input_order(self, probabilities_BNTL: Tensor) -> Tensor:
+        """The last axis by places of the input, zero where visual tokens are."""
+        place_BNTL = self.place_BL.clamp(min=0)[:, None, None].expand_as(probabilities_BNTL)
+        all_places = probabilities_BNTL.new_zeros(*probabilities_BNTL.shape[:3], self.length)
+        return all_places.scatter_add(3, place_BNTL, probabilities_BNTL)
+
+
+def _of_text_alone(attention, visibility: Visibility, text_BTD: Tensor, held: TextLayer | None, text_mask) -> OfTextAlone:
+    """`text_mask()` is the mask of an input without images."""
+    layout, given, slots = visibility.layout, visibility.attention_mask, visibility.slots
+    place_BL = slots.expand(len(text_BTD), -1)
+    if layout.visual_BS is not None:
+        place_BL = slots[layout.query_position_BT].masked_fill(~layout.is_text_BT, -1)
+    if held is not None and held.place_BL is not None:
+        place_BL = torch.cat([held.place_BL, place_BL], 1)
+    is_text = layout.visual_BS is None and (held is None or held.is_text)
+    rest = (place_BL, visibility.key_range[0], is_text)
+    if is_text:
+        return OfTextAlone(text_mask(), *rest)
+    eager, hidden = implementation_of(attention) == "eager", torch.finfo(text_BTD.dtype).min
+    real_BL, place_in_mask_BL = place_BL >= 0, place_BL.clamp(min=0)
+    if given is not None and given.ndim == 4:
+        mask = layout.query_rows(given).expand(len(place_BL), -1, -1, -1)
+        mask = mask.take_along_dim(place_in_mask_BL[:, None, None].to(mask.device), dim=3)
+        hidden = False if mask.dtype == torch.bool else hidden
+        return OfTextAlone(mask.masked_fill(~real_BL[:, None, None].to(mask.device), hidden), *rest)
+    if given is not None:
+        real_BL = real_BL & given.to(slots.device, torch.bool).take_along_dim(place_in_mask_BL, 1)
+    queries, keys, document_BS = text_BTD.shape[1], place_BL.shape[1], visibility.document_BS
+    is_plain = document_BS is None and (queries == 1 or (queries == keys and not eager))
+    if is_plain and not torch.compiler.is_compiling() and bool(real_BL.all()):
+        return OfTextAlone(None, *rest)
+    key_L = torch.arange(keys, device=slots.device)
+    query_T1 = key_L[keys - queries :, None]
+    mask = (key_L <= query_T1) & real_BL[:, None]
+    if document_BS is not None:
+        document_BT = layout.text(document_BS)
+        mask = mask & (document_BT[:, :, None] == document_BT[:, None])
+    mask = (mask | (key_L == query_T1))[:, None]  # every query sees itself, so that no row is empty
+    if eager:
+        mask = torch.zeros_like(mask, dtype=text_BTD.dtype).masked_fill(~mask, hidden)
+    return OfTextAlone(mask, *rest)
 
 
 def mark_hidden(key_BKSH: Tensor, layout: TokenLayout) -> Tensor:

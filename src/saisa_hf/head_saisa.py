@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .attention_saisa import hold_text_alone
 from .compat_saisa import CACHE, decoding_masks, one_cache
 from .tiles_saisa import visual_inputs
 from .vision_saisa import frame_lengths, reduced_length
@@ -204,6 +205,13 @@ class AnswersAboutImages:
         kwargs |= {"expand_size": expand_size, "is_encoder_decoder": is_encoder_decoder, "input_ids": input_ids}
         input_ids, kwargs = super()._expand_inputs_for_generation(**kwargs)
         return input_ids, {**kwargs, **images}
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """transformers' own; layers that do not see the image hold text alone in a dynamic cache that it makes."""
+        given = one_cache(model_kwargs.get("past_key_values"), model_kwargs.get("cache"))
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if given is None:
+            hold_text_alone(model_kwargs.get(CACHE), self.language_model.layers)
 
     def generate_batch(self, inputs, *args, **kwargs):
         """transformers' own continuous batching, which is for text: it has no place for images. Raises ValueError if a

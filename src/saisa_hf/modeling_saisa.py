@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_saisa import attend, attention_masks, cache_of_pass, hide_marked_keys, mark_hidden
+from .attention_saisa import OfTextAlone, attend, attention_masks, cache_of_pass, hide_marked_keys, mark_hidden
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import (
     ACT2FN,
@@ -171,31 +171,38 @@ class NaavitAttention(nn.Module):
         Args:
             text_BTD: normalised hidden states of the text tokens.
             visual: `keys_and_values` of the visual tokens; None if this layer gets none.
-            attention_mask: what the attention implementation takes (`attention_masks`); None only where T is S or one.
+            attention_mask: what the attention implementation takes, or `OfTextAlone` (see `attention_masks`); None only where
+                T is S or one.
             slots: (S,) places of the new tokens in the cache.
             kwargs: handed on to the attention function.
         """
         query_BTNH, key_BTKH, value_BTKH = self.queries_keys_values(text_BTD)
-        key_VKH = value_VKH = None
-        if visual is not None:
-            visual = with_own_heads(visual, self, heads=key_BTKH.shape[2])  # tensor parallelism
-            key_VKH, value_VKH = map(layout.placed, visual)
         query_BNTH = rotation.of_text(query_BTNH, self).transpose(1, 2)
         key_BTKH = rotation.of_text(key_BTKH, self)
-        key_VKH, remaining = rotation.of_visual(key_VKH, self)
-        key_BKSH, value_BKSH = layout.keys(key_BTKH, key_VKH, remaining), layout.keys(value_BTKH, value_VKH)
-        if self.watcher is not None:
-            self.watcher(self, query_BNTH, key_BKSH)
-
-        # later passes do not know which cached tokens are visual: a layer that must not see them marks their keys
-        key_BKLH, value_BKLH = key_BKSH if self.sees_image else mark_hidden(key_BKSH, layout), value_BKSH
-        if cache is not None:
-            key_BKLH, value_BKLH = update_cache(cache, key_BKLH, value_BKLH, self.layer_idx, slots, kwargs)
-        if not self.sees_image:
-            attention_mask = hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout, cache)
+        of_text = attention_mask if isinstance(attention_mask, OfTextAlone) else None
+        if of_text is not None:
+            key_BKLH, value_BKLH = of_text.keys_values(self.layer_idx, key_BTKH, value_BTKH, cache)
+            attention_mask = of_text.mask
+        else:
+            key_VKH = value_VKH = None
+            if visual is not None:
+                visual = with_own_heads(visual, self, heads=key_BTKH.shape[2])  # tensor parallelism
+                key_VKH, value_VKH = map(layout.placed, visual)
+            key_VKH, remaining = rotation.of_visual(key_VKH, self)
+            key_BKSH, value_BKSH = layout.keys(key_BTKH, key_VKH, remaining), layout.keys(value_BTKH, value_VKH)
+            if self.watcher is not None:
+                self.watcher(self, query_BNTH, key_BKSH)
+            # later passes do not know which cached tokens are visual: a layer that must not see them marks their keys
+            key_BKLH, value_BKLH = key_BKSH if self.sees_image else mark_hidden(key_BKSH, layout), value_BKSH
+            if cache is not None:
+                key_BKLH, value_BKLH = update_cache(cache, key_BKLH, value_BKLH, self.layer_idx, slots, kwargs)
+            if not self.sees_image:
+                attention_mask = hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout, cache)
 
         options = {"dropout": self.attention_dropout if self.training else 0.0, "scaling": self.scaling, **kwargs}
         output_BTNH, probabilities_BNTL = attend(self, query_BNTH, key_BKLH, value_BKLH, attention_mask, options)
+        if of_text is not None and probabilities_BNTL is not None:
+            probabilities_BNTL = of_text.in_input_order(probabilities_BNTL)
         return self.o_proj(output_BTNH.flatten(2).contiguous()), probabilities_BNTL
 
     def queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
