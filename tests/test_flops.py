@@ -217,9 +217,10 @@ def nbytes(cache) -> int:
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
 @pytest.mark.parametrize("text", TEXT_MODELS)
-def test_the_cache_has_as_many_bytes_as_a_real_one(text):
-    model = tiny_model(text, dtype=torch.bfloat16)
+def test_the_cache_has_as_many_bytes_as_a_real_one(text, layers):
+    model = tiny_model(text, dtype=torch.bfloat16, visual_layers=layers)
     prompts = prompts_from_rows(ROWS).to(torch.bfloat16)
     with torch.no_grad():
         outputs = model(**prompts.inputs, use_cache=True)

@@ -98,7 +98,9 @@ def test_such_a_layer_holds_as_many_tokens_as_the_longest_text(layers):
     assert [cache.get_seq_length(i) for i in range(3)] == [tokens] * 3
     seen = {"attention_mask": torch.cat([prompts.attention_mask, torch.ones(4, 1, dtype=torch.long)], 1)}
     model(torch.full((4, 1), 9), **seen, **{CACHE: cache})
-    assert [layer.keys.shape[2] for layer in cache.layers] == [tokens + 1 if i in layers else text + 1 for i in range(3)]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [
+        tokens + 1 if i in layers else text + 1 for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize("text", ["mistral_window", "qwen2_window", "gemma3"])
@@ -160,7 +162,9 @@ def test_later_turns_with_and_without_images(attention, side):
 def test_a_cache_is_cropped_to_places_of_the_input(kept):
     model, prompts = model_of(), prompts_from_rows(UNLIKE)
     with torch.no_grad():
-        own, marked = (model(**prompts.prompt, use_cache=True, **given)[CACHE] for given in ({}, {CACHE: DynamicCache()}))
+        own, marked = (
+            model(**prompts.prompt, use_cache=True, **given)[CACHE] for given in ({}, {CACHE: DynamicCache()})
+        )
         length = own.get_seq_length()
         kept = min(kept if kept > 0 else length + kept, length)
         for cache in (own, marked):
@@ -195,7 +199,9 @@ def test_rows_are_chosen_as_in_any_cache(change):
     with torch.no_grad():
         caches = [model(**prompts.prompt, use_cache=True, **given)[CACHE] for given in ({}, {CACHE: DynamicCache()})]
         masks = DynamicCache()  # carries the attention mask through the same change
-        masks.update(prompts.attention_mask[:, None, :, None].float(), prompts.attention_mask[:, None, :, None].float(), 0)
+        masks.update(
+            prompts.attention_mask[:, None, :, None].float(), prompts.attention_mask[:, None, :, None].float(), 0
+        )
         for cache in (*caches, masks):
             change(cache)
         mask = masks.layers[0].keys[:, 0, :, 0].long()

@@ -47,6 +47,7 @@ def engine_config(checkpoint, **options):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"leading_text_skips_attention": True}, r"leading_text_skips_attention=True: .*all text attend"),
         ({"visual_layers": [0, 2]}, r"visual_layers=\[0, 2\]: .*cannot hide visual ones.*transformers serve"),
         ({"alignment": "embedding_space"}, 'alignment="embedding_space"'),
         ({"image_grid_pinpoints": [[16, 32], [32, 16]]}, "image_grid_pinpoints, images in tiles: .*transformers serve"),

@@ -262,6 +262,10 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
     elif attention_mask is None and cache is None:
         starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
         documents = starts.cumsum(-1).expand(len(text_BTD), -1)
+        if decoder.layers[0].self_attn.leading_text_skips and layout.visual_BS is not None and starts[:, 1:].any():
+            raise ValueError(
+                "position_ids pack several samples: with leading_text_skips_attention pass them in a batch."
+            )
     for index, layer in enumerate(decoder.layers):
         if layer.mask_kind not in masks:
             given = attention_mask.get(layer.attention_type) if prepared else attention_mask
@@ -305,12 +309,14 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
 # --- layers that do not see the image ---------------------------------------------------------------------------------
 
 
-class TextLayer(DynamicLayer or object):  # type: ignore[misc]
-    """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the sample
-    has that holds most of it. It counts all tokens."""
+class TextLayer(DynamicLayer or object):
+    """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the
+    sample with most of it has. It counts all tokens."""
 
     length = 0  # of the input, visual tokens included
-    place_BL: Tensor | None = None  # where in the input the text of a column stands; -1: it is in front of a shorter text
+    place_BL: Tensor | None = (
+        None  # where in the input the text of a column stands; -1: it is in front of a shorter text
+    )
     is_text = True  # whether there are no visual tokens in the input
 
     def append(self, key_BKTH: Tensor, value_BKTH: Tensor, place_BL: Tensor, length: int, is_text: bool):
@@ -361,7 +367,7 @@ def hold_text_alone(cache, layers):
 
 
 def holds_text_alone(layer, index: int, cache) -> bool:
-    """Whether a decoder layer finds text alone; else visual tokens too, which it marks as hidden where it must not see them."""
+    """Whether a decoder layer finds text alone; else it finds visual tokens too, marked as hidden if it must not see them."""
     if cache is None:
         return not layer.sees_image and layer.self_attn.window is None
     return index < len(layers := getattr(cache, "layers", ())) and isinstance(layers[index], TextLayer)
@@ -387,7 +393,9 @@ class OfTextAlone(NamedTuple):
         return all_places.scatter_add(3, place_BNTL, probabilities_BNTL)
 
 
-def _of_text_alone(attention, visibility: Visibility, text_BTD: Tensor, held: TextLayer | None, text_mask) -> OfTextAlone:
+def _of_text_alone(
+    attention, visibility: Visibility, text_BTD: Tensor, held: TextLayer | None, text_mask
+) -> OfTextAlone:
     """`text_mask()` is the mask of an input without images."""
     layout, given, slots = visibility.layout, visibility.attention_mask, visibility.slots
     place_BL = slots.expand(len(text_BTD), -1)

@@ -67,7 +67,7 @@ FIELDS = (
     ("layer_scale_init_value initializer_factor", (0.0, 1e6)),
     ("embedding_multiplier attention_multiplier residual_multiplier layerscale_value", (-1e6, 1e6)),
     ("attention_bias mlp_bias qkv_bias norm_topk_prob use_sliding_window use_swiglu_ffn", BOOL),
-    ("tie_word_embeddings projector_bias", BOOL),
+    ("tie_word_embeddings projector_bias leading_text_skips_attention", BOOL),
     ("hidden_act hidden_activation", list(ACT2FN) if "quick_gelu" in ACT2FN else str),  # not in a stand-in's list
     ("projector_hidden_act", list(ACT2FN)),
     ("full_attention sliding_attention", dict),
@@ -110,6 +110,8 @@ class SaisaConfig(PretrainedConfig):
         projector_sharing: `"per_layer"`: each decoder layer has a projector of its own (the SAISA model). `"shared"`: one
             serves all layers (the paper's pre-training stage, and always in embedding space).
         visual_layers: the decoder layers that see the image. `None`: all of them, as always in embedding space.
+        leading_text_skips_attention: whether text in front of a prompt's first image passes the layers without attention, as
+            in ViCA's 7B model (arXiv 2602.07574). Later text attends to it all the same.
         tie_word_embeddings: whether the head shares the embedding's weights. `None`: the language model's own setting.
         alignment: `"input_space"`: projectors map the features into the input space of each layer's self-attention (SAISA).
             `"embedding_space"`: one projector puts visual tokens among the word embeddings, and their hidden states travel
@@ -157,6 +159,7 @@ class SaisaConfig(PretrainedConfig):
         image_grid_pinpoints: list[list[int]] | None = None,
         vision_aspect_ratio: str | None = None,
         images_at_once: int = 32,
+        leading_text_skips_attention: bool = False,
         **kwargs,
     ):
         known_types = tuple(optional("transformers", "CONFIG_MAPPING", ()))
@@ -177,6 +180,7 @@ class SaisaConfig(PretrainedConfig):
         self.image_grid_pinpoints = _listed(image_grid_pinpoints)
         self.vision_aspect_ratio = vision_aspect_ratio
         self.images_at_once = images_at_once
+        self.leading_text_skips_attention = leading_text_skips_attention
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         _check_fields("", {"tie_word_embeddings": tie_word_embeddings})
@@ -327,6 +331,7 @@ class SaisaConfig(PretrainedConfig):
         have changed."""
         text, names = self.text_config, ("vision_feature_select_strategy", "image_seq_length", "alignment")
         names += ("projector_hidden_act", "projector_bias", "projector_hidden_size", "projector_sharing")
+        names += ("leading_text_skips_attention",)
         _check_fields("", {name: getattr(self, name) for name in names}, complete=True)
         _check_text(text)
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
@@ -349,6 +354,8 @@ class SaisaConfig(PretrainedConfig):
             raise ValueError(f"vision_feature_layer={given}: these states differ in size. Choose those of one stage.")
 
     def _check_alignment(self, count: int):
+        if self.leading_text_skips_attention and self.in_embedding_space:
+            raise ValueError("leading_text_skips_attention=True: in embedding space text always attends, leave it out.")
         for name, default, other in (("visual_attention", "none", "full"), ("visual_feed_forward", True, False)):
             value = getattr(self, name)
             if not self.in_embedding_space and value != default:

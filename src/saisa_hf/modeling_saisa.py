@@ -130,6 +130,7 @@ class NaavitAttention(nn.Module):
         self.config = text  # `set_attn_implementation` writes into it
         self.layer_idx = layer_idx
         self.sees_image = config.sees_image(layer_idx)
+        self.leading_text_skips = config.leading_text_skips_attention
         self.head_dim = family.head_dim
         self.num_key_value_groups = text.num_attention_heads // text.num_key_value_heads
         self.scaling, self.softcap = family.scaling, family.softcap
@@ -203,7 +204,13 @@ class NaavitAttention(nn.Module):
         output_BTNH, probabilities_BNTL = attend(self, query_BNTH, key_BKLH, value_BKLH, attention_mask, options)
         if of_text is not None and probabilities_BNTL is not None:
             probabilities_BNTL = of_text.in_input_order(probabilities_BNTL)
-        return self.o_proj(output_BTNH.flatten(2).contiguous()), probabilities_BNTL
+        output_BTD = self.o_proj(output_BTNH.flatten(2).contiguous())
+        if self.leading_text_skips and layout.visual_BS is not None:
+            skips_BT1 = layout.leading_text(slots)[..., None].to(output_BTD.device)
+            output_BTD = output_BTD.masked_fill(skips_BT1, 0)
+            if probabilities_BNTL is not None:
+                probabilities_BNTL = probabilities_BNTL.masked_fill(skips_BT1[:, None], 0)
+        return output_BTD, probabilities_BNTL
 
     def queries_keys_values(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Input rows (B, T, D) of text tokens -> (B, T, N, H), (B, T, K, H), (B, T, K, H), before rotation."""

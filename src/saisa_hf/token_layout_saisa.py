@@ -119,6 +119,13 @@ class TokenLayout:
         x_RX = x_BSX.flatten(0, 1).index_select(0, self._text_positions.to(x_BSX.device))
         return x_RX.unflatten(0, (self.batch_size, self.longest))
 
+    def leading_text(self, slots: Tensor) -> Tensor:
+        """bool (B, T), the text in front of the first image of each sample that has one, if it begins at the first of the
+        places `slots` (S,) in the cache."""
+        visual_BS = self.visual_BS.to(slots.device)
+        first_B1 = (visual_BS.int().argmax(1) * visual_BS.any(1))[:, None]
+        return (self.query_position_BT.to(slots.device) < first_B1) & (slots[:1] == 0)
+
     def visual(self, x_BSX: Tensor) -> Tensor:
         """(B, S, ...) -> (V, ...): the rows of the visual positions; of the first sample alone where they are shared."""
         return x_BSX.flatten(0, 1).index_select(0, self._visual_positions.to(x_BSX.device))

@@ -12,6 +12,7 @@ import torch
 from transformers import BatchFeature, DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from ..attention_saisa import hold_text_alone
 from ..common.videos import encoding_progress, read_video
 from ..compat_saisa import CACHE
 from ..images_saisa import load_image
@@ -201,7 +202,8 @@ class Conversation:
 
     def _forget_cache(self) -> None:
         # all layers keep all keys, even with a sliding window: only such a cache can be cropped anywhere
-        self._cache, self._cached_ids, self._cached_pixels = DynamicCache(), [], None
+        self._cache = hold_text_alone(DynamicCache(), self.model.language_model.layers)
+        self._cached_ids, self._cached_pixels = [], None
 
     def _take_cache(self, prompt: list[int], pixels: torch.Tensor | None) -> DynamicCache:
         """The cache, cropped to what it has in common with `prompt`, whose last token has to be computed in any case. The

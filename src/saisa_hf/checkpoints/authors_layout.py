@@ -1,6 +1,6 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""The layout of the SAISA authors' checkpoints: their configuration as a `SaisaConfig`, and for each tensor of a SAISA
-checkpoint the one of theirs that it comes from."""
+"""The layout of the SAISA authors' checkpoints, which is LLaVA-1.5's and ViCA's: their configuration as a `SaisaConfig`,
+and for each tensor of a SAISA checkpoint the one of theirs that it comes from."""
 
 import re
 from collections.abc import Iterator
@@ -26,6 +26,13 @@ _TEXT_KEYS = (
     *("attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
+# the layers that see the image in the published ViCAs (arXiv 2602.07574); no checkpoint of theirs names them
+VICA_LAYERS = {
+    "vica-7b": [0, 1, 7, 8, 9, 10, 11, 14],
+    "vica-13b": [0, 6, 8, 9, 10, 13, 14, 16],
+    "vica-2.7b": [0, 1, 14, 15, 18, 19, 21, 22, 23],
+}
+_VICA_7B_WIDTH = 4096  # by which their code knows the model whose text in front of the image has no attention
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 
 _OUR_TOWER = "model.vision_tower."
@@ -41,11 +48,31 @@ _SHARED = re.compile(r"model\.mm_projector\.[02]\.(weight|bias)")  # of the firs
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.position_ids")  # stored by old releases
 
 
+def vica_settings(layers: str | list[int], settings: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `SaisaConfig` for a ViCA, whose checkpoints are LLaVA-1.5's.
+
+    Args:
+        layers: a name in `VICA_LAYERS`, or the layers that see the image.
+        settings: the object in its config.json.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if isinstance(layers, str) and layers not in VICA_LAYERS:
+        raise ValueError(f"visual_layers={layers!r}: expected {', '.join(VICA_LAYERS)}, or a list of layers.")
+    is_7b = layers == "vica-7b" if isinstance(layers, str) else settings.get("hidden_size") == _VICA_7B_WIDTH
+    return {
+        "projector_sharing": "shared",
+        "visual_layers": VICA_LAYERS[layers] if isinstance(layers, str) else layers,
+        "leading_text_skips_attention": is_7b,
+    }
+
+
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
 def saisa_config(
-    settings: dict[str, Any], file: Path, vision_config: Any, image_token_id: int, sharing: str
+    settings: dict[str, Any], file: Path, vision_config: Any, image_token_id: int, visual: dict[str, Any]
 ) -> SaisaConfig:
     """The configuration of the SAISA that the authors' `settings` describe.
 
@@ -54,7 +81,7 @@ def saisa_config(
         file: where it was read from, for error messages.
         vision_config: of the vision encoder, as `SaisaConfig` takes it.
         image_token_id: the vocabulary is extended to it.
-        sharing: `projector_sharing`.
+        visual: `projector_sharing`, and other arguments of `SaisaConfig`.
 
     Raises:
         ValueError: a setting is missing or not supported.
@@ -85,7 +112,7 @@ def saisa_config(
         image_token_id=image_token_id,
         vision_feature_layer=settings.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy=strategy,
-        projector_sharing=sharing,
+        **visual,
         tie_word_embeddings=settings.get("tie_word_embeddings", False),
     )
     config.architectures = [SaisaForConditionalGeneration.__name__]
@@ -152,7 +179,7 @@ def _model_names(config: SaisaConfig, weights: WeightFiles, expected: dict) -> I
         if shared and ".visual_projector." in target and target not in expected:
             raise ValueError(
                 f"{weights.files[name]}: tensor {name} is a projector of a single layer: this is not a checkpoint of the "
-                f"first stage. Leave out --shared-projector use."
+                f"first stage or of ViCA. Leave out --shared-projector use and --visual-layers."
             )
         yield name, target
 
@@ -198,7 +225,7 @@ def _missing_tensor(missing: list[str], weights: WeightFiles, tower: WeightFiles
     if layers_own and any(map(_SHARED.fullmatch, weights.shapes)):
         hint = (
             " Only a shared projector is there: is this a LLaVA checkpoint? One of SAISA's first training stage is "
-            "converted with --shared-projector use."
+            "converted with --shared-projector use, one of ViCA with --visual-layers."
         )
     listing = (tower if first.startswith(_OUR_TOWER) else weights).listing
     more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""

@@ -30,7 +30,14 @@ from ..common.destination import Destination, size_in_bytes
 from ..common.sources import first_line, local_folder, reading
 from ..configuration_saisa import SaisaConfig
 from ..processing_saisa import SaisaProcessor, add_image_token
-from .authors_layout import TOWER_PREFIX, saisa_config, saved_shapes, shared_projector_sources, tensor_sources
+from .authors_layout import (
+    TOWER_PREFIX,
+    saisa_config,
+    saved_shapes,
+    shared_projector_sources,
+    tensor_sources,
+    vica_settings,
+)
 from .model_card import licence_in_card, write_model_card
 from .padding import prepare_padding
 from .weight_files import DTYPES, WeightFiles, check_layers, read_json
@@ -50,6 +57,7 @@ def convert(
     *,
     vision_tower: str | os.PathLike | None = None,
     shared_projector: str = "drop",
+    visual_layers: str | list[int] | None = None,
     chat_template: str | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
@@ -71,6 +79,9 @@ def convert(
             stored beside the model, in `shared_projector.safetensors`, under the names that it has in a model with
             `projector_sharing="shared"`. "use": the source is a checkpoint of that stage, whose layers have no projectors of
             their own, and becomes such a model.
+        visual_layers: the source is a ViCA, a LLaVA-1.5 of which only these decoder layers see the image: "vica-7b",
+            "vica-13b", "vica-2.7b" for the published ones, or a list. Text in front of the image skips attention in
+            "vica-7b", and with a list where the hidden size is 4096, as in its authors' code.
         chat_template: "vicuna", "llama_3", "chatml", "plain", or the path of a .jinja file; None decides by the
             tokenizer: "llama_3" if its BOS token is `<|begin_of_text|>`, else "vicuna".
         dtype: "float32", "float16" or "bfloat16"; None keeps the dtype of the source's embedding.
@@ -90,6 +101,8 @@ def convert(
     """
     max_bytes = size_in_bytes(max_shard_size)
     _check_choices(dtype, shared_projector)
+    if visual_layers is not None and shared_projector == "keep":
+        raise ValueError("shared_projector='keep' does not go with visual_layers: a ViCA has no other projector.")
     place = Destination(destination, overwrite, push_to_hub, private, log)
     folder = _folder(source, "SRC")
     place.check_outside(folder, "SRC ")
@@ -104,11 +117,13 @@ def convert(
     tokenizer = _tokenizer(folder)
     old_rows: Any = settings.get("vocab_size")  # checked by `saisa_config`
     image_token_id = old_rows if tokenizer is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    sharing = "shared" if shared_projector == "use" else "per_layer"
+    visual = {"projector_sharing": "shared" if shared_projector == "use" else "per_layer"}
+    if visual_layers is not None:
+        visual = vica_settings(visual_layers, settings)
     vision_config = _vision_config(tower_folder, len(tower.shapes))
     check_layers(settings, len(weights.shapes), folder / "config.json")
     with reading(folder / "config.json"):
-        config = saisa_config(settings, folder / "config.json", vision_config, image_token_id, sharing)
+        config = saisa_config(settings, folder / "config.json", vision_config, image_token_id, visual)
         shapes = saved_shapes(config)
     sources = tensor_sources(config, shapes, weights, tower, own_tower, old_rows)
     beside = shared_projector_sources(config, weights) if shared_projector == "keep" else {}

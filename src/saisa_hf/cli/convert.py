@@ -1,8 +1,9 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""`saisa convert`: a checkpoint of the SAISA authors' code as one of transformers."""
+"""`saisa convert`: a checkpoint of the SAISA or the ViCA authors' code as one of transformers."""
 
 import argparse
 
+from ..common.arguments import count
 from .options import Commands, add_chat_template, add_command, add_result, result
 
 
@@ -11,6 +12,11 @@ Converts a checkpoint in the layout of the SAISA authors' code (yuanqianhao/sais
 one trained with that code) into one that transformers loads:
 
   saisa convert yuanqianhao/saisa-vicuna ./saisa-vicuna
+
+With --visual-layers, SRC is a ViCA (arXiv 2602.07574), a LLaVA-1.5 of which only some layers see the image:
+
+  saisa convert ./vica-7b ./vica --visual-layers vica-7b
+  saisa convert ./my-vica ./vica --visual-layers 0,1,7,8
 
 The result holds weights, configuration, code files, model card and, if SRC has a tokenizer, the processor with its
 chat template. Memory use stays below one weight file of SRC plus 1 GB, whatever the size of the model. DST appears when
@@ -35,10 +41,20 @@ def add_to(commands: Commands) -> None:
         "or use it, if SRC is a checkpoint of that stage (default: %(default)s)"
     )
     add("--shared-projector", choices=("drop", "keep", "use"), default="drop", help=projector)
+    seeing = (
+        "layers of a ViCA that see the image, with commas, or vica-7b, vica-13b, vica-2.7b for the published models'"
+    )
+    add("--visual-layers", metavar="LIST", type=_layers, help=seeing)
     add_chat_template(command, "llama_3 for Llama 3 tokenizers, else vicuna")
     add_result(command, "as in SRC")
     progress = "show bytes and the time left on stderr (default: if it is a terminal)"
     add("--progress", action=argparse.BooleanOptionalAction, help=progress)
+
+
+def _layers(text: str) -> str | list[int]:
+    """A name, or whole numbers between commas."""
+    parts = text.split(",")
+    return [count(part.strip()) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.destination,
         vision_tower=arguments.vision_tower,
         shared_projector=arguments.shared_projector,
+        visual_layers=arguments.visual_layers,
         chat_template=arguments.chat_template,
         progress=arguments.progress,
         **result(arguments),

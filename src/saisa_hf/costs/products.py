@@ -112,8 +112,8 @@ def products(config: SaisaConfig, architecture: str, step: Step, cross_every: in
                 yield linear("attention projections", visual, h, outputs, layer, "visual")
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
-        new = step.text + (0 if architecture == "flamingo" else visual)
-        yield attention(rows, new + cached_tokens(family, architecture, layer, step), layer)
+        new = step.text + visual * keeps_visual(config, architecture, layer)
+        yield attention(rows, new + cached_tokens(config, architecture, layer, step), layer)
         yield linear("attention projections", rows, q, h, layer, "attended")
         yield from feed_forward(fed_rows, inner, layer)
         yield linear("feed-forward", fed_rows, h, experts(family, layer), layer, "attended")
@@ -142,10 +142,17 @@ def visual_rows(config: SaisaConfig, architecture: str, layer: int) -> tuple[boo
     return architecture == "llava", architecture == "llava"
 
 
-def cached_tokens(family: LanguageModelFamily, architecture: str, layer: int, step: Step) -> int:
+def keeps_visual(config: SaisaConfig, architecture: str, layer: int) -> bool:
+    """Whether a layer has places for visual tokens among its keys, and in the model's own caches: in a SAISA layers that see
+    the image, and those with a sliding window, which is counted in places of the input."""
+    window = language_model_family(config.text_config).window(layer)
+    return architecture == "llava" or (architecture == "saisa" and (config.sees_image(layer) or window is not None))
+
+
+def cached_tokens(config: SaisaConfig, architecture: str, layer: int, step: Step) -> int:
     """Tokens of a sample that a layer finds in the cache: with a sliding window of n, at most n - 1."""
-    tokens = step.cached_text + (step.cached_visual if architecture in ("saisa", "llava") else 0)
-    window = family.window(layer)
+    tokens = step.cached_text + step.cached_visual * keeps_visual(config, architecture, layer)
+    window = language_model_family(config.text_config).window(layer)
     return tokens if window is None else min(tokens, window - 1)
 
 

@@ -13,11 +13,11 @@ from .products import Step, cached_tokens, feed_forward_sizes, has_visual_output
 
 
 def cache_bytes(config: SaisaConfig, architecture: str, step: Step, itemsize: int) -> int:
-    """Bytes of the keys and values in the cache after `step`. All layers of a SAISA keep places for visual tokens, whether
-    they see them or not; a Flamingo's cross-attention keeps nothing."""
+    """Bytes of the keys and values in the cache after `step`, one that the model makes. A Flamingo's cross-attention keeps
+    nothing."""
     family, behind = language_model_family(config.text_config), step.next_token()
     tokens = sum(
-        cached_tokens(family, architecture, layer, behind) for layer in range(config.text_config.num_hidden_layers)
+        cached_tokens(config, architecture, layer, behind) for layer in range(config.text_config.num_hidden_layers)
     )
     return 2 * step.batch * tokens * config.text_config.num_key_value_heads * family.head_dim * itemsize
 

@@ -90,6 +90,8 @@ def check_checkpoint(config) -> None:
     if config.visual_layers is not None and sorted(config.visual_layers) != list(range(text.num_hidden_layers)):
         why = f"a paged cache has the tokens of all layers, and its kernels cannot hide visual ones. {IN_TRANSFORMERS}"
         raise refusal(f"visual_layers={config.visual_layers}", why)
+    if config.leading_text_skips_attention:
+        raise refusal("leading_text_skips_attention=True", f"its decoders let all text attend. {IN_TRANSFORMERS}")
     if text.model_type not in DECODERS:
         missing = ", ".join(sorted(set(FAMILIES) - set(DECODERS)))
         why = f"vLLM has no decoder of its own for it (nor for others of {missing}). {IN_TRANSFORMERS}"
