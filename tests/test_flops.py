@@ -5,13 +5,14 @@ import argparse
 import copy
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import OTHER_VISION_CONFIGS, TEXT_MODELS, VISION_MODELS, prompts_from_rows, tiny_config, tiny_model
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from saisa_hf import SaisaConfig
+from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
 from saisa_hf.bench.options import add_arguments
@@ -19,6 +20,7 @@ from saisa_hf.bench.run import prepared
 from saisa_hf.bench.work import Case, model_of, tasks
 from saisa_hf.checkpoints.model_card import flops as card_flops
 from saisa_hf.cli import main
+from saisa_hf.costs.family import MEMBERS, member, member_settings
 from saisa_hf.costs.flops import (
     ARCHITECTURES,
     Step,
@@ -321,3 +323,40 @@ def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
 
 def test_presets_are_supported_language_models():
     assert set(LANGUAGE_MODELS) == {"vicuna-7b", "vicuna-13b", "llama3-8b", "mistral-7b", "qwen2.5-7b"}
+
+
+# --- the family by name ------------------------------------------------------------------------------------------------
+
+
+def test_every_member_of_the_family_is_counted_by_name(capsys):
+    config = read_config("vicuna-7b")
+    found = {}
+    for name in MEMBERS:
+        model = member(config, name)
+        assert model.vision_config.to_dict() == config.vision_config.to_dict()
+        counts = account(model, Step(64, 576))
+        found[name] = counts["llava" if name == "llava" else "saisa"]
+        if name == "llava":  # counted as a SAISA's embedding space, it costs the same, but for its projector
+            parts = counts["saisa"]["prompt"]
+            assert counts["saisa"]["language_model"] - parts["projectors"] == found[name]["language_model"]
+    flops = {name: round(one["language_model"] / 1e12, 2) for name, one in found.items()}
+    assert flops == {"llava": 8.5, "naavit": 7.1, "shortv": 4.72, "saisa": 2.86, "saisa-shared": 2.11, "vica": 1.17}
+    assert found["vica"]["cache_bytes"] == 2 * 2 * 4096 * (32 * 64 + 8 * 576)
+    assert main(["flops", "vicuna-7b", "--family", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == set(MEMBERS)
+    assert main(["flops", "vicuna-7b", "--family"]) == 0
+    printed = capsys.readouterr().out
+    assert all(
+        line in (Path(__file__).parent.parent / "docs" / "family.md").read_text() for line in printed.split("\n")[:8]
+    )
+    assert main(["flops", "vicuna-7b", "--member", "vica"]) == 0
+    assert "86% less" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_member_is_a_model_at_any_depth(name):
+    config = member(tiny_config("llama"), name)
+    assert SaisaForConditionalGeneration(config).config.text_config.num_hidden_layers == 3
+    assert member_settings(name, 40).get("visual_layers") in (None, [0, 6, 8, 9, 10, 13, 14, 16])
+    with pytest.raises(ValueError, match="'flamingo' is no member of the family: expected one of llava, naavit"):
+        member_settings("flamingo", 3)

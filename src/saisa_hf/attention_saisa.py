@@ -263,9 +263,7 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
         starts = torch.diff(position_ids, prepend=position_ids[:, :1] - 1) != 1
         documents = starts.cumsum(-1).expand(len(text_BTD), -1)
         if decoder.layers[0].self_attn.leading_text_skips and layout.visual_BS is not None and starts[:, 1:].any():
-            raise ValueError(
-                "position_ids pack several samples: with leading_text_skips_attention pass them in a batch."
-            )
+            raise ValueError("position_ids pack several samples: leading_text_skips_attention needs them in a batch.")
     for index, layer in enumerate(decoder.layers):
         if layer.mask_kind not in masks:
             given = attention_mask.get(layer.attention_type) if prepared else attention_mask
@@ -314,9 +312,7 @@ class TextLayer(DynamicLayer or object):
     sample with most of it has. It counts all tokens."""
 
     length = 0  # of the input, visual tokens included
-    place_BL: Tensor | None = (
-        None  # where in the input the text of a column stands; -1: it is in front of a shorter text
-    )
+    place_BL: Tensor | None = None  # where in the input a column's text stands; -1: nowhere, in front of a shorter text
     is_text = True  # whether there are no visual tokens in the input
 
     def append(self, key_BKTH: Tensor, value_BKTH: Tensor, place_BL: Tensor, length: int, is_text: bool):
@@ -393,10 +389,8 @@ class OfTextAlone(NamedTuple):
         return all_places.scatter_add(3, place_BNTL, probabilities_BNTL)
 
 
-def _of_text_alone(
-    attention, visibility: Visibility, text_BTD: Tensor, held: TextLayer | None, text_mask
-) -> OfTextAlone:
-    """`text_mask()` is the mask of an input without images."""
+def _of_text_alone(attention, visibility: Visibility, text_BTD: Tensor, held, text_mask) -> OfTextAlone:
+    """`held` is the `TextLayer` of the cache, or None; `text_mask()` is the mask where there are no images."""
     layout, given, slots = visibility.layout, visibility.attention_mask, visibility.slots
     place_BL = slots.expand(len(text_BTD), -1)
     if layout.visual_BS is not None:
@@ -407,12 +401,12 @@ def _of_text_alone(
     rest = (place_BL, visibility.key_range[0], is_text)
     if is_text:
         return OfTextAlone(text_mask(), *rest)
-    eager, hidden = implementation_of(attention) == "eager", torch.finfo(text_BTD.dtype).min
+    eager = implementation_of(attention) == "eager"
     real_BL, place_in_mask_BL = place_BL >= 0, place_BL.clamp(min=0)
     if given is not None and given.ndim == 4:
         mask = layout.query_rows(given).expand(len(place_BL), -1, -1, -1)
         mask = mask.take_along_dim(place_in_mask_BL[:, None, None].to(mask.device), dim=3)
-        hidden = False if mask.dtype == torch.bool else hidden
+        hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return OfTextAlone(mask.masked_fill(~real_BL[:, None, None].to(mask.device), hidden), *rest)
     if given is not None:
         real_BL = real_BL & given.to(slots.device, torch.bool).take_along_dim(place_in_mask_BL, 1)
@@ -420,16 +414,10 @@ def _of_text_alone(
     is_plain = document_BS is None and (queries == 1 or (queries == keys and not eager))
     if is_plain and not torch.compiler.is_compiling() and bool(real_BL.all()):
         return OfTextAlone(None, *rest)
-    key_L = torch.arange(keys, device=slots.device)
-    query_T1 = key_L[keys - queries :, None]
-    mask = (key_L <= query_T1) & real_BL[:, None]
-    if document_BS is not None:
-        document_BT = layout.text(document_BS)
-        mask = mask & (document_BT[:, :, None] == document_BT[:, None])
-    mask = (mask | (key_L == query_T1))[:, None]  # every query sees itself, so that no row is empty
-    if eager:
-        mask = torch.zeros_like(mask, dtype=text_BTD.dtype).masked_fill(~mask, hidden)
-    return OfTextAlone(mask, *rest)
+    document_BT = None if document_BS is None else layout.text(document_BS)
+    column_T = torch.arange(keys - queries, keys, device=slots.device)
+    of_text = Visibility(TokenLayout(None), column_T, (keys, 0), None, real_BL, document_BT)
+    return OfTextAlone(of_text.for_implementation("eager", text_BTD.dtype) if eager else of_text.mask(), *rest)
 
 
 def mark_hidden(key_BKSH: Tensor, layout: TokenLayout) -> Tensor:

@@ -272,9 +272,7 @@ CACHE = "past_key_values" if "past_key_values" in BaseModelOutputWithPast.__data
 # what an empty layer of a cache is; without it, `Cache.update` makes a copy
 DynamicLayer = optional("transformers.cache_utils", "DynamicLayer")
 
-CROP_REMOVES = "tokens_to_remove" in _parameters(
-    getattr(DynamicLayer, "crop", None)
-)  # else `crop` is told what to keep
+CROP_REMOVES = "tokens_to_remove" in _parameters(getattr(DynamicLayer, "crop", None))  # else it is told what stays
 _UPDATE_TAKES_CACHE_POSITION = "cache_kwargs" in _parameters(DynamicCache.update)
 _LAYERS_ARE_MADE_FROM_VALUES_TOO = "value_states" in _parameters(getattr(DynamicLayer, "lazy_initialization", None))
 _MASK_SIZES_TAKE_CACHE_POSITION = "cache_position" in _parameters(DynamicCache.get_mask_sizes)

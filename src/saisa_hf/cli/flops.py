@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..common.arguments import count, positive
-from ..costs.presets import LANGUAGE_MODELS
+from ..costs.presets import LANGUAGE_MODELS, MEMBERS
 from .options import DTYPES, Commands, add_command, add_prompt_sizes, add_reduction
 
 
@@ -16,6 +16,7 @@ LLaVA and a Flamingo (gated cross-attention before every few layers) with the sa
 
   saisa flops vicuna-7b --text 64 --visual 576
   saisa flops ./saisa-vicuna --images 4 --generate 128 --json
+  saisa flops vicuna-7b --family
 
 MODEL is a preset ({", ".join(LANGUAGE_MODELS)}),
 or the folder or hub id of a SAISA, of a LLaVA, or of a language model of a supported family, which is counted with
@@ -44,16 +45,23 @@ def add_to(commands: Commands) -> None:
     )
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
     add_reduction(command, "count MODEL with this reduction of its visual tokens (default: its own)")
+    members = command.add_mutually_exclusive_group()
+    as_member = "count MODEL as this member of the family, with the same encoder and language model (docs/family.md)"
+    members.add_argument("--member", choices=MEMBERS, help=as_member)
+    members.add_argument("--family", action="store_true", help="one line for each member in place of the report")
     add("--json", action="store_true", help="print all numbers as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..costs.flops import Step, account, read_config, show
+    from ..costs.family import member
+    from ..costs.flops import Step, account, family_table, read_config, show
     from ..costs.images import image_of
 
     if arguments.visual is not None and arguments.image_size is not None:
         arguments.parser.error("--image-size does not go with --visual, which says how many tokens there are")
     config = _reduced(read_config(arguments.model), arguments)
+    if arguments.member is not None:
+        config = member(config, arguments.member)
     image = image_of(config, None if arguments.image_size is None else tuple(arguments.image_size))
     visual, pictures = arguments.visual, None
     if visual is None:
@@ -62,6 +70,13 @@ def run(arguments: argparse.Namespace) -> int:
     step = Step(arguments.text, visual, batch=arguments.batch)
     options: dict[str, Any] = {"cross_every": arguments.cross_every, "trained": arguments.train}
     itemsize = 4 if arguments.dtype == "float32" else 2
+    if arguments.family:
+        rows = {}
+        for name in MEMBERS:
+            found = account(member(config, name), step, itemsize, arguments.generate, **options, pictures=pictures)
+            rows[name] = found["llava" if name == "llava" else "saisa"]
+        print(json.dumps(rows, indent=1) if arguments.json else family_table(rows))
+        return 0
     found = account(config, step, itemsize, arguments.generate, **options, pictures=pictures)
     if arguments.json:
         asked = {"model": arguments.model, "text": arguments.text, "visual": visual, "batch": arguments.batch}
@@ -75,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{vision.model_type}, {image.length} tokens per image{tiles}\n{arguments.text} text and {visual} visual tokens, "
         f"batch {arguments.batch}, {arguments.dtype}\n"
     )
-    print(show(found, arguments.generate, own="this model" if config.in_embedding_space else "SAISA", **options))
+    own = arguments.member or ("this model" if config.in_embedding_space else "SAISA")
+    print(show(found, arguments.generate, own=own, **options))
     return 0
 
 

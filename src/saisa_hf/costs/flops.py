@@ -28,6 +28,7 @@ __all__ = [
     "activation_bytes",
     "cache_bytes",
     "encoder_flops",
+    "family_table",
     "parameters",
     "read_config",
     "show",
@@ -160,6 +161,22 @@ def account(
             "activation_bytes": activation_bytes(config, name, step, itemsize),
         }
     return found
+
+
+def family_table(rows: dict[str, dict]) -> str:
+    """One line for each model of `rows`, what `account` says of each."""
+    heads = ["", "language model, TFLOPs (1)", "next token, GFLOPs", "cache, MiB", "million parameters in projectors"]
+    lines = [
+        [
+            name,
+            f"{row['language_model'] / 1e12:.2f}",
+            f"{row['next_token'] / 1e9:.2f}",
+            f"{row['cache_bytes'] / 2**20:,.1f}",
+            f"{row['parameters']['projectors'] / 1e6:,.1f}",
+        ]
+        for name, row in rows.items()
+    ]
+    return f"{table(heads, lines)}\n\n{NOTES}"
 
 
 def show(found: dict, generated: int = 0, cross_every: int = 4, trained: str = "full", own: str = "SAISA") -> str:

@@ -34,3 +34,5 @@ CLIP_336 = {  # CLIP ViT-L/14 at 336 px
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 768,
     "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
 }  # fmt: skip
+
+MEMBERS = ("llava", "naavit", "shortv", "saisa", "saisa-shared", "vica")  # of the family (docs/family.md)
