@@ -317,8 +317,10 @@ class TextLayer(DynamicLayer or object):
 
     def append(self, key_BKTH: Tensor, value_BKTH: Tensor, place_BL: Tensor, length: int, is_text: bool):
         """Keys and values of all text, (B, K, L, H) each."""
-        self.place_BL, self.length, self.is_text = place_BL, length, is_text
-        return super().update(key_BKTH, value_BKTH)
+        self.place_BL, self.length, self.is_text, self.is_initialized = place_BL, length, is_text, True
+        new = ((self.keys, key_BKTH), (self.values, value_BKTH))
+        self.keys, self.values = (x if old is None else torch.cat([old, x], dim=2) for old, x in new)
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self.length
