@@ -25,6 +25,7 @@ from saisa_hf.demo.run import ask_model, load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablations
+import cache_memory
 import convert_memory
 import evaluation
 import learning
@@ -671,3 +672,13 @@ def test_questions_a_second_stand_beside_the_flops_that_they_take(tmp_path, caps
             counted = measure.flops(lambda answerer=answerer: list(answerer.answer(asked)))
         assert counted == pytest.approx(args.images * expected[row["name"]], rel=0.02)
         assert row["flops_per_question"] == expected[row["name"]] / args.questions
+
+
+def test_the_cache_has_the_bytes_that_the_formula_says(capsys):
+    cache_memory.main(["--visual", "64", "--steps", "2", "--width", "32"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [row["seeing_layers"] for row in rows] == [32, 8, 2]
+    for row in rows:
+        places = 0 if row["seeing_layers"] == 32 else 8 * row["text_tokens"]  # of the text, once for all layers
+        assert row["text alone"]["cache_bytes"] == row["formula_bytes"] + places
+        assert row["marked"]["cache_bytes"] == rows[0]["formula_bytes"]

@@ -14,10 +14,10 @@ from tiny_models import BOS, prompts_from_rows, tiny_config, tiny_model
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from saisa_hf import SaisaForConditionalGeneration
-from saisa_hf.checkpoints.authors_layout import VICA_LAYERS
 from saisa_hf.checkpoints.convert import convert
 from saisa_hf.cli import main
 from saisa_hf.compat_saisa import CACHE
+from saisa_hf.costs.presets import VICA_LAYERS
 
 
 FIXTURE = Path(__file__).parent / "fixtures" / "vica"

@@ -311,6 +311,8 @@ class TextLayer(DynamicLayer or object):
     """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the
     sample with most of it has. It counts all tokens."""
 
+    keys: Tensor | None
+    values: Tensor | None
     length = 0  # of the input, visual tokens included
     place_BL: Tensor | None = None  # where in the input a column's text stands; -1: nowhere, in front of a shorter text
     is_text = True  # whether there are no visual tokens in the input
@@ -319,7 +321,7 @@ class TextLayer(DynamicLayer or object):
         """Keys and values of all text, (B, K, L, H) each."""
         self.place_BL, self.length, self.is_text, self.is_initialized = place_BL, length, is_text, True
         new = ((self.keys, key_BKTH), (self.values, value_BKTH))
-        self.keys, self.values = (x if old is None else torch.cat([old, x], dim=2) for old, x in new)
+        self.keys, self.values = (x.contiguous() if old is None else torch.cat([old, x], dim=2) for old, x in new)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..configuration_saisa import SaisaConfig
+from ..costs.presets import VICA_LAYERS
 from ..modeling_saisa import SaisaForConditionalGeneration
 from .weight_files import DTYPES, STORED_DTYPES, WeightFiles
 from .weight_writing import Source
@@ -26,12 +27,6 @@ _TEXT_KEYS = (
     *("attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings"),
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
-# the layers that see the image in the published ViCAs (arXiv 2602.07574); no checkpoint of theirs names them
-VICA_LAYERS = {
-    "vica-7b": [0, 1, 7, 8, 9, 10, 11, 14],
-    "vica-13b": [0, 6, 8, 9, 10, 13, 14, 16],
-    "vica-2.7b": [0, 1, 14, 15, 18, 19, 21, 22, 23],
-}
 _VICA_7B_WIDTH = 4096  # by which their code knows the model whose text in front of the image has no attention
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 

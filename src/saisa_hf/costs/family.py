@@ -3,9 +3,8 @@
 
 from typing import Any
 
-from ..checkpoints.authors_layout import VICA_LAYERS
 from ..configuration_saisa import SaisaConfig
-from .presets import MEMBERS
+from .presets import MEMBERS, VICA_LAYERS
 
 
 __all__ = ["MEMBERS", "member", "member_settings"]

@@ -36,3 +36,9 @@ CLIP_336 = {  # CLIP ViT-L/14 at 336 px
 }  # fmt: skip
 
 MEMBERS = ("llava", "naavit", "shortv", "saisa", "saisa-shared", "vica")  # of the family (docs/family.md)
+# the layers that see the image in the published ViCAs (arXiv 2602.07574); none of their checkpoints names them
+VICA_LAYERS = {
+    "vica-7b": [0, 1, 7, 8, 9, 10, 11, 14],
+    "vica-13b": [0, 6, 8, 9, 10, 13, 14, 16],
+    "vica-2.7b": [0, 1, 14, 15, 18, 19, 21, 22, 23],
+}
