@@ -220,6 +220,18 @@ def test_a_question_that_cannot_be_scored_is_named(name):
             else:
                 assert 0 <= result["score"] <= 1
     assert refused >= 5
+    for field in metric.uses:
+        for value in [*BAD, {"structural": 1, "semantic": "x"}, [{"operation": "x"}], [1]]:
+            question, answer = {**good, field: value}, [0.0, 1.0] if likely else "b"
+            try:
+                result = metric.question(question, answer)
+            except ValueError as error:
+                assert f"{field}=" in str(error) and f"{name} expects {metric.uses[field]}" in str(error)
+            else:
+                try:
+                    assert 0 <= metric.summary([question], [result])["score"] <= 100
+                except ValueError as error:
+                    assert name == "mme" and "has 1 questions: expected two" in str(error)
     for answer in (None, 3, ["a"], b"a"):
         with pytest.raises(ValueError, match=f"an answer for {name} is a"):
             metric.question(good, answer)

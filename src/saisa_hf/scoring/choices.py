@@ -125,12 +125,19 @@ class ScienceQa(MultipleChoice):
         "choices": "a list of at most five options",
         "answer": "the position of the right one, from 0, or its letter",
     }
-    uses = {"image": "name of the question's image; none: not a question of ScienceQA-IMG", "subject": "", "grade": ""}
+    uses = {
+        "image": "the question's image, which makes it one of ScienceQA-IMG",
+        "subject": "natural, social or language science",
+        "grade": "that of the school",
+    }
     groups = ("subject", "grade")
     SAYS_SO = re.compile(r"The answer is ([A-Z]).")
 
     def _fits(self, field: str, value: Any, question: Question) -> bool:
         return super()._fits(field, value, question) and len(question["choices"]) <= 5
+
+    def _fits_use(self, field: str, value: Any) -> bool:
+        return field == "image" or super()._fits_use(field, value)
 
     def _read(self, question: Question, answer: str) -> Result:
         said = self.SAYS_SO.findall(answer)
@@ -160,7 +167,7 @@ class MmBench(MultipleChoice):
         "vlmeval/utils/matching_util.py"
     )
     needs = {**MultipleChoice.needs, "index": "a whole number, of the official file"}
-    uses = {"category": "", "l2-category": "", "split": ""}
+    uses = {"category": "a kind of question", "l2-category": "a kind of category", "split": "dev or test"}
     groups = ("l2-category", "category", "split")
     headline = "circular accuracy"
 

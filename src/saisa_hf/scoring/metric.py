@@ -18,7 +18,7 @@ class Metric:
         name: by which `get_metric` finds it.
         source: the script or paper that it follows.
         needs: fields that a question must have, and what they are.
-        uses: fields that a question may have, and what they are for.
+        uses: fields that a question may have, and what they are.
         groups: fields of `uses` whose values the summary splits the score by.
         answer: what an answer is.
         headline: the key of the summary's `score`, in words.
@@ -49,6 +49,11 @@ class Metric:
                 raise ValueError(f"{name} has no {field!r}, which {self.name} needs: {wanted}. It has {has}.")
             if not self._fits(field, question[field], question):
                 raise ValueError(f"{name}: {field}={shown(question[field])}, but {self.name} needs {wanted}.")
+        for field, told in self.uses.items():
+            if question.get(field) is not None and not self._fits_use(field, question[field]):
+                raise ValueError(
+                    f"{name}: {field}={shown(question[field])}: {self.name} expects {told}, or no such field."
+                )
 
     def question(self, question: Question, answer: Any) -> Result:
         """What `answer` to `question` is worth.
@@ -93,6 +98,10 @@ class Metric:
     def _fits(self, field: str, value: Any, question: Question) -> bool:
         """Whether `value` is what `needs` says of `field`."""
         return isinstance(value, str)
+
+    def _fits_use(self, field: str, value: Any) -> bool:
+        """Whether `value` is what `uses` says of `field`."""
+        return isinstance(value, (str, int, float))
 
     def _is_answer(self, answer: Any, question: Question) -> bool:
         return isinstance(answer, str)

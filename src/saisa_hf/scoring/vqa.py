@@ -1,7 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Accuracy by the agreement of several annotators: VQAv2, VizWiz, TextVQA."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from .metric import Metric, Question, Result, mean, texts_of
@@ -44,18 +44,20 @@ class VizwizAccuracy(VqaAccuracy):
     source = "vizwiz.org, VQA API; as in github.com/TRI-ML/vlm-evaluation: vlm_eval/util/evaluation/vizwiz/eval.py"
     uses = {
         "answer_type": "yes/no, number, other or unanswerable",
-        "answerable": "0 if the annotators agree that it cannot be answered, else 1: for unanswerable_f1",
+        "answerable": "0 if the annotators agree that it cannot be answered, else 1",
     }
     groups = ("answer_type",)
+
+    def _fits_use(self, field: str, value: Any) -> bool:
+        return value in (0, 1) if field == "answerable" else super()._fits_use(field, value)
 
     def _read(self, question: Question, answer: str) -> Result:
         read = vqa_answer(answer, VIZWIZ_EXPANSIONS)
         return {"score": agreement(read, texts_of(question["answers"])), "read": read}
 
     def _more(self, questions: Sequence[Question], results: Sequence[Result]) -> Result:
-        known = [
-            (not q["answerable"], r["read"] == "unanswerable") for q, r in zip(questions, results) if "answerable" in q
-        ]
+        asked = [(q.get("answerable"), r["read"] == "unanswerable") for q, r in zip(questions, results)]
+        known = [(not answerable, said) for answerable, said in asked if answerable is not None]
         if not known:
             return {}
         right, said, true = (sum(map(of, known)) for of in (all, lambda pair: pair[1], lambda pair: pair[0]))
@@ -90,15 +92,24 @@ class GqaAccuracy(Metric):
     )
     needs = {"answer": "a text"}
     uses = {
-        "types": "structural, semantic and detailed type of the question",
-        "question": "its text, for accuracy by its number of words",
-        "semantic": "the steps that lead to the answer, for accuracy by their number",
-        "isBalanced": "false: the question does not count",
-        "valid": "answers that a question of this kind can have, of the choices file",
-        "plausible": "answers that make sense, of the choices file",
-        "entailed": "ids of questions whose answers follow; for consistency, together with id",
-        "id": "its id",
+        "types": "a mapping with the types 'structural' and 'semantic', and perhaps 'detailed'",
+        "question": "its text, which tells the number of its words",
+        "semantic": "a list of the steps to the answer, mappings with 'operation' and 'argument'",
+        "isBalanced": "whether the question counts, true or false",
+        "valid": "a list of the answers that a question of this kind can have, of the choices file",
+        "plausible": "a list of the answers that make sense, of the choices file",
+        "entailed": "a list of the ids of questions whose answers follow, for consistency",
+        "id": "its id, a text or a number",
     }
+
+    def _fits_use(self, field: str, value: Any) -> bool:
+        if field in ("semantic", "valid", "plausible", "entailed"):
+            listed = isinstance(value, (list, tuple))
+            return listed and (field != "semantic" or all(_has(step, "operation", "argument") for step in value))
+        if field == "types":
+            return _has(value, "structural", "semantic") and isinstance(value.get("detailed", ""), (str, type(None)))
+        kinds: tuple[type, ...] = {"question": (str,), "isBalanced": (bool,)}.get(field, (str, int))
+        return isinstance(value, kinds)
 
     def _read(self, question: Question, answer: str) -> Result:
         read = answer.rstrip(".").lower()
@@ -139,6 +150,11 @@ class GqaAccuracy(Metric):
                 told[name] = mean((r for _, r in counted), field)
         consistency = _consistency(questions, results)
         return told | ({} if consistency is None else {"consistency": consistency}) | ({"by": by} if by else {})
+
+
+def _has(value: Any, *fields: str) -> bool:
+    """Whether `value` is a mapping with texts for `fields`."""
+    return isinstance(value, Mapping) and all(isinstance(value.get(field), str) for field in fields)
 
 
 def _is_step(step: Question) -> bool:
