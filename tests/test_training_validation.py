@@ -21,6 +21,7 @@ from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.answering import Answerer
 from saisa_hf.scoring import get_metric
 from saisa_hf.training import BadSample, SaisaTrainer, TrainingOptions, train
+from saisa_hf.training.check import check
 from saisa_hf.training.record import RECORD, checkpoints
 from saisa_hf.training.run import _trainer, load_model, training_data
 from saisa_hf.training.validation import Validation
@@ -130,6 +131,13 @@ def test_validation_data_that_cannot_be_used_is_named_before_the_training(name, 
     monkeypatch.setattr("saisa_hf.training.run.load_model", lambda _: pytest.fail("it was loaded"))
     with pytest.raises(error, match=message):
         train(options(start, tmp_path / "run", eval_data=str(tmp_path / "e.json"), images=str(start), **changes))
+
+
+def test_a_check_of_the_data_names_what_validation_cannot_use(start, tmp_path):
+    (tmp_path / "e.json").write_text(json.dumps([conversation("A?", "B."), conversation("A?")]))
+    said = []
+    found = check(options(start, tmp_path / "run", eval_data=str(tmp_path / "e.json")), samples=0, log=said.append)
+    assert found == (14, 1) and "e.json, sample 1: no turn of the assistant has text" in said[0]
 
 
 # --- the loss ---

@@ -9,12 +9,14 @@ from .inputs import check_inputs
 from .options import TrainingOptions
 from .run import open_sources, training_data
 from .samples import BadSample
+from .validation import validation_samples
 
 
 def check(
     options: TrainingOptions, samples: int = 2, limit: int = 0, log: Callable[[str], None] = print
 ) -> tuple[int, int]:
-    """Encodes the data as training would, prints the first `samples` samples token by token, and a summary.
+    """Encodes the data as training would, validation data as well, prints the first `samples` samples token by token, and a
+    summary.
 
     Args:
         limit: samples to check, of each stream if they are streamed; 0: all, or the first 1000 of each stream.
@@ -26,17 +28,21 @@ def check(
     sources = open_sources(options)
     processor = SaisaProcessor.from_pretrained(options.model)
     dataset, _ = training_data(options, processor, sources)
+    datasets: list[ConversationDataset | StreamedConversations] = [dataset]
+    if options.eval_data:
+        datasets.append(validation_samples(options, processor, dataset.encode))
     bad: list[BadSample] = []
     lengths: list[int] = []
     learned = images = cut = 0
-    for number, sample in enumerate(_each(dataset, limit)):
+    found = ((one, sample) for one in datasets for sample in _each(one, limit))
+    for number, (one, sample) in enumerate(found):
         if isinstance(sample, BadSample):
             bad.append(sample)
             if len(bad) <= 20:
                 log(f"bad: {sample}")
             continue
         if number < samples:
-            for line in describe(sample, processor, dataset.name(sample["sample_index"])):
+            for line in describe(sample, processor, one.name(sample["sample_index"])):
                 log(line)
         lengths.append(len(sample["input_ids"]))
         learned += sum(label != -100 for label in sample["labels"])

@@ -23,6 +23,20 @@ if TYPE_CHECKING:
     from .trainer import SaisaTrainer
 
 
+def validation_samples(
+    options: TrainingOptions, processor: SaisaProcessor, encode: Callable[[dict], dict]
+) -> ConversationDataset:
+    """The samples of `options.eval_data`, encoded as those of the training are.
+
+    Raises:
+        ValueError: a source is empty, or is not of a known format.
+        OSError: it cannot be read.
+    """
+    sources = [open_source(path, images=options.images, split=options.eval_split) for path in options.eval_data]
+    how = {"image_token": processor.image_token, "captions": options.captions, "bad_samples": options.bad_samples}
+    return ConversationDataset(sources, encode, **how)
+
+
 class Validation:
     """The validation data of a run. All of it is read once, so that errors are found before the training.
 
@@ -45,11 +59,7 @@ class Validation:
 
     def __init__(self, options: TrainingOptions, processor: SaisaProcessor, encode: Callable[[dict], dict]):
         self.options, self.processor = options, processor
-        self.sources = [
-            open_source(path, images=options.images, split=options.eval_split) for path in options.eval_data
-        ]
-        self._how = {"image_token": processor.image_token, "captions": options.captions}
-        dataset = ConversationDataset(self.sources, encode, bad_samples=options.bad_samples, **self._how)
+        dataset = validation_samples(options, processor, encode)
         good = [index for index, _ in self._usable(range(len(dataset)), dataset.sample)]
         lengths = dataset.lengths(processor.image_seq_length or 0)
         self.dataset = Subset(dataset, sorted(good, key=lengths.__getitem__))
@@ -57,7 +67,7 @@ class Validation:
         self.asked: list[dict[str, Any]] = []
         if options.eval_metric:
             self.metric = get_metric(options.eval_metric)
-            places = [(source, index) for source in self.sources for index in range(len(source.records))]
+            places = [(source, index) for source in dataset.sources for index in range(len(source.records))]
             usable = itertools.islice(self._usable(places, self._question), options.eval_questions)
             for (source, index), (question, fields) in usable:
                 self.metric.check(fields, f"{source.name}, sample {index}")
@@ -84,7 +94,8 @@ class Validation:
         """A question, whose images are not read yet, and the fields that the metric reads."""
         source, index = place
         name, record = f"{source.name}, sample {index}", record_at(source, index)
-        sample = read_sample(record, name, folder=source.folder, **self._how)
+        how = {"image_token": self.processor.image_token, "captions": self.options.captions}
+        sample = read_sample(record, name, folder=source.folder, **how)
         open_images(sample)
         messages = sample["messages"]
         if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
