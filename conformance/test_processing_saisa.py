@@ -81,7 +81,7 @@ class SaisaProcessorTest(LocalProcessor, ProcessorTesterMixin, unittest.TestCase
     processor_class = SaisaProcessor
 
     def test_processor_text_has_no_visual(self):
-        # The mixin looks for videos in the signature. SaisaProcessor refuses videos, so its signature has none.
+        # The mixin looks for videos in the signature. SaisaProcessor has them among its keywords.
         call = SaisaProcessor.__call__
 
         def without_videos(

@@ -124,7 +124,7 @@ def test_what_cannot_be_asked_has_an_error_and_the_others_their_answers(tmp_path
         5: (Question("abc", [str(tmp_path / "not-there.png")]), "not-there.png"),  # twice: by way of visual states
         9: (Question("abc", [str(tmp_path / "text.png")]), "text.png' cannot be read"),
         20: (Question("<image> and <image>", [picture(0)]), "1 images for 2 '<image>'"),
-        23: (Question([{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]), "A question holds a video"),
+        23: (Question([{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]), "hold a video"),
         21: (Question([{"role": "judge", "content": "abc"}]), "judge"),
         22: (Question("abc", [3.5]), "the image"),
     }

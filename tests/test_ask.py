@@ -20,6 +20,7 @@ from saisa_hf.cli import main
 from saisa_hf.common.loading import load_model
 from saisa_hf.demo import CHECKPOINT
 from saisa_hf.evaluation.ask.rows import open_rows
+from saisa_hf.processing_saisa import Video
 
 
 PROMPTS = [
@@ -153,6 +154,26 @@ def test_images_of_every_kind(photos, wanted, tmp_path):
     binary = write(tmp_path / "b.parquet", [{"image": encoded(0)}])
     (row,) = ask(binary, tmp_path / "b.jsonl", "--prompt", PROMPTS[0])
     assert row == {"image": None, "answer": wanted[0], "error": None}
+
+
+def test_videos_in_a_column_of_their_own(photos, loaded, tmp_path, capsys):
+    pytest.importorskip("av")
+    from video_parts import write_video
+
+    film = str(write_video(tmp_path / "film.mp4", count=8, size=(48, 48)))
+    asked = [
+        Question("hello", [Video(film)]),
+        Question("hello", [picture(0), Video(film)]),
+        Question("hi", [picture(0)]),
+    ]
+    wanted = [answer.text for answer in Answerer(*loaded, max_new_tokens=6).answer(asked)]
+    rows = [{"film": "film.mp4", "prompt": "hello"}, {"image": photos[0], "film": ["film.mp4"], "prompt": "hello"}]
+    rows += [{"image": photos[0], "prompt": "hi"}, {"film": "no.mp4", "prompt": "hi"}, {"prompt": "hi"}]
+    found = ask(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl", "--video-column", "film", status=4)
+    assert [row["answer"] for row in found] == [*wanted, None, None]
+    assert "No such file" in found[3]["error"] and "'film' is None: there is no video" in found[4]["error"]
+    ask(tmp_path / "in.jsonl", tmp_path / "a.jsonl", "--video-column", "clip", status=2)
+    assert "no 'clip': name that of the videos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["in.jsonl", "in.csv", "in.parquet"])

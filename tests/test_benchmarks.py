@@ -682,3 +682,23 @@ def test_the_cache_has_the_bytes_that_the_formula_says(capsys):
         places = 0 if row["seeing_layers"] == 32 else 8 * row["text_tokens"]  # of the text, once for all layers
         assert row["text alone"]["cache_bytes"] == row["formula_bytes"] + places
         assert row["marked"]["cache_bytes"] == rows[0]["formula_bytes"]
+
+
+def test_what_a_video_costs(tmp_path, capsys):
+    import video
+
+    page = tmp_path / "page.md"
+    page.write_text("<!-- video-costs: start -->\n<!-- video-costs: end -->\n")
+    sizes = ["--frames", "3", "6", "--grid", "5", "--width", "64", "--layers", "2", "--repeats", "1"]
+    video.main([*sizes, f"--json={tmp_path / 'video.json'}", f"--tables={page}"])
+    result = json.loads((tmp_path / "video.json").read_text())
+    few, many = result["cells"].values()
+    of_encoder, one = many["flops"]["encoder"], 2 * 64 * 64
+    assert of_encoder == 2 * few["flops"]["encoder"]
+    # behind the encoder: projectors of two matrices and two products for keys and values of 9 tokens a frame, in each layer
+    grown = {kind: many["flops"][kind] - few["flops"][kind] - of_encoder // 2 for kind in ("saisa", "llava")}
+    projected = 2 * 3 * 9 * (2 * 96 * 64 + one + 2 * one)
+    scores = 2 * 2 * 3 * 9 * video.TEXT * 2 * 64
+    assert grown["saisa"] == projected + scores
+    assert grown["llava"] > 2 * grown["saisa"]
+    assert video.costs_table(result) in page.read_text() and "LLaVA-OneVision" in capsys.readouterr().out

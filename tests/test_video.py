@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig
 from video_parts import pictures, write_video
 
 from saisa_hf import SaisaProcessor, SaisaVisualStates
+from saisa_hf.bench.measure import peak_memory
 from saisa_hf.chat import Conversation
 from saisa_hf.chat.templates import chat_template
 from saisa_hf.cli import main
@@ -337,6 +338,19 @@ def test_pieces_and_the_whole_have_the_same_gradients():
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=1e-5)
+
+
+def test_memory_beyond_what_is_kept_does_not_grow_with_the_video(monkeypatch):
+    monkeypatch.setattr("saisa_hf.vision_saisa.ROWS_AT_ONCE", 64)
+    model, beyond = make_model(images_at_once=8), []
+    for count in (64, 256):
+        pixels, pooling = torch.randn(count, 3, SIDE, SIDE), torch.full((count,), 2)
+        with torch.no_grad():
+            states = model.get_visual_states(pixels, frame_pooling=pooling)
+            peak = peak_memory(lambda: model.get_visual_states(pixels, frame_pooling=pooling), "cpu")  # noqa: B023
+        features = 4 * count * POOLED * model.config.vision_feature_size
+        beyond.append(peak - states.nbytes - 2 * features)
+    assert beyond[1] < 1.1 * beyond[0] and beyond[0] < states.nbytes / 2
 
 
 @pytest.mark.parametrize("images", [64, 0])

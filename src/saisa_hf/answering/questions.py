@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..processing_saisa import SaisaProcessor
+from ..processing_saisa import SaisaProcessor, Video
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,10 @@ def render(question: Question, processor: SaisaProcessor, chat_template: str | N
         messages = list(question.prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    parts = (part for message in messages if isinstance(message, dict) for part in message.get("content") or ())
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
     if any(isinstance(part, dict) and part.get("type") in ("video", "video_url") for part in parts):
-        raise ValueError(
-            "A question holds a video. Questions are of text and images here; `Conversation` reads videos."
-        )
+        raise ValueError("The messages hold a video. Put an image part there, and a `Video` among the images.")
     try:
         options = {"chat_template": chat_template, "add_generation_prompt": True, "tokenize": False}
         text = processor.apply_chat_template(messages, **options)
@@ -112,6 +111,8 @@ def render(question: Question, processor: SaisaProcessor, chat_template: str | N
 
 def image_name(image: Any) -> Hashable:
     """What is the same for the same image: paths and bytes by value, objects by identity."""
+    if isinstance(image, Video):
+        return "video", image_name(image.source)
     if isinstance(image, (str, os.PathLike)):
         return os.fspath(image)
     if isinstance(image, (bytes, bytearray)):

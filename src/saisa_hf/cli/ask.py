@@ -65,6 +65,7 @@ def add_to(commands: Commands) -> None:
 def _add_table(group: Any) -> None:
     add = group.add_argument
     add("--image-column", metavar="NAME", default="image", help="(default: %(default)s)")
+    add("--video-column", metavar="NAME", help="of videos, in place of images or behind them (default: none)")
     add("--prompt-column", metavar="NAME", help="(default: prompt)")
     add("--answer-column", metavar="NAME", default="answer", help="of the result (default: %(default)s)")
     add("--error-column", metavar="NAME", default="error", help="of the result (default: %(default)s)")
@@ -97,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evaluation.ask.run import Asking, ask
 
     options = given(arguments)
-    names = {name: options.pop(f"{name}_column") for name in ("image", "prompt", "answer", "error")}
+    names = {name: options.pop(f"{name}_column") for name in ("image", "video", "prompt", "answer", "error")}
     columns = Columns(**{name: value for name, value in names.items() if value is not None})
     source, output, overwrite = options.pop("input"), options.pop("output"), options.pop("overwrite")
     model = options.pop("model")

@@ -18,6 +18,7 @@ from ..answering import Answerer, Question
 from ..common.loading import load_model
 from ..common.shown import shown
 from ..images_saisa import load_image
+from ..processing_saisa import Video
 
 
 logger = logging.getLogger(__name__)
@@ -170,9 +171,9 @@ class _Saisa(lmms):
         for message in messages:
             content = message["content"]
             content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            own = [self._image(part["url"]) for part in content if part["type"] == "image"]
+            own = [self._visual(part) for part in content if part["type"] in ("image", "video")]
             named = sum(part["text"].count(token) for part in content if part["type"] == "text")
-            parts = [{"type": "image"} if part["type"] == "image" else dict(part) for part in content]
+            parts = [{"type": "image"} if part["type"] in ("image", "video") else dict(part) for part in content]
             if own and named == len(own):  # the text says where they are
                 parts = [part for part in parts if part["type"] != "image"]
             turns.append({"role": message["role"], "content": parts})
@@ -180,6 +181,9 @@ class _Saisa(lmms):
         if self.system_prompt:
             turns = self._apply_system_prompt(turns, self.system_prompt)
         return Question(turns, images, key)
+
+    def _visual(self, part: dict) -> PIL.Image.Image | Video:
+        return self._image(part["url"]) if part["type"] == "image" else Video(part["url"])
 
     def _image(self, image: Any) -> PIL.Image.Image:
         """An image as the one object that stands for all images with the same pixels."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...answering import Question
 from ...common.shown import printable, shown
+from ...processing_saisa import Video
 from ...training.samples import resolved
 from .rows import IMAGE, Rows
 
@@ -23,11 +24,13 @@ class Columns:
 
     Args:
         image: the column of images: paths, base64 text, bytes of files, `datasets`' Image feature, or a list of these.
+        video: the column of videos, likewise, beside or in place of images; None: there is none.
         prompt: the column of prompts, unless all rows have the same.
         answer, error: columns of the result.
     """
 
     image: str = IMAGE
+    video: str | None = None
     prompt: str = PROMPT
     answer: str = "answer"
     error: str = "error"
@@ -36,7 +39,9 @@ class Columns:
 def check_columns(rows: Rows, columns: Columns, prompt: str | None) -> None:
     """Raises ValueError if the rows lack a column that is needed, or have one that the result needs."""
     there = f"{rows.name} has the columns {', '.join(shown(name) for name in list(rows.columns)[:20])}"
-    if columns.image not in rows.columns:
+    if columns.video is not None and columns.video not in rows.columns:
+        raise ValueError(f"{there}, but no {columns.video!r}: name that of the videos with --video-column.")
+    if columns.image not in rows.columns and columns.video is None:
         raise ValueError(f"{there}, but no {columns.image!r}: name that of the images with --image-column.")
     if prompt is None and columns.prompt not in rows.columns:
         ask = "ask the same of all with --prompt, or name that of the prompts with --prompt-column"
@@ -63,27 +68,33 @@ def question_of(
     words = row.get(columns.prompt) if prompt is None else prompt
     if not isinstance(words, str) or not words.strip():
         raise ValueError(f"{columns.prompt!r} is {shown(words)}: expected a text.")
-    found = []
-    for image in _images(row.get(columns.image), columns.image):
-        source = resolved(image, rows.folder)
-        if source is None or source == "" or not isinstance(source, (str, bytes)):
-            raise ValueError(
-                f"{columns.image!r} is {shown(source)}: expected a path, base64 text, bytes, or a list of them."
-            )
-        if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")) and not urls:
-            raise ValueError(f"image {shown(source)} is an address: allow that with --allow-urls.")
-        found.append(source)
+    found: list[Any] = []
+    if columns.video is None or row.get(columns.image) is not None:
+        found += [_source(image, columns.image, rows, urls) for image in _images(row.get(columns.image), columns.image)]
+    if columns.video is not None and (row.get(columns.video) is not None or not found):
+        videos = _images(row.get(columns.video), columns.video, "video")
+        found += [Video(_source(video, columns.video, rows, urls)) for video in videos]
     return Question(words, found, index)
 
 
-def _images(value: Any, column: str) -> list[Any]:
-    """The images of a row, one or several."""
+def _source(image: Any, column: str, rows: Rows, urls: bool) -> str | bytes:
+    """What to open. Raises ValueError if it is nothing, or at an address where that is not allowed."""
+    source = resolved(image, rows.folder)
+    if source is None or source == "" or not isinstance(source, (str, bytes)):
+        raise ValueError(f"{column!r} is {shown(source)}: expected a path, base64 text, bytes, or a list of them.")
+    if isinstance(source, str) and source[:8].lower().startswith(("http://", "https://")) and not urls:
+        raise ValueError(f"image {shown(source)} is an address: allow that with --allow-urls.")
+    return source
+
+
+def _images(value: Any, column: str, kind: str = "image") -> list[Any]:
+    """The images of a row, or its videos, one or several."""
     if isinstance(value, str) and value.lstrip()[:2] in ('["', "[]"):  # a list in a CSV file
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value)
     images = value if isinstance(value, list) else [value]
     if value is None or not images:
-        raise ValueError(f"{column!r} is {shown(value)}: there is no image.")
+        raise ValueError(f"{column!r} is {shown(value)}: there is no {kind}.")
     return images
 
 
@@ -100,7 +111,9 @@ def named(value: Any) -> Any:
 def merged(rows: Rows, columns: Columns, lines: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """The rows of the result: those of the input, in their order, with what the journal has of each."""
     for (_, line), row in zip(lines, rows.read(False)):
-        shown_row = {name: named(value) if name == columns.image else value for name, value in row.items()}
+        shown_row = {
+            name: named(value) if name in (columns.image, columns.video) else value for name, value in row.items()
+        }
         error = line.get("error")
         yield {
             **shown_row,

@@ -228,6 +228,7 @@ def _backend(asking: Asking, model: str) -> str:
     if asking.backend not in BACKENDS:
         raise ValueError(f"--backend {asking.backend!r}: expected one of {', '.join(BACKENDS)}.")
     of_transformers = [name for name in ("device_map", "attn_implementation") if getattr(asking, name) is not None]
+    of_transformers += ["video_column"] if asking.columns.video is not None else []
     of_vllm = [name for name in ("vllm_options", "max_images") if getattr(asking, name)]
     if asking.backend == "transformers" and of_vllm:
         raise ValueError(f"--{of_vllm[0].replace('_', '-')} is for --backend vllm.")
