@@ -702,3 +702,11 @@ def test_what_a_video_costs(tmp_path, capsys):
     assert grown["saisa"] == projected + scores
     assert grown["llava"] > 2 * grown["saisa"]
     assert video.costs_table(result) in page.read_text() and "LLaVA-OneVision" in capsys.readouterr().out
+
+
+def test_the_page_about_video_has_the_committed_numbers():
+    import video
+
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "benchmarks" / "performance" / "video.json").read_text())
+    assert video.costs_table(result) in (root / "docs" / "video.md").read_text()
