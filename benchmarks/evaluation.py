@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> dict:
         answers[name] = [answer.text for answer in answerers[name].answer(asked)]
 
     calls = {name: (lambda name=name: ask(name)) for name in answerers}
-    seconds = measure.interleaved_by_clock(calls, args.repeats, args.device)["wall"]
+    seconds = measure.interleaved(calls, args.repeats, args.device, args.cpu_time)
     counted = flops(models.saisa.config, args)
     result["rows"] = [
         {
@@ -147,7 +147,8 @@ def show(result: dict, count: int, args: argparse.Namespace) -> str:
     )
     sizes += f"questions of {args.text_tokens} tokens each, answers of {args.new_tokens}; batches of {args.batch_size}"
     equal = f"{result['equal_answers']} of {count} answers of SAISA are the same with images encoded once"
-    return f"{sizes}; medians of {args.repeats} rounds\n\n{table(header, rows)}\n\n{equal}"
+    sizes += f"; medians of {args.repeats} rounds, {'CPU' if args.cpu_time else 'wall'} time"
+    return f"{sizes}\n\n{table(header, rows)}\n\n{equal}"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -162,6 +163,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=10)
     add("--repeats", type=int, default=3, help="timed rounds, after one that is not")
     add("--threads", type=int, help="threads of PyTorch on a CPU; None: PyTorch's default")
+    cpu_time = "measure CPU time of this process, which is less sensitive to other load; use with --threads 1"
+    add("--cpu-time", action="store_true", help=cpu_time)
     add("--keep-memory", action="store_true", help="make the C library keep freed memory")
     add("--json", metavar="PATH", help="write all results to this file")
     return with_sizes(parser.parse_args(argv))
