@@ -466,6 +466,16 @@ def test_annotations_of_other_questions_are_refused(tmp_path, capsys):
         plan_of("textvqa", images=tmp_path / "t/train_images", **named)
 
 
+def test_annotations_without_answers_are_refused(tmp_path):
+    files = benchmark_files.vizwiz(tmp_path / "z")
+    with pytest.raises(ValueError, match=r"test\.json has no 'answers'"):
+        plan_of("vizwiz", **files, annotations=tmp_path / "z/test.json")
+    files = benchmark_files.vqav2(tmp_path / "v")
+    with pytest.raises(ValueError, match=r"other\.json has no annotation for 2 of 2 questions"):
+        write(tmp_path / "v/other.json", {"questions": [{"question_id": 1, "question": "?", "image_id": 1}]})
+        plan_of("vqav2", **{**files, "annotations": tmp_path / "v/other.json"})
+
+
 def test_without_answers_the_files_to_give_are_named(tmp_path):
     files = benchmark_files.pope(tmp_path)
     plan = plan_of("pope", questions=tmp_path / "llava.jsonl", images=files["images"])

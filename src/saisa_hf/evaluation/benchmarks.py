@@ -23,6 +23,7 @@ class Benchmark:
         upload: what a server or judge takes.
         file: the name of that.
         receiver: who takes it.
+        whole_split: whether `--annotations` may be questions too, those of the whole split, which the upload has to have.
         labels: what `--annotations` is, where the right answers are not with the questions.
     """
 
@@ -34,6 +35,7 @@ class Benchmark:
     file: str = ""
     receiver: str = ""
     labels: str = ""
+    whole_split: bool = False
 
 
 EVALAI = "the evaluation server at eval.ai"
@@ -42,7 +44,7 @@ PART = "coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.
 BENCHMARKS = {
     "vqav2": Benchmark(
         "VQAv2", official.vqav2, "vqa_accuracy", SHORT_ANSWER, uploads.vqav2, "upload.json", EVALAI,
-        "v2_mscoco_val2014_annotations.json",
+        "v2_mscoco_val2014_annotations.json", whole_split=True,
     ),
     "gqa": Benchmark(
         "GQA", official.gqa, "gqa", SHORT_ANSWER, uploads.gqa, "predictions.json", "GQA's eval.py",

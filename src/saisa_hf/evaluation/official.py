@@ -22,8 +22,7 @@ def vqav2(files: Files) -> list[Item]:
     labels = {}
     if files.annotations is not None:
         given = read_entries(files.annotations, inside=["annotations", "questions"])
-        if "answers" in given[0]:
-            labels = annotated(given, (entry.id("question_id") for entry in entries), files.annotations)
+        labels = annotated(given, (entry.id("question_id") for entry in entries), files.annotations)
     names = ("answers", "answer_type", "question_type")
     split = "" if of_llava(entries) else str(read_value(files.questions, "data_subtype") or "")
     folder = "test2015" if split.startswith("test") else split

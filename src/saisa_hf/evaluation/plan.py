@@ -133,8 +133,10 @@ def _metric(benchmark: Benchmark, items: list[Item], files: Files) -> Metric | N
     if not any(
         set(metric.needs) <= {name for name, value in item.fields.items() if value is not None} for item in items
     ):
-        if not benchmark.upload and not benchmark.labels:
-            metric.check(items[0].fields, f"question {items[0].id!r:.80} of {files.questions}")
+        given = files.annotations is not None and not benchmark.whole_split
+        if given or (not benchmark.upload and not benchmark.labels):
+            where = files.annotations if given else files.questions
+            metric.check(items[0].fields, f"question {items[0].id!r:.80} of {where}")
         return None
     for item in items:
         metric.check(item.fields, f"question {item.id!r:.80} of {files.questions}")
