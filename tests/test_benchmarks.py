@@ -25,6 +25,7 @@ from saisa_hf.demo.run import ask_model, load
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import ablations
+import anyres
 import cache_memory
 import convert_memory
 import evaluation
@@ -710,3 +711,47 @@ def test_the_page_about_video_has_the_committed_numbers():
     root = Path(__file__).parent.parent
     result = json.loads((root / "benchmarks" / "performance" / "video.json").read_text())
     assert video.costs_table(result) in (root / "docs" / "video.md").read_text()
+
+
+def test_images_of_tiles_have_the_digits_that_their_questions_ask_for(few_scans):
+    for index in range(12):
+        scene = anyres.make_tiled_scene("train", np.random.default_rng([3, index]))
+        places, digits, inks = zip(*scene.digits)
+        rows, columns = scene.shape
+        assert scene.image.size == (columns * scenes.SIZE, rows * scenes.SIZE) and places == anyres.SHAPES[scene.shape]
+        assert len(set(digits)) == len(set(inks)) == rows * columns
+        for text, answer in anyres.questions(scene):
+            asked = {"place": places, "ink": inks, "digit": digits}
+            found = [
+                i for values in asked.values() for i, value in enumerate(values) if f" {value}" in text.rstrip("?")
+            ]
+            assert len(found) == 1 and answer in (digits[found[0]], inks[found[0]])
+        pixels = np.asarray(scene.image).astype(int)
+        for number, ink in enumerate(inks):  # the tile holds the ink, the others do not
+            row, column = divmod(number, columns)
+            tile = pixels[row * scenes.SIZE :, column * scenes.SIZE :][: scenes.SIZE, : scenes.SIZE]
+            darkest = tile.reshape(-1, 3)[tile.sum(-1).argmin()]
+            nearest = min(scenes.INKS, key=lambda name: np.abs(np.array(scenes.INKS[name]) - darkest).sum())
+            assert nearest == ink
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_tiles_fills_its_tables_and_computes_nothing_twice(few_scans, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- {name}: start -->\n<!-- {name}: end -->\n" for name in ("results", "costs")))
+    sizes = ["--steps", "2", "--pictures", "8", "--held-out", "4", "--fit-steps", "2", "--distill-steps", "1"]
+    sizes += ["--questions", "6", "--width", "64", "--repeats", "1", "--models", str(tmp_path / "models")]
+    result = anyres.main(["--json", str(tmp_path / "r.json"), "--tables", str(page), *sizes])
+    assert list(result["cells"]) == ["llava", "base image alone", "copied", "fitted", "distilled"]
+    assert result["costs"]["flops"]["saisa"] < result["costs"]["flops"]["llava"]
+    shown = page.read_text()
+    assert shown.count("SAISA") == 4 and "GFLOPs without the encoder" in shown
+    again = anyres.main(["--json", str(tmp_path / "r.json"), *sizes])
+    assert all(again[name] == json.loads(json.dumps(result[name])) for name in ("cells", "costs"))
+
+
+def test_the_page_about_high_resolution_has_the_committed_numbers():
+    root = Path(__file__).parent.parent
+    result = json.loads((root / "benchmarks" / "anyres.json").read_text())
+    page = (root / "docs" / "high_resolution.md").read_text()
+    assert anyres.results_table(result["cells"]) in page and anyres.costs_table(result["costs"]) in page

@@ -402,7 +402,7 @@ def test_inputs_that_do_not_fit_are_named(change, message):
 
 def test_the_processor_refuses_what_the_model_cannot_know():
     with pytest.raises(ValueError, match="image_grid_pinpoints cannot be chosen in a call"):
-        as_next()(images=draw(0, (24, 24)), image_grid_pinpoints=[[12, 24]])
+        as_next()(images=draw(0, (24, 24)), images_kwargs={"image_grid_pinpoints": [[12, 24]]})
     with pytest.raises(ValueError, match="vision_aspect_ratio='wide': expected"):
         SaisaProcessor(next_processor().image_processor, TOKENIZER, vision_aspect_ratio="wide")
 

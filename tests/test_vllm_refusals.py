@@ -50,7 +50,7 @@ def engine_config(checkpoint, **options):
         ({"leading_text_skips_attention": True}, r"leading_text_skips_attention=True: .*all text attend"),
         ({"visual_layers": [0, 2]}, r"visual_layers=\[0, 2\]: .*cannot hide visual ones.*transformers serve"),
         ({"alignment": "embedding_space"}, 'alignment="embedding_space"'),
-        ({"image_grid_pinpoints": [[16, 32], [32, 16]]}, "image_grid_pinpoints, images in tiles: .*transformers serve"),
+        ({"image_grid_pinpoints": [[32, 64], [64, 32]]}, "image_grid_pinpoints, images in tiles: .*transformers serve"),
     ],
 )
 def test_models_that_no_paged_kernel_runs_are_refused(tmp_path, settings, message):
