@@ -111,3 +111,12 @@ def test_a_memory_of_which_nothing_is_left_is_refused(capsys):
     assert "--gpu-memory 8MB: nothing is left of it beside --reserve 512MiB" in capsys.readouterr().err
     assert main(["fit", "vicuna-7b", "--gpu-memory", "8GB", "--reserve", "1"]) == 2
     assert "--reserve '1' is not a size of memory" in capsys.readouterr().err
+
+
+def test_a_member_of_the_family_fits_by_its_own_cache(capsys):
+    found = {}
+    for name in ("llava", "saisa", "vica"):
+        arguments = ["fit", "vicuna-7b", "--gpu-memory", "80GiB", "--text", "64", "--member", name, "--json"]
+        assert main(arguments) == 0
+        found[name] = json.loads(capsys.readouterr().out)[0]["cache"]
+    assert found["llava"] == found["saisa"] > 1.9 * found["vica"]

@@ -5,7 +5,7 @@ import argparse
 import json
 
 from ..common.arguments import count
-from .options import Commands, add_command, add_prompt_sizes
+from .options import Commands, add_command, add_member, add_prompt_sizes
 
 
 HELP = """\
@@ -14,6 +14,7 @@ text and how many images.
 
   saisa fit vicuna-7b --gpu-memory 8GiB
   saisa fit ./saisa-vicuna --gpu-memory 24GB --images 8 --generate 1024
+  saisa fit vicuna-7b --gpu-memory 16GiB --member vica
 
 MODEL is as for `saisa flops`. Quantization is of the decoder layers' linear maps, as in `from_pretrained`.
 """
@@ -28,10 +29,12 @@ def add_to(commands: Commands) -> None:
     add("--reserve", metavar="SIZE", default="512MiB", help="what CUDA and others need of it (default: %(default)s)")
     add("--images", metavar="N", type=count, default=1, help="images of a prompt (default: %(default)s)")
     add_prompt_sizes(command, text=512, generate=256)
+    add_member(command)
     add("--json", action="store_true", help="print all numbers, in bytes, as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from ..costs.family import member
     from ..costs.flops import read_config
     from ..costs.memory import fit, show
 
@@ -41,8 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
             f"--gpu-memory {arguments.gpu_memory}: nothing is left of it beside --reserve {arguments.reserve}, which CUDA "
             "and others need. Give more memory, or a smaller reserve."
         )
-    text, images = arguments.text, arguments.images
-    found = fit(read_config(arguments.model), memory, text, images, arguments.generate, arguments.batch)
+    text, images, config = arguments.text, arguments.images, read_config(arguments.model)
+    if arguments.member is not None:
+        config = member(config, arguments.member)
+    found = fit(config, memory, text, images, arguments.generate, arguments.batch)
     print(json.dumps(found, indent=1) if arguments.json else show(found, memory, text, images))
     return 0
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..common.arguments import count, positive
 from ..costs.presets import LANGUAGE_MODELS, MEMBERS
-from .options import DTYPES, Commands, add_command, add_prompt_sizes, add_reduction
+from .options import DTYPES, Commands, add_command, add_member, add_prompt_sizes, add_reduction
 
 
 HELP = f"""\
@@ -46,8 +46,7 @@ def add_to(commands: Commands) -> None:
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
     add_reduction(command, "count MODEL with this reduction of its visual tokens (default: its own)")
     members = command.add_mutually_exclusive_group()
-    as_member = "count MODEL as this member of the family, with the same encoder and language model (docs/family.md)"
-    members.add_argument("--member", choices=MEMBERS, help=as_member)
+    add_member(members)
     members.add_argument("--family", action="store_true", help="one line for each member in place of the report")
     add("--json", action="store_true", help="print all numbers as JSON")
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ..common.arguments import count, positive
+from ..costs.presets import MEMBERS
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -113,6 +114,12 @@ def add_reduction(options: Options, meaning: str) -> None:
     options.add_argument("--visual-token-reduction", choices=REDUCTIONS, help=meaning)
     number = "how many, for resampler and class_attention"
     options.add_argument("--reduced-visual-tokens", metavar="N", type=positive, help=number)
+
+
+def add_member(options: Options) -> None:
+    """--member, a name of the family's."""
+    meaning = "count MODEL as this member of the family, with the same encoder and language model (docs/family.md)"
+    options.add_argument("--member", choices=MEMBERS, help=meaning)
 
 
 def add_prompt_sizes(options: Options, text: int, generate: int) -> None:
