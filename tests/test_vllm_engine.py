@@ -87,7 +87,8 @@ def test_prompts_of_ids_with_one_token_per_image_or_per_visual_token(engine, cas
     chosen = [case for case in cases if case.images][:3]
     token = image_token(engine)
     for case in chosen:
-        short = processor._tokenize([case.text], [1] * len(case.images), {"return_mm_token_type_ids": False})
+        units, options = processor._units([1] * len(case.images)), {"return_mm_token_type_ids": False}
+        short = processor._tokenize([case.text], units, {processor.image_token}, options)
         for ids in (case.prompt_ids, short["input_ids"][0]):
             request = {"prompt_token_ids": ids, "multi_modal_data": {"image": case.images}}
             assert_equal([case], engine.llm.generate([request], GREEDY, use_tqdm=False))
