@@ -210,7 +210,8 @@ def test_sentencepiece_texts_become_the_ids_that_the_processor_makes(checkpoint,
     renderer = renderer_from_config(engine_config(str(tmp_path / "llama")))
     differs = False
     for text in TEXTS:
-        expected = processor._tokenize([text], [1] * text.count("<image>"), {"return_mm_token_type_ids": False})
+        units, options = processor._units([1] * text.count("<image>")), {"return_mm_token_type_ids": False}
+        expected = processor._tokenize([text], units, {"<image>"}, options)
         found = rendered(renderer, text)
         assert found == expected["input_ids"][0], text
         differs |= found != processor.tokenizer(text)["input_ids"]

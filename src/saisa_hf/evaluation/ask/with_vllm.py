@@ -83,7 +83,8 @@ class VllmAnswerer:
         images = [opened(image) for image in question.images]
         bos = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, text) else {}
         # one token for each image, for which vLLM puts in as many as it takes
-        rows = self.processor._tokenize([text], [1] * len(images), {"return_mm_token_type_ids": False, **bos})
+        units, options = self.processor._units([1] * len(images)), {"return_mm_token_type_ids": False, **bos}
+        rows = self.processor._tokenize([text], units, {self.processor.image_token}, options)
         prompt: dict[str, Any] = {"prompt_token_ids": rows["input_ids"][0]}
         return {**prompt, "multi_modal_data": {"image": images}} if images else prompt
 
