@@ -10,7 +10,7 @@ from ...answering import Answer, Question
 from ...answering.kept_images import opened
 from ...answering.questions import render
 from ...common.extras import needs
-from ...processing_saisa import SaisaProcessor, begins_with_bos
+from ...processing_saisa import SaisaProcessor, Video, begins_with_bos
 from ...serving.with_vllm import problem_of
 
 
@@ -79,6 +79,8 @@ class VllmAnswerer:
         """What vLLM takes. Raises ValueError if the question cannot be asked."""
         if len(question.images) > self.images:
             raise ValueError(f"{len(question.images)} images: vLLM was started for {self.images}, see --max-images.")
+        if any(isinstance(image, Video) for image in question.images):
+            raise ValueError("A question is about a video, which vLLM does not read: ask transformers.")
         text = render(question, self.processor, self.chat_template, self.system)
         images = [opened(image) for image in question.images]
         bos = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, text) else {}
