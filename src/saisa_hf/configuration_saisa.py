@@ -330,14 +330,8 @@ class SaisaConfig(PretrainedConfig):
         """Raises ValueError if a field is wrong, or does not fit the others. A model that is made checks again, as fields may
         have changed."""
         text, names = self.text_config, ("vision_feature_select_strategy", "image_seq_length", "alignment")
-        names += (
-            "projector_hidden_act",
-            "projector_bias",
-            "projector_hidden_size",
-            "projector_sharing",
-            "images_at_once",
-        )
-        names += ("leading_text_skips_attention",)
+        names += ("projector_hidden_act", "projector_bias", "projector_hidden_size", "projector_sharing")
+        names += ("leading_text_skips_attention", "images_at_once")
         _check_fields("", {name: getattr(self, name) for name in names}, complete=True)
         _check_text(text)
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
