@@ -70,6 +70,7 @@ if __name__ == "__main__":
     check("qwen3", by_hand)
     check("qwen3", by_hand, projector_sharing="shared")
     check("gemma2", by_hand, visual_layers=[0, 1])
+    check("llama", by_hand, visual_layers=[0, 2])
     check("llama", lambda model: automatic(model, 0.4))
     check("llama", lambda model: automatic(model, 0.75))
     print("equal")

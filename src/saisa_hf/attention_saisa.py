@@ -400,7 +400,7 @@ def _of_text_alone(attention, visibility: Visibility, text_BTD: Tensor, held, te
     if layout.visual_BS is not None:
         place_BL = slots[layout.query_position_BT].masked_fill(~layout.is_text_BT, -1)
     if held is not None and held.place_BL is not None:
-        place_BL = torch.cat([held.place_BL, place_BL], 1)
+        place_BL = torch.cat([held.place_BL.to(slots.device), place_BL], 1)
     is_text = layout.visual_BS is None and (held is None or held.is_text)
     rest = (place_BL, visibility.key_range[0], is_text)
     if is_text:
