@@ -4,6 +4,7 @@ process four times as long as transformers alone."""
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -73,6 +74,7 @@ def _serve() -> None:
     for name in HEAVY:
         with contextlib.suppress(Exception):  # not every environment has all of them
             importlib.import_module(name)
+    gc.freeze()  # forks need not look through all of it whenever they collect garbage
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             return _become(**json.loads(line))
