@@ -37,18 +37,18 @@ class ImageLimits:
         timeout: seconds until an http(s) address has been read, redirects included.
         max_image_bytes: of an encoded image or video in a file, in base64, or from an address (after decompression).
         max_image_pixels: of a decoded image or frame; never more than `PIL.Image.MAX_IMAGE_PIXELS`.
-        max_video_frames: that are taken of a video.
-        max_video_pixels: of all frames that have to be decoded for these; half a minute of work or more.
         allow_private_urls: whether an address may lead to this machine or into a private network.
-        allow_local_files: whether a string may be a path."""
+        allow_local_files: whether a string may be a path.
+        max_video_frames: that are taken of a video.
+        max_video_pixels: of all frames that have to be decoded for these; half a minute of work or more."""
 
     timeout: float = 20.0
     max_image_bytes: float = 2**28
     max_image_pixels: float = math.inf
-    max_video_frames: float = 1024
-    max_video_pixels: float = 2**36
     allow_private_urls: bool = False
     allow_local_files: bool = True
+    max_video_frames: float = 1024
+    max_video_pixels: float = 2**36
 
     @classmethod
     def of_process(cls, **asked) -> "ImageLimits":
