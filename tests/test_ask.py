@@ -424,8 +424,29 @@ def test_output_of_a_run_is_left_out_of_a_pattern(photos, tmp_path):
     assert [row["image"] for row in rows.read(True)] == [f"{tmp_path}/a.png"]
 
 
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "saisa_hf"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows(photos, wanted, tmp_path):
+    rows = rows_of(photos)
+    rows[6]["image"] = "none.png"
+    table, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    how = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6"]
+    command = [*TWO, "ask", str(CHECKPOINT), str(table), "--output", str(output), *how]
+    done = subprocess.run([*command, "--system", "be brief"], capture_output=True, text=True, timeout=600)
+    assert output.exists() and "7 of 8 answered, 1 with an error" in done.stdout
+    done = subprocess.run([*command, "--overwrite"], capture_output=True, text=True, timeout=600)
+    assert done.stdout.count("7 of 8 answered") == 1, done.stderr
+    found = read(output)
+    assert [row["answer"] for row in found] == [*wanted[:6], None, wanted[7]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "photos"]
+    refused = subprocess.run([*command, "--overwrite", "--device-map", "auto"], capture_output=True, text=True, timeout=600)
+    assert "--device-map is for one process" in refused.stderr
+
+
 STREAMED = """
-import json, resource, sys
+import sys
 from saisa_hf.answering import Answer
 from saisa_hf.evaluation.ask import run
 class Echo:
@@ -433,7 +454,7 @@ class Echo:
         return (Answer(question.key, question.prompt[::-1]) for question in questions)
 run._answerer = lambda *arguments: Echo()
 run.ask(sys.argv[1], sys.argv[2], sys.argv[3], run.Asking(backend="transformers"))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
 """
 
 
@@ -441,7 +462,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
 def test_many_rows_take_no_more_memory_than_few(ending, tmp_path):
     peaks = []
-    for count in (1000, 300_000):
+    for count in (1000, 150_000):
         rows = ({"image": f"{index}.png", "prompt": f"prompt {index}", "note": "x" * 300} for index in range(count))
         table = write(tmp_path / f"{count}.{ending}", list(rows))
         output = tmp_path / f"out{count}.{ending}"
@@ -450,4 +471,4 @@ def test_many_rows_take_no_more_memory_than_few(ending, tmp_path):
         peaks.append(int(done.stdout.split()[-1]) / 1024)
         found = read(output)
         assert len(found) == count and found[-1]["answer"] == f"prompt {count - 1}"[::-1]
-    assert peaks[1] - peaks[0] < 150, peaks  # megabytes; the rows have 100
+    assert peaks[1] - peaks[0] < 40, peaks  # megabytes; the rows have more

@@ -20,6 +20,7 @@ INPUT is a folder, a pattern, or a table (.jsonl, .json, .csv, .parquet) with a 
 base64, bytes, the Image feature of datasets, or lists of these. The table of answers has the other columns of INPUT too, in
 its order. A row that cannot be asked gets an error in place of an answer. After an interruption, the same command goes on
 from where it was.
+`accelerate launch -m saisa_hf ask ...` shares the rows out among several GPUs.
 
 The exit status is 0 if all rows were answered, 4 if some have an error, 1 or 2 if there is no result.
 """

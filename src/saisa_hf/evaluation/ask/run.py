@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from ...common.journal import SETTINGS, Journal, Writer, check_request, result_o
 from ...common.journal import remove as remove_journal
 from ...common.progress import Progress
 from ...common.sources import check_local
+from ..processes import Processes
 from .questions import Columns, check_columns, merged, question_of
 from .rows import Rows, open_rows
 from .tables import check_output, write_table
@@ -120,26 +122,44 @@ def ask(
     from ...common.loading import check_saisa  # with torch, which takes seconds
 
     model = check_saisa("MODEL", model)
-    asking = dataclasses.replace(asking, backend=_backend(asking, model))
+    processes = Processes(asking.device)
+    asking = dataclasses.replace(asking, backend=_backend(asking, model, processes.count), device=processes.device)
+    log = log if processes.first else lambda line: None
     request = _request(model, rows, asking)
-    if finished := _look(path, journal, request, overwrite):
-        remove_journal(journal)
+    if processes.first:
+        _sweep(path, journal, request, overwrite)
+    processes.wait()
+    finished = _look(path, journal, request, overwrite)
+    processes.wait()  # all have looked before one removes or writes anything
+    if finished is not None:
+        if processes.first:
+            remove_journal(journal)
         return _told(path, rows.count, finished["failed"], log)
-    with Journal(journal, request) as found:
+    with Journal(journal, request, processes.index) as found:
+        processes.wait()  # all know what is there before one adds to it
         try:
-            failed = _ask(model, rows, asking, found, log)
+            _ask(model, rows, asking, found, processes, log)
         except BaseException:
-            if not len(found):
+            if not len(found) and processes.count == 1:
                 found.remove()
             raise
-        if of_data(rows.identity["path"]) != rows.identity and os.path.isfile(rows.identity["path"]):
-            raise ValueError(f"{source} has changed since the run began: its answers would stand beside other rows.")
-        columns = [*rows.columns, asking.columns.answer, asking.columns.error]
-        schema = rows.schema and [field for field in rows.schema if field.name != asking.columns.image]
-        with found.result(path) as partial:
-            write_table(partial, lambda: merged(rows, asking.columns, found.lines()), columns, schema)
-        found.remove(failed=failed)
+        processes.wait()
+        failed = sum("error" in line for _, line in found.lines())
+        processes.wait()
+        if processes.first:
+            _finish(path, rows, asking, found, failed)
     return _told(path, rows.count, failed, log)
+
+
+def _finish(path: Path, rows: Rows, asking: Asking, found: Journal, failed: int) -> None:
+    """Writes the table, and removes the journal."""
+    if os.path.isfile(rows.identity["path"]) and of_data(rows.identity["path"]) != rows.identity:
+        raise ValueError(f"{rows.name} has changed since the run began: its answers would stand beside other rows.")
+    columns = [*rows.columns, asking.columns.answer, asking.columns.error]
+    schema = rows.schema and [field for field in rows.schema if field.name != asking.columns.image]
+    with found.result(path) as partial:
+        write_table(partial, lambda: merged(rows, asking.columns, found.lines()), columns, schema)
+    found.remove(failed=failed)
 
 
 def _told(path: Path, count: int, failed: int, log: Callable[[str], None]) -> tuple[int, int]:
@@ -156,21 +176,26 @@ def _request(model: str, rows: Rows, asking: Asking) -> dict[str, Any]:
     return {"model": of_model(model), "data": [rows.identity], "settings": settings}
 
 
+def _sweep(path: Path, journal: Path, request: dict[str, Any], overwrite: bool) -> None:
+    """Removes the beginning of another run with `overwrite`, and the last that was left of a run which was killed when its
+    result was in place."""
+    try:
+        check_request(journal, request)
+    except ValueError:
+        if overwrite:
+            remove_journal(journal)
+    if path.exists() and not (journal / SETTINGS).exists():
+        remove_journal(journal)
+
+
 def _look(path: Path, journal: Path, request: dict[str, Any], overwrite: bool) -> dict[str, int] | None:
-    """What is known of the result if this very run was killed when it was in place.
+    """What is known of the result if this very run was killed when it was in place. Changes nothing.
 
     Raises:
         OSError, ValueError: there is a result, or the beginning of another run, that is not to be replaced.
     """
-    try:
-        if check_request(journal, request):
-            return result_of(journal) if path.exists() else None
-    except ValueError:
-        if not overwrite:
-            raise
-        remove_journal(journal)
-    if path.exists() and not (journal / SETTINGS).exists():
-        remove_journal(journal)  # the last that was left of a run that was killed when its result was in place
+    if check_request(journal, request):
+        return result_of(journal) if path.exists() else None
     if path.exists() and not overwrite:
         raise FileExistsError(f"--output {path} exists: choose another file, or replace it with --overwrite.")
     return None
@@ -179,27 +204,32 @@ def _look(path: Path, journal: Path, request: dict[str, Any], overwrite: bool) -
 # --- asking ---
 
 
-def _ask(model: str, rows: Rows, asking: Asking, journal: Journal, log: Callable[[str], None]) -> int:
-    """Asks about the rows that are missing in the journal. Returns how many rows have an error, in all."""
-    missing = rows.count - len(journal)
-    if missing and len(journal):
+def _ask(
+    model: str, rows: Rows, asking: Asking, journal: Journal, processes: Processes, log: Callable[[str], None]
+) -> None:
+    """Asks about those of this process's rows that are missing in the journal."""
+    if 0 < len(journal) < rows.count:
         log(f"{len(journal)} of {rows.count} rows are answered already")
+    mine = processes.share(range(rows.count))
+    missing = sum(index not in journal for index in mine)
     writer = Writer(journal)
     if missing:
         answerer = _answerer(model, asking, rows)
-        with Progress(missing, "rows", "images") as progress, writer:
-            for answer, images in _answers(answerer, _questions(rows, asking, journal, writer, progress)):
+        what = "rows" if processes.count == 1 else f"rows of process 1 of {processes.count}"
+        with Progress(missing, what, "images", None if processes.first else io.StringIO()) as progress, writer:
+            for answer, images in _answers(answerer, _questions(rows, asking, journal, mine, writer, progress)):
                 if answer.error is not None and asking.strict:
                     raise ValueError(f"row {answer.key + 1} of {rows.name}: {answer.error}")
                 writer.add(answer.key, {"answer": answer.text} if answer.error is None else {"error": answer.error})
                 progress.add(1, images)
-    return sum("error" in line for _, line in journal.lines())
 
 
-def _questions(rows: Rows, asking: Asking, journal: Journal, writer: Writer, progress: Progress) -> Iterator[Question]:
-    """The questions of rows that are missing. A row that asks none is noted at once."""
+def _questions(
+    rows: Rows, asking: Asking, journal: Journal, mine: Sequence[int], writer: Writer, progress: Progress
+) -> Iterator[Question]:
+    """The questions of those of the rows `mine` that are missing. A row that asks none is noted at once."""
     for index, row in enumerate(rows.read(True)):
-        if index in journal:
+        if index not in mine or index in journal:
             continue
         try:
             yield question_of(row, index, rows, asking.columns, asking.prompt, asking.allow_urls)
@@ -223,8 +253,8 @@ def _answers(answerer: Any, questions: Iterable[Question]) -> Iterator[tuple[Ans
         yield answer, counts.pop(answer.key)
 
 
-def _backend(asking: Asking, model: str) -> str:
-    """What answers."""
+def _backend(asking: Asking, model: str, processes: int) -> str:
+    """What answers. Raises ValueError if an option is not for it."""
     if asking.backend not in BACKENDS:
         raise ValueError(f"--backend {asking.backend!r}: expected one of {', '.join(BACKENDS)}.")
     of_transformers = [name for name in ("device_map", "attn_implementation") if getattr(asking, name) is not None]
@@ -234,9 +264,12 @@ def _backend(asking: Asking, model: str) -> str:
         raise ValueError(f"--{of_vllm[0].replace('_', '-')} is for --backend vllm.")
     if asking.backend == "vllm" and of_transformers:
         raise ValueError(f"--{of_transformers[0].replace('_', '-')} is for --backend transformers.")
+    if processes > 1 and (asking.backend == "vllm" or asking.device_map is not None):
+        option = "--backend vllm" if asking.backend == "vllm" else "--device-map"
+        raise ValueError(f"{option} is for one process: each of several has a model and a device of its own.")
     if asking.backend != "auto":
         return asking.backend
-    if of_transformers:
+    if of_transformers or processes > 1:
         return "transformers"
     with_vllm = importlib.import_module("...serving.with_vllm", __package__)
     installed = with_vllm.installed() is not None and with_vllm.problem_of(model) is None
