@@ -441,7 +441,9 @@ def test_two_processes_share_the_rows(photos, wanted, tmp_path):
     found = read(output)
     assert [row["answer"] for row in found] == [*wanted[:6], None, wanted[7]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "photos"]
-    refused = subprocess.run([*command, "--overwrite", "--device-map", "auto"], capture_output=True, text=True, timeout=600)
+    refused = subprocess.run(
+        [*command, "--overwrite", "--device-map", "auto"], capture_output=True, text=True, timeout=600
+    )
     assert "--device-map is for one process" in refused.stderr
 
 
