@@ -424,7 +424,7 @@ def test_output_of_a_run_is_left_out_of_a_pattern(photos, tmp_path):
     assert [row["image"] for row in rows.read(True)] == [f"{tmp_path}/a.png"]
 
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "saisa_hf"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]
 
 
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def ask(
         processes.wait()
         if processes.first:
             _finish(path, rows, asking, found, failed)
+    processes.wait()  # a launcher stops the others when one ends with a status that is not 0
     return _told(path, rows.count, failed, log)
 
 
