@@ -92,6 +92,15 @@ def test_kept_states_stay_within_their_memory(tmp_path):
     assert answerer._kept.nbytes == 0
 
 
+def test_kept_states_stay_within_their_memory_from_the_first_on():
+    model, processor = tiny()
+    asked = [Question(words, [picture]) for picture in map(picture, range(10)) for words in WORDS[:2]]
+    one = model.get_visual_states(**processor(images=picture(0), return_tensors="pt")).nbytes
+    answerer, passes = Answerer(model, processor, max_new_tokens=1, batch_size=16, state_bytes=4 * one), Count(model)
+    most = max(answerer._kept.nbytes for _ in answerer.answer(asked, as_they_come=True))
+    assert most == 4 * one and sum(passes.pictures) == 10
+
+
 def test_questions_are_read_when_they_are_needed():
     model, processor = tiny()
     read = itertools.count()
@@ -151,10 +160,21 @@ def test_answers_end_at_stop_strings_and_at_the_closing_token():
     answers = list(Answerer(model, processor, stop_strings=[stop], **options).answer(asked))
     assert answers[0].text == whole[0].partition(stop)[0].strip() and answers[0].finish == "stop"
     assert [answer.text for answer in answers] == [text.partition(stop)[0].strip() for text in whole]
+    single = Answerer(model, processor, stop_strings=[stop], batch_size=1, **options)
+    assert list(single.answer(asked)) == answers and answers[0].tokens < 24
     token = model.generate(**processor(text="USER: abc ASSISTANT:", return_tensors="pt"), max_new_tokens=3)[0, -1]
     closing = Answerer(model, processor, chat_template=chat_template("vicuna"), system="", max_new_tokens=9)
     (answer,) = closing.answer([Question("abc")], eos_token_id=[int(token)])
     assert answer.finish == "stop" and answer.tokens <= 3
+
+
+def test_a_tokenizer_needs_no_pad_token(tmp_path):
+    model, processor = tiny()
+    asked = questions(tmp_path, 10)
+    wanted = list(Answerer(model, processor, max_new_tokens=3).answer(asked))
+    processor.tokenizer.pad_token = None
+    assert list(Answerer(model, processor, max_new_tokens=3).answer(asked)) == wanted
+    assert processor.tokenizer.pad_token is None
 
 
 def test_decoding_is_greedy_whatever_the_checkpoint_suggests():

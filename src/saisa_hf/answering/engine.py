@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -202,7 +203,8 @@ class Answerer:
         bos = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, texts[0]) else {}
         padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
         try:
-            inputs = self.processor(text=texts, **images, **padding, **bos, return_tensors="pt")
+            with _pad_token(self.processor.tokenizer):
+                inputs = self.processor(text=texts, **images, **padding, **bos, return_tensors="pt")
         except ValueError as error:
             if len(batch) == 1:
                 batch[0].error = str(error)
@@ -217,9 +219,8 @@ class Answerer:
 
     def _generate(self, batch: list[Prompt], inputs: BatchFeature, options: dict[str, Any]) -> list[Answer]:
         tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
-        options = (
-            {"pad_token_id": tokenizer.pad_token_id, **options} if tokenizer.pad_token_id is not None else {**options}
-        )
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        options = {"pad_token_id": pad, **options}
         texts = options.pop("stop_strings", None) or []
         stop = StopTexts(tokenizer, [texts] if isinstance(texts, str) else list(texts), length) if texts else None
         if stop is not None:
@@ -233,6 +234,8 @@ class Answerer:
             row = row if end is None else row[: end + 1]
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             place = None if stop is None else stop.place_in(text)
+            if place is not None:
+                row = row[: stop.length_of(row)]  # other rows of the batch were longer
             finish = "stop" if end is not None or place is not None else "length"
             text = text[:place]
             answers.append(Answer(prompt.question.key, text.strip(), len(row), finish))
@@ -254,6 +257,19 @@ class Answerer:
         before, whole = self.processor.tokenizer(list(both), add_special_tokens=False)["input_ids"]
         pairs = enumerate(zip(before, whole))
         return len(whole) - next((i for i, (one, other) in pairs if one != other), min(len(before), len(whole)))
+
+
+@contextlib.contextmanager
+def _pad_token(tokenizer: Any) -> Iterator[None]:
+    """A tokenizer without a pad token, as Llama 3's, has one inside. Padding is masked: any token will do."""
+    without = tokenizer.pad_token_id is None
+    if without:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    try:
+        yield
+    finally:
+        if without:
+            tokenizer.pad_token = None
 
 
 def _likelihood(prompt: Prompt, count: int, logits_TX: Tensor, targets_T: Tensor) -> Likelihood:

@@ -39,8 +39,8 @@ class KeptImages:
         return name in self._states
 
     def room(self) -> int:
-        """How many images fit in, at least one; as far as it is known."""
-        return max(1, self.most // self.largest) if self.largest else self.at_once
+        """How many images fit in, at least one; only one until it is known how much it takes."""
+        return max(1, self.most // self.largest) if self.largest else 1
 
     def encode(self, images: Mapping[Hashable, Any]) -> None:
         """Takes in those of `images` that are not there yet. What cannot be read gets an entry in `errors`."""

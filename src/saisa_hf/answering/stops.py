@@ -29,9 +29,15 @@ class StopTexts(StoppingCriteria):
         """Where the first of the texts begins in `text`; None if there is none."""
         return min((place for stop in self.texts if (place := text.find(stop)) >= 0), default=None)
 
+    def length_of(self, row: list[int]) -> int:
+        """How many of an answer's tokens there are until the first of the texts is whole; all of them if there is none."""
+        return next((end for end in range(1, len(row)) if self._ended(row[max(0, end - self.tail) : end])), len(row))
+
+    def _ended(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.place_in(text) is not None
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """Of token ids (B, S): which rows are at their end, bool (B,)."""
         tails = input_ids[:, max(self.prompt, input_ids.shape[1] - self.tail) :].tolist()
-        said = (self.tokenizer.decode(t, skip_special_tokens=True, clean_up_tokenization_spaces=False) for t in tails)
-        ended = [self.place_in(text) is not None for text in said]
-        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+        return torch.tensor([self._ended(tail) for tail in tails], dtype=torch.bool, device=input_ids.device)
