@@ -203,6 +203,19 @@ def test_answers_are_scored_and_shown(benchmark, tmp_path, parrot, capsys):
     assert names == {"summary.json", *summary["files"]}
 
 
+def test_questions_about_an_image_are_asked_one_after_the_other(tmp_path, parrot):
+    bird = parrot("0", "1", "2", "3", "4", "5")
+    images = ["a.png", "b.png", "c.png", "a.png", "c.png", "b.png"]
+    for name in images:
+        write(tmp_path / name, None)
+    rows = [{"image": name, "question": "Which?", "answers": str(index)} for index, name in enumerate(images)]
+    write(tmp_path / "mine.jsonl", rows)
+    how = {"questions": tmp_path / "mine.jsonl", "metric": "exact_match"}
+    assert evaluate(str(CHECKPOINT), "jsonl", **how, output=tmp_path / "out")["score"]["score"] == 100
+    assert [question.key for question in bird.asked] == [0, 3, 1, 5, 2, 4]
+    assert [line["text"] for line in result(tmp_path / "out")[1]] == ["0", "1", "2", "3", "4", "5"]
+
+
 def test_what_a_server_scores_has_no_score_but_the_file_to_upload(tmp_path, parrot, capsys):
     files = benchmark_files.vqav2(tmp_path / "v")
     parrot("A net, it's.", "Yes")
@@ -300,17 +313,8 @@ def test_the_demo_has_the_score_of_make_demo_in_one_process_and_in_two(tmp_path)
     summary, lines = result(tmp_path / "one")
     assert summary["score"]["score"] == 99.0 and sum(line["score"] for line in lines) == 495
     launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += [
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "-m",
-        "saisa_hf",
-        "eval",
-    ]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher += ["-m", "saisa_hf", "eval"]
     options = ["--questions", questions, "--metric=exact_match", "--dtype=float32", "--output", tmp_path / "two"]
     command = [sys.executable, "-m", *launcher, CHECKPOINT, "jsonl", *options, "--device=cpu", "--batch-size=8"]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)

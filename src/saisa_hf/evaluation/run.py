@@ -85,7 +85,7 @@ def evaluate(
         loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         asking = {"batch_size": batch_size, "visual_states": visual_states, "max_new_tokens": plan.max_new_tokens}
         with Journal(folder / JOURNAL, plan.request, processes.index) as journal:
-            mine = processes.share([index for index in range(len(plan.items)) if index not in journal])
+            mine = processes.share([index for index in _by_image(plan.items) if index not in journal])
             processes.wait()  # all have looked what is left before one writes
             if mine:
                 with _without_trace(journal, processes):
@@ -117,12 +117,11 @@ def _is_finished(folder: Path, plan: Plan) -> bool:
     if not summary.is_file():
         known = {JOURNAL, ANSWERS, *(benchmark.file for benchmark in BENCHMARKS.values())}
         begun = (folder / JOURNAL / SETTINGS).is_file()
-        strange = (
-            [path.name for path in folder.iterdir() if not begun or path.name not in known] if folder.exists() else []
-        )
-        if strange := [name for name in strange if name != JOURNAL]:
+        allowed = known if begun else {JOURNAL}
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if strange := [name for name in names if name not in allowed]:
             raise FileExistsError(
-                f"--output {folder} has other files, {sorted(strange)[0]} for instance: choose another folder."
+                f"--output {folder} has other files, {strange[0]} for instance: choose another folder."
             )
         return False
     try:
@@ -149,6 +148,13 @@ def _discard(folder: Path) -> None:
 
 
 # --- asking ---
+
+
+def _by_image(items: Sequence[Item]) -> list[int]:
+    """The places of the questions, those about the same image one after the other: it is encoded once, also where, as in
+    POPE's three splits, they are far apart."""
+    first: dict[str | bytes | int, int] = {}
+    return sorted(range(len(items)), key=lambda index: first.setdefault((*items[index].images, index)[0], index))
 
 
 @contextmanager
