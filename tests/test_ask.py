@@ -174,6 +174,14 @@ def test_videos_in_a_column_of_their_own(photos, loaded, tmp_path, capsys):
     assert "No such file" in found[3]["error"] and "'film' is None: there is no video" in found[4]["error"]
     ask(tmp_path / "in.jsonl", tmp_path / "a.jsonl", "--video-column", "clip", status=2)
     assert "no 'clip': name that of the videos" in capsys.readouterr().err
+    feature = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    schema = pyarrow.schema([("film", feature), ("prompt", pyarrow.string())])
+    with open(film, "rb") as file:
+        films = [{"bytes": file.read(), "path": "of_the_data_set.mp4"}, {"bytes": None, "path": "film.mp4"}]
+    table = write(tmp_path / "in.parquet", [{"film": one, "prompt": "hello"} for one in films], schema)
+    found = ask(table, tmp_path / "out.parquet", "--video-column", "film")
+    assert [row["film"] for row in found] == ["of_the_data_set.mp4", "film.mp4"]
+    assert [row["answer"] for row in found] == wanted[:1] * 2
 
 
 @pytest.mark.parametrize("source", ["in.jsonl", "in.csv", "in.parquet"])
@@ -416,12 +424,29 @@ def test_odd_values_come_out_as_what_a_table_can_hold(photos, wanted, tmp_path):
     assert [row["answer"] for row in found] == wanted
 
 
+def test_line_breaks_of_all_kinds_stay_in_their_cell(photos, tmp_path):
+    notes = ["a\rb", "a\nb", "a\r\nb", "\r", 'a,"b"', " a", "", "é"]
+    rows = [{**row, "note": note} for row, note in zip(rows_of(photos), notes)]
+    found = ask(write(tmp_path / "in.jsonl", rows), tmp_path / "out.csv")
+    assert [row["note"] for row in found] == notes
+    assert (tmp_path / "out.csv").read_bytes().startswith(b"id,image,prompt,note,share,answer,error\n0,")
+
+
 def test_output_of_a_run_is_left_out_of_a_pattern(photos, tmp_path):
     assert ask(f"{tmp_path}/*.jsonl", tmp_path / "out.jsonl", "--prompt", "a", status=1) is None
     (tmp_path / "out.jsonl").write_text("old")
     picture(0).save(tmp_path / "a.png")
     rows = open_rows(f"{tmp_path}/*.*", leave_out=[tmp_path / "out.jsonl"])
     assert [row["image"] for row in rows.read(True)] == [f"{tmp_path}/a.png"]
+
+
+def test_a_run_goes_on_where_its_output_is_among_its_images(photos, tmp_path, monkeypatch):
+    source, output = f"{tmp_path}/photos/**", tmp_path / "photos" / "out.jsonl"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Answerer, "answer", stopping(2, []))
+        ask(source, output, "--prompt", "hello")
+    assert (tmp_path / "photos" / "out.jsonl.journal").is_dir()
+    assert len(ask(source, output, "--prompt", "hello")) == COUNT // 2
 
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]

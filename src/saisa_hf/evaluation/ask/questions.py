@@ -35,6 +35,11 @@ class Columns:
     answer: str = "answer"
     error: str = "error"
 
+    @property
+    def media(self) -> list[str]:
+        """The columns of images and videos."""
+        return [self.image] if self.video is None else [self.image, self.video]
+
 
 def check_columns(rows: Rows, columns: Columns, prompt: str | None) -> None:
     """Raises ValueError if the rows lack a column that is needed, or have one that the result needs."""
@@ -111,9 +116,7 @@ def named(value: Any) -> Any:
 def merged(rows: Rows, columns: Columns, lines: Iterator[tuple[int, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """The rows of the result: those of the input, in their order, with what the journal has of each."""
     for (_, line), row in zip(lines, rows.read(False)):
-        shown_row = {
-            name: named(value) if name in (columns.image, columns.video) else value for name, value in row.items()
-        }
+        shown_row = {name: named(value) if name in columns.media else value for name, value in row.items()}
         error = line.get("error")
         yield {
             **shown_row,

@@ -52,7 +52,7 @@ class Rows:
     several: bool = False
 
 
-def open_rows(source: str, images: str = "", image_column: str = IMAGE, leave_out: Sequence[Path] = ()) -> Rows:
+def open_rows(source: str, images: str = "", media: Sequence[str] = (IMAGE,), leave_out: Sequence[Path] = ()) -> Rows:
     """The rows of a folder of images (its subfolders included, in the order of their paths), of images by a pattern like
     `photos/*.jpg`, or of a table: a file of JSON lines, a JSON list, CSV with names of columns in its first line, or Parquet.
     Tables but Parquet are read once from beginning to end, so that what is wrong in them is known at once.
@@ -60,8 +60,8 @@ def open_rows(source: str, images: str = "", image_column: str = IMAGE, leave_ou
     Args:
         source: path or pattern.
         images: folder that paths in a table are relative to; empty: the table's own.
-        image_column: which column of a Parquet file may hold encoded images.
-        leave_out: files that are none of the images, whatever a pattern says.
+        media: the columns of a table that have images, first, and videos: a Parquet file may hold them encoded.
+        leave_out: files, and folders with all in them, that are none of the images, whatever a pattern says.
 
     Raises:
         OSError: there is no such file, folder or image, or it cannot be read.
@@ -80,7 +80,7 @@ def open_rows(source: str, images: str = "", image_column: str = IMAGE, leave_ou
         if images and not os.path.isdir(os.path.expanduser(images)):
             raise FileNotFoundError(f"--images {images!r} is not a folder.")
         folder = os.path.expanduser(images) or os.path.dirname(path)
-        rows = readers[suffix](source, path, folder, image_column)
+        rows = readers[suffix](source, path, folder, media)
         if not rows.count:
             raise ValueError(f"{source} has no rows.")
         return rows
@@ -105,7 +105,7 @@ def _images_in(folder: str) -> list[str]:
 
 def _of_images(source: str, paths: list[str], leave_out: Sequence[Path], nothing: str) -> Rows:
     left = {os.path.realpath(path) for path in leave_out}
-    paths = [path for path in paths if os.path.realpath(path) not in left] if left else paths
+    paths = [path for path in paths if left.isdisjoint(_upwards(os.path.realpath(path)))] if left else paths
     if not paths:
         raise FileNotFoundError(f"INPUT {source!r} has {nothing}.")
     digest = hashlib.sha256()
@@ -115,11 +115,19 @@ def _of_images(source: str, paths: list[str], leave_out: Sequence[Path], nothing
     return Rows(source, "", identity, lambda encoded: ({IMAGE: path} for path in paths), len(paths), [IMAGE])
 
 
+def _upwards(path: str) -> Iterator[str]:
+    """An absolute path, and the folders that it is in."""
+    yield path
+    while (folder := os.path.dirname(path)) != path:
+        path = folder
+        yield path
+
+
 # --- tables ---
 
 
 def _surveyed(
-    source: str, path: str, folder: str, image_column: str, read: Callable[[], Iterator[dict[str, Any]]]
+    source: str, path: str, folder: str, media: Sequence[str], read: Callable[[], Iterator[dict[str, Any]]]
 ) -> Rows:
     """A table that `read` reads, after its first reading."""
     count, several = 0, False
@@ -127,18 +135,18 @@ def _surveyed(
     for row in read():
         count += 1
         columns.update(dict.fromkeys(row))
-        value = row.get(image_column)
+        value = row.get(media[0])
         several = several or isinstance(value, list) or (isinstance(value, str) and value.startswith("["))
         if len(columns) > MOST_COLUMNS:
             raise ValueError(f"{source} has more than {MOST_COLUMNS} columns.")
     return Rows(source, folder, of_data(path), lambda encoded: read(), count, list(columns), several=several)
 
 
-def _of_json(source: str, path: str, folder: str, image_column: str) -> Rows:
+def _of_json(source: str, path: str, folder: str, media: Sequence[str]) -> Rows:
     if path.lower().endswith(".jsonl"):
-        return _surveyed(source, path, folder, image_column, lambda: _json_lines(path))
+        return _surveyed(source, path, folder, media, lambda: _json_lines(path))
     records = [_mapping(record, f"{path}, value {number}") for number, record in enumerate(read_json(path), 1)]
-    return _surveyed(source, path, folder, image_column, lambda: iter(records))
+    return _surveyed(source, path, folder, media, lambda: iter(records))
 
 
 def _json_lines(path: str) -> Iterator[dict[str, Any]]:
@@ -162,8 +170,8 @@ def _mapping(record: Any, name: str) -> dict[str, Any]:
     return record
 
 
-def _of_csv(source: str, path: str, folder: str, image_column: str) -> Rows:
-    return _surveyed(source, path, folder, image_column, lambda: _csv_rows(path))
+def _of_csv(source: str, path: str, folder: str, media: Sequence[str]) -> Rows:
+    return _surveyed(source, path, folder, media, lambda: _csv_rows(path))
 
 
 def _csv_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -199,14 +207,14 @@ def _check_names(path: str, names: Sequence[str]) -> None:
         raise ValueError(f"{path} has more than {MOST_COLUMNS} columns.")
 
 
-def _of_parquet(source: str, path: str, folder: str, image_column: str) -> Rows:
+def _of_parquet(source: str, path: str, folder: str, media: Sequence[str]) -> Rows:
     parquet = needs("pyarrow.parquet", f"reading {source}", package="pyarrow", extra="datasets")
 
     def read(encoded: bool) -> Iterator[dict[str, Any]]:
         found = 0
         try:
             with parquet.ParquetFile(path) as file:
-                columns = None if encoded else _without_bytes(file.schema_arrow, image_column)
+                columns = None if encoded else _without_bytes(file.schema_arrow, media)
                 for batch in file.iter_batches(READ_AT_ONCE, columns=columns):
                     found += len(batch)
                     yield from batch.to_pylist()
@@ -221,17 +229,17 @@ def _of_parquet(source: str, path: str, folder: str, image_column: str) -> Rows:
     except Exception as error:
         raise unreadable(f"{source} cannot be read", error) from error
     _check_names(path, schema.names)
-    several = image_column in schema.names and "list" in str(schema.field(image_column).type)
+    several = media[0] in schema.names and "list" in str(schema.field(media[0]).type)
     return Rows(source, folder, of_data(path), read, count, schema.names, schema, several)
 
 
-def _without_bytes(schema: Any, image_column: str) -> list[str] | None:
-    """The columns to read where encoded images are not wanted: of `datasets`' Image feature the path alone."""
+def _without_bytes(schema: Any, media: Sequence[str]) -> list[str] | None:
+    """The columns to read where encoded images are not wanted, None for all: of `datasets`' Image and Video features the path
+    alone."""
     from pyarrow import types
 
-    if image_column not in schema.names:
-        return None
-    kind = schema.field(image_column).type
-    if types.is_struct(kind) and {field.name for field in kind} == {"bytes", "path"}:
-        return [f"{name}.path" if name == image_column else name for name in schema.names]
-    return None
+    def is_feature(field: Any) -> bool:
+        return types.is_struct(field.type) and {part.name for part in field.type} == {"bytes", "path"}
+
+    names = [f"{field.name}.path" if field.name in media and is_feature(field) else field.name for field in schema]
+    return None if names == schema.names else names

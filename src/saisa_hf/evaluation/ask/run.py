@@ -113,7 +113,7 @@ def ask(
         and os.path.samefile(path, os.path.expanduser(source))
     ):
         raise ValueError(f"--output {output} is INPUT itself: choose another file.")
-    rows = open_rows(source, asking.images, asking.columns.image, leave_out=[path])
+    rows = open_rows(source, asking.images, asking.columns.media, leave_out=[path, journal])
     if asking.prompt is None and list(rows.columns) == [asking.columns.image] and rows.schema is None:
         raise ValueError(f"{source} has no prompts: ask the same about all images with --prompt.")
     if asking.prompt is not None and not asking.prompt.strip():
@@ -157,7 +157,7 @@ def _finish(path: Path, rows: Rows, asking: Asking, found: Journal, failed: int)
     if os.path.isfile(rows.identity["path"]) and of_data(rows.identity["path"]) != rows.identity:
         raise ValueError(f"{rows.name} has changed since the run began: its answers would stand beside other rows.")
     columns = [*rows.columns, asking.columns.answer, asking.columns.error]
-    schema = rows.schema and [field for field in rows.schema if field.name != asking.columns.image]
+    schema = rows.schema and [field for field in rows.schema if field.name not in asking.columns.media]
     with found.result(path) as partial:
         write_table(partial, lambda: merged(rows, asking.columns, found.lines()), columns, schema)
     found.remove(failed=failed)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ...common.destination import check_file
@@ -56,7 +57,8 @@ def _write_json_lines(path: Path, rows: Callable, columns: Sequence[str], schema
 
 def _write_csv(path: Path, rows: Callable, columns: Sequence[str], schema: Any) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # whatever ends a line for a reader is quoted only if it is in the writer's own end of a line
+        writer = csv.writer(SimpleNamespace(write=lambda line: file.write(f"{line[:-2]}\n")), lineterminator="\r\n")
         writer.writerow(map(printable, columns))
         for row in rows():
             writer.writerow([_cell(row.get(name)) for name in columns])
