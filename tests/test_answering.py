@@ -9,6 +9,7 @@ import tile_parts
 import torch
 from test_chat import Count, picture, tiny_processor
 from tiny_models import tiny_model
+from tokenizers import models
 
 from saisa_hf.answering import Answerer, Likelihood, Question
 from saisa_hf.chat.templates import chat_template
@@ -83,10 +84,11 @@ def test_kept_states_stay_within_their_memory(tmp_path):
     wanted = [answer.text for answer in Answerer(model, processor, max_new_tokens=3).answer(asked)]
     one = model.get_visual_states(**processor(images=picture(0), return_tensors="pt")).nbytes
     answerer, most = Answerer(model, processor, max_new_tokens=3, batch_size=4, state_bytes=5 * one), 0
-    answers = []
+    answers, states = [], answerer._kept._states
     for answer in answerer.answer(asked):
         answers.append(answer.text)
-        most = max(most, answerer._kept.nbytes)
+        kept = {x.untyped_storage() for _, one in states.values() for x in one.stored.tensors().values()}
+        most = max(most, answerer._kept.nbytes, sum(storage.nbytes() for storage in kept))
     assert answers == wanted
     assert one <= most <= 5 * one
     assert answerer._kept.nbytes == 0
@@ -166,6 +168,12 @@ def test_answers_end_at_stop_strings_and_at_the_closing_token():
     closing = Answerer(model, processor, chat_template=chat_template("vicuna"), system="", max_new_tokens=9)
     (answer,) = closing.answer([Question("abc")], eos_token_id=[int(token)])
     assert answer.finish == "stop" and answer.tokens <= 3
+    seen = []
+    watch = {"stopping_criteria": [lambda ids, _, **more: seen.append(ids) or torch.zeros(len(ids), dtype=torch.bool)]}
+    list(Answerer(model, processor, batch_size=1, **options, **watch).answer(asked[:1]))
+    ends = {"eos_token_id": int(seen[-1][0, -20])}
+    both = [list(Answerer(model, processor, batch_size=size, **options | ends).answer(asked)) for size in (1, 8)]
+    assert both[0] == both[1] and len({answer.tokens for answer in both[0]}) > 1
 
 
 def test_a_tokenizer_needs_no_pad_token(tmp_path):
@@ -214,6 +222,26 @@ def test_likelihoods_are_those_of_a_plain_forward_pass(batch_size, states):
         total, greedy, tokens = plain_likelihood(model, processor, question, text)
         assert found.log_probability == pytest.approx(total, abs=2e-4)
         assert (found.is_greedy, found.tokens, found.error) == (greedy, tokens, None)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_token_that_prompt_and_answer_share_is_the_answers(image):
+    model, processor = tiny()
+    names = {{"ag": " a"}.get(name, name): place for name, place in processor.tokenizer.get_vocab().items()}
+    del names[processor.image_token]
+    processor.tokenizer.backend_tokenizer.model = models.BPE(names, [(" ", "a"), ("b", "e")], unk_token="<pad>")
+    answerer = Answerer(model, processor, chat_template="{% for m in messages %}{{ m.content }}{% endfor %} ")
+    images = [picture(0)] * image
+    prompt = "<image>b" * image + "b"
+    pairs = [(Question([{"role": "user", "content": prompt}], images), text) for text in ("abe", "be")]
+    assert [found.tokens for found in answerer.loglikelihood(pairs)] == [2, 1]
+    (found, _) = answerer.loglikelihood(pairs)
+    whole = processor(text=f"{prompt} abe", images=images or None, return_tensors="pt")
+    assert whole["input_ids"][0, -2:].tolist() == [names[" a"], names["be"]]
+    with torch.no_grad():
+        logs = model(**whole).logits[0, -3:-1].double().log_softmax(-1)
+    wanted = logs.gather(1, whole["input_ids"][0, -2:, None]).sum()
+    assert found.log_probability == pytest.approx(float(wanted), abs=2e-4)
 
 
 def test_what_has_no_likelihood_has_an_error():

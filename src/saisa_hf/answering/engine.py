@@ -234,7 +234,7 @@ class Answerer:
             row = row if end is None else row[: end + 1]
             text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             place = None if stop is None else stop.place_in(text)
-            if place is not None:
+            if stop is not None and place is not None:
                 row = row[: stop.length_of(row)]  # other rows of the batch were longer
             finish = "stop" if end is not None or place is not None else "length"
             text = text[:place]
