@@ -274,8 +274,14 @@ def test_a_batch_has_at_least_one_question():
 
 
 @pytest.mark.parametrize("batch_size, states", [(1, True), (8, True), (8, False)])
-def test_images_in_tiles_are_answered_alike(batch_size, states):
-    model, processor = tile_parts.tiled_saisa(), tile_parts.our_processor(tile_parts.next_processor())
+@pytest.mark.parametrize("kind", ["next", "onevision"])  # the latter reads several images of a prompt without tiles
+def test_images_in_tiles_are_answered_alike(kind, batch_size, states):
+    if kind == "next":
+        model, processor = tile_parts.tiled_saisa(), tile_parts.our_processor(tile_parts.next_processor())
+    else:
+        settings = {"image_grid_pinpoints": tile_parts.ONEVISION, "vision_aspect_ratio": "anyres_max_4"}
+        model = tile_parts.tiled_saisa("siglip", **settings)
+        processor = tile_parts.our_processor(tile_parts.onevision_processor())
     drawn = [tile_parts.draw(index, size) for index, size in enumerate([(12, 40), (30, 12), (24, 24), (5, 5)])]
     asked = [Question("is there a 3?", [drawn[index % 4]]) for index in range(8)] + [Question("where?", drawn[:2])]
     answers = Answerer(model, processor, batch_size=batch_size, visual_states=states, max_new_tokens=4).answer(asked)

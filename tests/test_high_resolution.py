@@ -325,6 +325,20 @@ def test_training_takes_images_of_unlike_numbers_of_tiles():
     close(model(**packed).loss, loss)
 
 
+def test_images_of_a_sample_are_read_as_those_of_a_prompt():
+    """One of several has no tiles in LLaVA-OneVision, in training as in a chat."""
+    processor = our_processor(onevision_processor())
+    for count in (1, 2):
+        images, parts = [draw(i, SIZES[i]) for i in range(count)], [{"type": "image"}] * count
+        chat = [{"role": "user", "content": [*parts, {"type": "text", "text": "what is this ?"}]}]
+        answer = [{"role": "assistant", "content": "two"}]
+        learned = ConversationEncoder(processor)({"messages": chat + answer, "images": images})
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        asked = processor.apply_chat_template(chat, images=images, **options)
+        assert torch.equal(learned["pixel_values"], asked["pixel_values"])
+        assert learned["input_ids"].count(IMAGE) == int((asked["input_ids"] == IMAGE).sum())
+
+
 def test_a_chat_goes_on_with_an_image_of_more_tiles_from_what_is_cached():
     model, processor = made("next")
     read, forward = [], model.model.language_model.forward

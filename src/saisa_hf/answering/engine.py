@@ -157,8 +157,8 @@ class Answerer:
         there when it is yielded."""
         counts = Counter(name for prompt in window for name in prompt.images)
         repeated = {name for name, count in counts.items() if count > 1 or name in self._kept}
-        still = [prompt for prompt in window if not any(isinstance(one, Video) for one in prompt.question.images)]
-        several = [prompt for prompt in still if self.visual_states and repeated.intersection(prompt.images)]
+        kept = [prompt for prompt in window if self.visual_states and self._may_be_kept(prompt)]
+        several = [prompt for prompt in kept if repeated.intersection(prompt.images)]
         several_ids = set(map(id, several))
         yield from self._by_length(prompt for prompt in window if id(prompt) not in several_ids)
         while several:
@@ -177,6 +177,13 @@ class Answerer:
             yield from self._by_length(prompt for prompt in several[:taken] if prompt.error is None)
             several = several[taken:]
 
+    def _may_be_kept(self, prompt: Prompt) -> bool:
+        """Whether the images of a prompt are what they are in other prompts."""
+        # LLaVA-OneVision reads several images of a prompt without tiles, and one with
+        counts = "batch_num_images" in getattr(self.processor.image_processor, "model_input_names", ())
+        is_film = any(isinstance(one, Video) for one in prompt.question.images)
+        return not is_film and not (counts and len(prompt.images) > 1)
+
     def _by_length(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         by_length = sorted(prompts, key=lambda prompt: (len(prompt.images), len(prompt.text)), reverse=True)
         for start in range(0, len(by_length), self.batch_size):
@@ -186,13 +193,13 @@ class Answerer:
         """Those of `batch` that can be asked, and what the model takes; the others get an error."""
         images: dict[str, Any] = {}
         names = [name for prompt in batch for name in prompt.images]
-        if names and all(name in self._kept for name in names):
+        if names and all(self._may_be_kept(prompt) for prompt in batch) and all(name in self._kept for name in names):
             images["visual_states"] = self._kept.of(names)
         elif names:
             images["images"] = []
             for prompt in batch:
                 try:
-                    images["images"] += [opened(image) for image in prompt.question.images]
+                    images["images"].append([opened(image) for image in prompt.question.images])
                 except ValueError as error:
                     prompt.error = str(error)
             if any(prompt.error for prompt in batch):

@@ -102,11 +102,12 @@ class ConversationEncoder:
         Raises:
             BadSample: the processor or the template cannot use it, or no label is left.
         """
-        name, images = sample.get("name", "sample"), sample.get("images") or None
+        name, images = sample.get("name", "sample"), sample.get("images")
         text, spans = self.answers(sample["messages"], name)
         options = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, text) else {}
         try:
-            encoded = dict(self.processor(text=[text], images=images, return_offsets_mapping=True, **options))
+            given = [images] if images else None  # as those of one text: one of several may have no tiles
+            encoded = dict(self.processor(text=[text], images=given, return_offsets_mapping=True, **options))
         except ValueError as error:
             raise BadSample(f"{name}: {error}") from error
         ids, offsets = encoded.pop("input_ids")[0], encoded.pop("offset_mapping")[0]
