@@ -130,6 +130,7 @@ def test_wrong_numbers_and_settings_are_named(film):
         ({"text": "<video>", "videos": "no/such.mp4"}, "video 0 of 1 cannot be read: .*No such file"),
         ({"text": "<video>", "videos": 5}, "video 0 of 1 cannot be read: TypeError"),
         ({"text": "<video>", "videos": film, "visual_states": 5}, "were both given"),
+        ({"text": "<video>", "videos": [film] * 2, "videos_kwargs": None}, "`videos`: 2 for 1 '<video>'"),
     ]
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
@@ -281,6 +282,42 @@ def test_frames_beside_images_in_tiles(kind):
     model.generate(**both, max_new_tokens=2, num_beams=2)
 
 
+def test_one_image_beside_a_video_has_tiles_and_one_of_several_has_none():
+    import transformers
+
+    from saisa_hf.compat_saisa import pillow_image_processor
+
+    pinpoints, side = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]], {"height": SIDE, "width": SIDE}
+    images = transformers.LlavaOnevisionImageProcessor(size=side, image_grid_pinpoints=pinpoints)
+    processor = make_processor()
+    processor.image_processor = pillow_image_processor(images)
+    knows = "{% for m in messages %}{% for p in m.content %}<{{ p.type }}>{% endfor %} what?{% endfor %}"
+    wide = [Image.fromarray(one) for one in pictures(3, (96, 40))]
+    video, still = {"type": "video", "video": wide}, {"type": "image", "image": wide[0]}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for template in (None, knows):
+        for parts, tiles in (([still, video], [3, 1, 1, 1]), ([video, still, still], [1, 1, 1, 1, 1])):
+            out = processor.apply_chat_template([{"role": "user", "content": parts}], chat_template=template, **options)
+            assert out["num_tiles"].tolist() == tiles
+    both = prompt(processor, ["<video>a<image>", "<image>b<image>"], images=[wide[:1], wide[:2]], videos=[wide])
+    assert both["num_tiles"].tolist() == [1, 1, 1, 3, 1, 1]
+
+
+def test_a_checkpoints_own_code_reads_videos_where_the_package_is(film, tmp_path):
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    make_processor(video_settings={"num_frames": 3}).save_pretrained(tmp_path)
+    own = get_class_from_dynamic_module("processing_saisa.SaisaProcessor", str(tmp_path))
+    processor = own.from_pretrained(tmp_path)
+    assert not isinstance(processor, SaisaProcessor)
+    chat = [{"role": "user", "content": [{"type": "video", "path": str(film)}, {"type": "text", "text": "what?"}]}]
+    for out in (
+        processor(text="<video>what?", videos=str(film)),
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True),
+    ):
+        assert runs(out["input_ids"][0]) == [3 * POOLED] and out["frame_pooling"] == [2, 2, 2]
+
+
 def test_frame_pooling_has_to_fit():
     model, processor = make_model(), make_processor()
     batch = prompt(processor, videos=frames(3))
@@ -290,8 +327,11 @@ def test_frame_pooling_has_to_fit():
     with pytest.raises(ValueError, match="placeholders"):
         model(**{**batch, "frame_pooling": torch.tensor([1, 2, 2])})
     full = make_model(vision_feature_select_strategy="full", vision_seq_length=None)
-    with pytest.raises(ValueError, match="expected 3 positive numbers, and vision_feature_select_strategy='default'"):
+    with pytest.raises(ValueError, match="expected 3 positive numbers, all 1 with vision_feature_select_strategy='full'"):
         full(**batch)
+    whole = make_processor(vision_feature_select_strategy="full", video_settings={"pool": 1})
+    batch = prompt(whole, videos=frames(3))  # what the processor's own error says to do
+    assert runs(batch["input_ids"][0].tolist()) == [3 * (TOKENS + 1)] and full(**batch).logits.isfinite().all()
 
 
 # --- long inputs ------------------------------------------------------------------------------------------------------

@@ -62,6 +62,12 @@ class Video:
     """A video among the images of a prompt: a file, as images are, or its frames as an array or a list."""
 
     source: object = None
+    is_video = True  # of a checkpoint's own code and of the package, whose classes are not the same
+
+
+def is_video(one) -> bool:
+    """Whether one of the images of a prompt is a `Video`."""
+    return getattr(one, "is_video", False) is True
 
 
 def add_image_token(tokenizer, image_token: str = "<image>") -> int:
@@ -217,11 +223,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
         if unread_media(media, ("videos",)):
             videos = from_package("Reading videos", "common.videos", "listed")(media.pop("videos"))
         _refuse_media(media, "the call")
-        of_videos = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs} | kwargs.pop("videos_kwargs", {})
+        of_videos = {name: kwargs.pop(name) for name in SAMPLING if name in kwargs}
+        of_videos |= kwargs.pop("videos_kwargs", None) or {}
         texts = _checked_texts(images, text, visual_states, videos)
         text_kwargs, images_kwargs, return_tensors = self._sorted_arguments(kwargs)
         visuals, groups = self._flat_images(images, visual_states, texts, videos)
-        marks = {self.image_token, *([VIDEO] if any(isinstance(one, Video) for one in visuals) else [])}
+        marks = {self.image_token, *([VIDEO] if any(map(is_video, visuals)) else [])}
         if visual_states is not None:
             rows = self._tokenize(texts, self._units(visual_states.lengths), marks, text_kwargs)
             batch = BatchWithVisualStates({**rows, "visual_states": visual_states}, tensor_type=return_tensors)
@@ -259,7 +266,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return text_kwargs, images_kwargs, return_tensors
 
     def _flat_images(self, images, visual_states, texts: list[str] | None, videos) -> tuple[list, list[int] | None]:
-        """Images and videos as one list, and if images came as lists, how many each has. Raises ValueError unless they, or
+        """Images and videos as one list, and if images came as lists, how many images each has. Raises ValueError unless they, or
         the visual states, are one per token."""
         name, fix, flat = "images", "Pass one image for each: one flat list, or one list per text.", _image_list(images)
         found, groups = len(flat), None
@@ -271,8 +278,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         elif any(isinstance(group, (list, tuple)) for group in flat):
             lists = [_image_list(group) for group in flat]
             flat, found = [image for group in lists for image in group], [len(group) for group in lists]
-            groups = found
-        if videos or any(isinstance(one, Video) for one in flat):
+            groups = [sum(not is_video(image) for image in group) for group in lists]
+        if videos or any(map(is_video, flat)):
             return from_package("Reading videos", "common.videos", "in_order")(self, flat, videos, texts), groups
         tokens = [text.count(self.image_token) for text in texts or ()]
         if texts is not None and found not in (tokens, sum(tokens)):
@@ -519,15 +526,12 @@ class SaisaProcessor(ImageTextProcessorMixin):
         prompts, spans = render(conversations=conversations, **variables)
         if not tokenize:
             return prompts if is_batch else prompts[0]
-        images, tokens = (
-            self._chat_images(conversations, images, visual_states),
-            [p.count(self.image_token) for p in prompts],
-        )
-        if (
-            visual_states is None and images and sum(tokens) == len(images)
-        ):  # each chat has its own, with tiles or without
-            rest = iter(images)
-            images = [[next(rest) for _ in range(count)] for count in tokens]
+        images = self._chat_images(conversations, images, visual_states)
+        if visual_states is None and images:  # each chat has its own: one of several may have no tiles
+            mark = re.escape(self.image_token) + (f"|{VIDEO}" if any(map(is_video, images)) else "")
+            counts, rest = [len(re.findall(mark, prompt)) for prompt in prompts], iter(images)
+            if sum(counts) == len(images):
+                images = [[next(rest) for _ in range(count)] for count in counts]
         if begins_with_bos(self.tokenizer, prompts[0]):
             call.setdefault("add_special_tokens", False)
         if wants_masks:

@@ -195,9 +195,11 @@ class EncodesTiles(EncodesImages):
         return outputs
 
     def _check_frame_pooling(self, pixel_values: Tensor, frame_pooling) -> None:
-        poolings = torch.as_tensor(frame_pooling).tolist()
-        if len(poolings) != len(pixel_values) or min(poolings, default=1) < 1 or self.config.kept_prefix_tokens:
-            expected = f"{len(pixel_values)} positive numbers, and vision_feature_select_strategy='default'"
+        poolings, expected = torch.as_tensor(frame_pooling).tolist(), f"{len(pixel_values)} positive numbers"
+        is_pooled = max(poolings, default=1) > 1 and self.config.visual_token_reduction not in OF_A_NUMBER
+        no_grid = is_pooled and self.config.kept_prefix_tokens > 0
+        if len(poolings) != len(pixel_values) or min(poolings, default=1) < 1 or no_grid:
+            expected += ", all 1 with vision_feature_select_strategy='full'" if no_grid else ""
             raise ValueError(f"frame_pooling={shown(poolings)}: expected {expected}.")
 
     def no_features(self, **no_images) -> Tensor:

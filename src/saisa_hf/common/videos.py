@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..image_sources_saisa import LIMITS, ImageLimits, open_binary
 from ..images_saisa import ImageError, load_image
-from ..processing_saisa import SAMPLING, VIDEO, Video
+from ..processing_saisa import SAMPLING, VIDEO, Video, is_video
 from ..vision_saisa import check_value, frame_lengths, shown
 from .video_files import decoded_frames, sampled
 
@@ -125,7 +125,7 @@ def listed(videos: Any) -> list[Video]:
         if isinstance(first, Image.Image) or getattr(first, "ndim", 0) in (2, 3):  # frames of one video
             return [Video(videos)]
         return [video for one in videos for video in listed(one)]
-    return [] if videos is None else [videos if isinstance(videos, Video) else Video(videos)]
+    return [] if videos is None else [videos if is_video(videos) else Video(videos)]
 
 
 def in_order(processor: "SaisaProcessor", images: list, films: list[Video], texts: list[str] | None) -> list:
@@ -163,12 +163,12 @@ def read_in_order(
     return_tensors = images_kwargs.pop("return_tensors", None)
     limits = {name: images_kwargs[name] for name in LIMITS if name in images_kwargs}
     sampling, of_frames = sampling_of(settings), _without_tiles(processor)
-    images = [one for one in visuals if not isinstance(one, Video)]
+    images = [one for one in visuals if not is_video(one)]
     image_rows = iter(_rows(processor._pixels(images, groups, **images_kwargs)) if images else ())
     rows: list[dict] = []  # of each image and frame
     words: list[list[list[int]]] = []  # of each image and video, in front of each of its frames
     for number, one in enumerate(visuals):
-        if isinstance(one, Video):
+        if is_video(one):
             name = f"video {number} of {len(visuals)}"
             frames = video_frames(one.source, name, **sampling, **limits)
             words.append([_timestamp(processor, seconds, name, settings) for seconds in next(frames)])
@@ -177,7 +177,7 @@ def read_in_order(
         else:
             rows.append(next(image_rows))
             words.append([[]])
-    poolings = [settings["pool"] if isinstance(one, Video) else 1 for one, own in zip(visuals, words) for _ in own]
+    poolings = [settings["pool"] if is_video(one) else 1 for one, own in zip(visuals, words) for _ in own]
     pixels = _joined(rows) | {"frame_pooling": poolings}
     counts = iter(placeholders(processor, pixels))
     image_token = [processor.image_token_id]
