@@ -327,7 +327,9 @@ def test_frame_pooling_has_to_fit():
     with pytest.raises(ValueError, match="placeholders"):
         model(**{**batch, "frame_pooling": torch.tensor([1, 2, 2])})
     full = make_model(vision_feature_select_strategy="full", vision_seq_length=None)
-    with pytest.raises(ValueError, match="expected 3 positive numbers, all 1 with vision_feature_select_strategy='full'"):
+    with pytest.raises(
+        ValueError, match="expected 3 positive numbers, all 1 with vision_feature_select_strategy='full'"
+    ):
         full(**batch)
     whole = make_processor(vision_feature_select_strategy="full", video_settings={"pool": 1})
     batch = prompt(whole, videos=frames(3))  # what the processor's own error says to do

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import transformers
 from PIL import Image
-from video_parts import CODECS, NTSC, av, decoded, pictures, turned, write_sound, write_video
+from video_parts import CODECS, NTSC, av, decoded, pictures, turned, write_growing, write_sound, write_video
 
 from saisa_hf.common.videos import video_frames
 from saisa_hf.image_sources_saisa import ImageLimits
@@ -195,6 +195,15 @@ def test_huge_sizes_in_the_header_are_refused_before_decoding(film):
         read(huge)
     with pytest.raises(ImageError, match=r"the video: 64 x 48 pixels\. Shrink it, or raise max_image_pixels=3000"):
         read(film, max_image_pixels=3000)
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".mkv"])
+def test_frames_that_grow_on_the_way_count_as_they_are(folder, suffix):
+    path, sizes = folder / f"grows{suffix}", [(32, 32), (256, 192)]
+    frames = read(write_growing(path, sizes), num_frames=4)[1]
+    assert [frame.shape[1::-1] for frame in frames] == [size for size in sizes for _ in range(2)]
+    with pytest.raises(ImageError, match=r"\d+ pixels have been decoded, more than max_video_pixels=40960"):
+        read(path, num_frames=4, max_video_pixels=40 * 32 * 32)  # what the header promises
 
 
 def test_limits_hold_for_videos(film, monkeypatch):

@@ -43,6 +43,25 @@ def write_video(path, count=40, rate=NTSC, times=None, size=(64, 48), codec=None
     return path
 
 
+def write_growing(path, sizes, count=20):
+    """A video whose frames are of each of `sizes` in turn; its header has the first."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = *sizes[0], "yuv420p"
+        for turn, size in enumerate(sizes):
+            codec = av.CodecContext.create("mpeg2video", "w")
+            codec.width, codec.height, codec.pix_fmt = *size, "yuv420p"
+            codec.framerate, codec.time_base = 25, Fraction(1, 25)
+            for index, picture in enumerate([*pictures(count, size), None]):
+                frame = None if picture is None else av.VideoFrame.from_ndarray(picture, format="rgb24")
+                if frame is not None:
+                    frame.pts, frame.time_base = turn * count + index, Fraction(1, 25)
+                for packet in codec.encode(frame):
+                    packet.stream = stream
+                    container.mux(packet)
+    return path
+
+
 def write_sound(container, stream, seconds):
     """A hum."""
     stream.layout = "mono"

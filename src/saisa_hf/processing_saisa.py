@@ -266,8 +266,8 @@ class SaisaProcessor(ImageTextProcessorMixin):
         return text_kwargs, images_kwargs, return_tensors
 
     def _flat_images(self, images, visual_states, texts: list[str] | None, videos) -> tuple[list, list[int] | None]:
-        """Images and videos as one list, and if images came as lists, how many images each has. Raises ValueError unless they, or
-        the visual states, are one per token."""
+        """Images and videos as one list, and how many images each list has, if they came as lists. Raises ValueError unless
+        they, or the visual states, are one per token."""
         name, fix, flat = "images", "Pass one image for each: one flat list, or one list per text.", _image_list(images)
         found, groups = len(flat), None
         if visual_states is not None:

@@ -83,13 +83,24 @@ def decoded_frames(
     yield [(index.shown[place] - index.shown[0]) * unit for place, _ in plan]
     file.seek(0)
     with _opened(av, file, options) as (container, stream):
-        frames = container.decode(stream)
+        spent = 0.0
+
+        def decode() -> Iterator:
+            nonlocal spent
+            for one in container.decode(stream):
+                spent += one.width * one.height
+                if spent > within.max_video_pixels:  # frames may be larger than the first, which the stream has told of
+                    most = f"max_video_pixels={within.max_video_pixels:.0f}"
+                    raise ValueError(f"{spent:.0f} pixels have been decoded, more than {most}")
+                yield one
+
+        frames = decode()
         passed = 0
         for place, key in plan:
             time = index.shown[place]
             if key is not None:
                 container.seek(key, stream=stream)
-                frames = container.decode(stream)
+                frames = decode()
             if index.tells_times:
                 frame = next((one for one in frames if one.pts is not None and one.pts >= time), None)
             else:
