@@ -370,6 +370,27 @@ def test_a_finished_run_is_not_taken_for_another(tmp_path, parrot, capsys):
     assert "has other files, me.jpg for instance" in capsys.readouterr().err
 
 
+def test_nothing_but_a_run_is_overwritten(tmp_path, parrot, capsys):
+    parrot("yes")
+    files = benchmark_files.mm_vet(tmp_path / "v")  # whose questions are called as the file for its judge
+    before = {path: path.read_bytes() for path in (tmp_path / "v").glob("*.*")}
+    command = [
+        "eval",
+        str(CHECKPOINT),
+        "mm-vet",
+        *(f"--{name}={value}" for name, value in files.items()),
+        "--overwrite",
+    ]
+    assert main([*command, f"--output={tmp_path / 'v'}"]) == 1
+    assert "has other files" in capsys.readouterr().err
+    assert before and {path: path.read_bytes() for path in (tmp_path / "v").glob("*.*")} == before
+    for _ in range(2):
+        assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    (tmp_path / "out/answers.jsonl").unlink()
+    assert main([*command, f"--output={tmp_path / 'out'}"]) == 0
+    assert len(result(tmp_path / "out")[1]) == 2
+
+
 def test_a_run_that_answered_nothing_leaves_no_trace(tmp_path, capsys):
     questions = digits(tmp_path / "digits", 2)
     model = shutil.copytree(CHECKPOINT, tmp_path / "model")

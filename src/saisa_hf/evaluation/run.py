@@ -113,25 +113,16 @@ def _is_finished(folder: Path, plan: Plan) -> bool:
         ValueError: it has that of another run.
         OSError: it has other files.
     """
-    summary = folder / SUMMARY
-    if not summary.is_file():
-        known = {JOURNAL, ANSWERS, *(benchmark.file for benchmark in BENCHMARKS.values())}
-        begun = (folder / JOURNAL / SETTINGS).is_file()
-        allowed = known if begun else {JOURNAL}
+    summary = _summary(folder)
+    if summary is None:
+        allowed = {JOURNAL, *_own_files(folder)}
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         if strange := [name for name in names if name not in allowed]:
             raise FileExistsError(
                 f"--output {folder} has other files, {strange[0]} for instance: choose another folder."
             )
         return False
-    try:
-        before = json.loads(summary.read_text(encoding="utf-8"))["request"]
-        differing = differences(before, json.loads(json.dumps(plan.request)))
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError(
-            f"{summary} is not that of a run of saisa eval, or is damaged: choose another --output."
-        ) from None
-    if differing:
+    if differing := differences(summary["request"], json.loads(json.dumps(plan.request))):
         raise ValueError(
             f"--output {folder} has the result of a run with other settings: {'; '.join(differing)}. Choose another folder, "
             "or delete that run with --overwrite."
@@ -139,9 +130,39 @@ def _is_finished(folder: Path, plan: Plan) -> bool:
     return True
 
 
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of the finished run that `folder` has; None: it has none.
+
+    Raises:
+        ValueError: a file of this name is something else, or damaged.
+    """
+    path = folder / SUMMARY
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        differences(summary["request"], summary["request"])  # it has all that is compared
+        complete = all(isinstance(name, str) for name in summary["files"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        complete = False
+    if not complete:
+        raise ValueError(f"{path} is not that of a run of saisa eval, or is damaged: choose another --output.")
+    return summary
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The names of the files that the run in `folder` may have written; empty: there is no run. Files of others may have such
+    names, the questions of MM-Vet for instance."""
+    results = {ANSWERS, *(benchmark.file for benchmark in BENCHMARKS.values() if benchmark.file)}
+    summary = _summary(folder)
+    if summary is not None:
+        return results.intersection(summary["files"])
+    return results if (folder / JOURNAL / SETTINGS).is_file() else set()
+
+
 def _discard(folder: Path) -> None:
-    """Deletes a run."""
-    for name in (SUMMARY, ANSWERS, *(benchmark.file for benchmark in BENCHMARKS.values() if benchmark.file)):
+    """Deletes the run that `folder` has, the summary last: a kill leaves what can be discarded again."""
+    for name in (*_own_files(folder), SUMMARY):
         with suppress(FileNotFoundError):
             (folder / name).unlink()
     remove_journal(folder / JOURNAL)
