@@ -16,6 +16,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from saisa_hf.answering import Answerer, Question
+from saisa_hf.answering.questions import render
 from saisa_hf.cli import main
 from saisa_hf.common.loading import load_model
 from saisa_hf.demo import CHECKPOINT
@@ -447,6 +448,53 @@ def test_a_run_goes_on_where_its_output_is_among_its_images(photos, tmp_path, mo
         ask(source, output, "--prompt", "hello")
     assert (tmp_path / "photos" / "out.jsonl.journal").is_dir()
     assert len(ask(source, output, "--prompt", "hello")) == COUNT // 2
+    assert len(ask(source, output, "--prompt", "hello", "--overwrite")) == COUNT // 2
+
+
+def test_sampling_is_that_of_its_seed(photos, wanted, tmp_path):
+    table = write(tmp_path / "in.jsonl", rows_of(photos))
+    said = [
+        [row["answer"] for row in ask(table, tmp_path / f"{name}.jsonl", "--temperature", "3", "--seed", seed)]
+        for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
+    ]
+    assert said[0] == said[1] != said[2] and wanted not in said
+
+
+def test_a_system_message_comes_first(photos, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("saisa_hf.answering.engine.render", lambda *a: read.append(render(*a)) or read[-1])
+    table = write(tmp_path / "in.jsonl", rows_of(photos)[:1])
+    ask(table, tmp_path / "out.jsonl", "--system", "Be brief.", "--chat-template", "chatml")
+    assert read == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nhow many digits are there?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ]
+
+
+def test_a_template_in_a_file_is_its_contents(photos, tmp_path, monkeypatch, capsys):
+    table, template = write(tmp_path / "in.jsonl", rows_of(photos)), tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
+    )
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Answerer, "answer", stopping(2, []))
+        ask(table, tmp_path / "out.jsonl", "--chat-template", str(template))
+    template.write_text(template.read_text() + ":")
+    ask(table, tmp_path / "out.jsonl", "--chat-template", str(template), status=2)
+    assert "chat_template was 'contents" in capsys.readouterr().err
+
+
+def test_a_table_that_changes_meanwhile_has_no_result(photos, tmp_path, monkeypatch, capsys):
+    table, answer = write(tmp_path / "in.jsonl", rows_of(photos)), Answerer.answer
+
+    def changing(self, questions, **options):
+        yield from answer(self, questions, **options)
+        write(table, rows_of(photos)[::-1])
+
+    monkeypatch.setattr(Answerer, "answer", changing)
+    ask(table, tmp_path / "out.jsonl", status=2)
+    assert "in.jsonl has changed since the run began" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "saisa_hf"]

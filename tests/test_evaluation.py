@@ -324,6 +324,14 @@ def test_the_demo_has_the_score_of_make_demo_in_one_process_and_in_two(tmp_path)
     assert ended.stdout.count("99.00") == 1
 
 
+def test_answers_that_are_cut_off_are_counted(tmp_path, capsys):
+    questions = digits(tmp_path / "digits", 4)
+    asked(questions, tmp_path / "out", "--max-new-tokens=1")
+    summary, lines = result(tmp_path / "out")
+    assert summary["cut_off"] == sum(line["finish"] == "length" for line in lines) > 0
+    assert f"{summary['cut_off']} answers were cut off at --max-new-tokens" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch, capsys):
     questions = digits(tmp_path / "digits", 40)
     asked(questions, tmp_path / "whole")
@@ -357,6 +365,13 @@ def test_a_finished_run_is_not_taken_for_another(tmp_path, parrot, capsys):
     asked(questions, tmp_path / "out")
     asked(questions, tmp_path / "out", "--chat-template=plain", status=2)
     assert "chat_template was '', is 'plain'" in capsys.readouterr().err
+    asked(questions, tmp_path / "out", "--max-new-tokens=3", status=2)
+    assert "max_new_tokens was 128, is 3" in capsys.readouterr().err
+    template = write(tmp_path / "own.jinja", "a")
+    asked(questions, tmp_path / "own", f"--chat-template={template}")
+    template.write_text("b")
+    asked(questions, tmp_path / "own", f"--chat-template={template}", status=2)
+    assert "chat_template was 'contents" in capsys.readouterr().err
     questions.write_text(questions.read_text() + "\n")
     asked(questions, tmp_path / "out", status=2)
     assert "the contents of data" in capsys.readouterr().err
@@ -515,6 +530,7 @@ def test_progress_says_how_fast_and_how_long(monkeypatch):
         def isatty(self):
             return self.is_terminal
 
+    monkeypatch.setenv("COLUMNS", "100")
     for terminal in (True, False):
         now = [0.0]
         monkeypatch.setattr("saisa_hf.common.progress.time.monotonic", lambda now=now: now[0])
@@ -529,3 +545,8 @@ def test_progress_says_how_fast_and_how_long(monkeypatch):
         assert lines[-1 if terminal else -2].startswith(last)
         assert len(lines) == (102 if terminal else 5)
     assert "?" in Progress(3, stream=Screen() if not setattr(Screen, "is_terminal", False) else sys.stderr).text()
+    monkeypatch.setenv("COLUMNS", "20")  # a longer line would go on in the next one
+    Screen.is_terminal, screen = True, Screen()
+    with Progress(7200, stream=screen):
+        pass
+    assert screen.getvalue() == "\r0 of 7200 questions\x1b[K\n"

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from saisa_hf.common import journal as module
-from saisa_hf.common.identity import of_data
-from saisa_hf.common.journal import SETTINGS, Journal, check_request, remove, result_of
+from saisa_hf.common.identity import of_data, of_model
+from saisa_hf.common.journal import SETTINGS, Journal, Writer, check_request, remove, result_of
 
 
 FORKS = multiprocessing.get_context("fork")  # nothing but the standard library runs in them
@@ -85,6 +85,37 @@ def test_a_run_that_was_asked_for_something_else_is_refused(folder, tmp_path):
         Journal(folder, asked())
     remove(folder)
     assert not check_request(folder, asked())
+
+
+def test_a_model_is_its_weights_and_settings(tmp_path):
+    path = str(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("1")
+        before = of_model(path)
+        (tmp_path / name).write_text("2")
+        assert of_model(path) != before
+    before = of_model(path)
+    for name in ("README.md", "trainer_state.json"):  # what does not describe it
+        (tmp_path / name).write_text("1")
+    assert of_model(path) == before
+
+
+def test_lines_wait_for_the_disk_no_longer_than_said(folder, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Journal(folder, asked()) as journal, Writer(journal) as writer:
+        for index in range(64):
+            assert len(journal) == 0
+            writer.add(index, answer(index))
+        assert len(journal) == 64
+        now[0] = 1.9
+        writer.add(64, answer(64))
+        assert len(journal) == 64
+        now[0] = 2.1
+        writer.add(65, answer(65))
+        assert len(journal) == 66
+        writer.add(66, answer(66))
+    assert len(journal) == 67
 
 
 def test_one_writer_at_a_time(folder, monkeypatch):

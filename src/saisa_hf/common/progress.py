@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """How far a long run has come, on stderr: one line that changes on a terminal, elsewhere a line now and then."""
 
+import shutil
 import sys
 import time
 from typing import TextIO
@@ -44,7 +45,8 @@ class Progress:
 
     def _show(self) -> None:
         self._shown = time.monotonic()
-        self.stream.write(f"\r{self.text()}\x1b[K" if self._terminal else f"{self.text()}\n")
+        width = shutil.get_terminal_size().columns - 1  # a longer line would go on in the next one, and stay
+        self.stream.write(f"\r{self.text()[:width]}\x1b[K" if self._terminal else f"{self.text()}\n")
         self.stream.flush()
 
     def __enter__(self) -> "Progress":
