@@ -30,7 +30,7 @@ from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
 from .images_saisa import check_size, load_image, pad_to_square
 from .saving_saisa import PROCESSOR_ENTRIES, check_finished, saved_together
-from .tiles_saisa import most_tiles, tiles_of, visual_inputs
+from .tiles_saisa import most_tiles, processed_images, sizes_of, visual_inputs
 from .vision_saisa import MOST_TOKENS, check_choice, check_value, reduced_length, shown
 
 
@@ -326,19 +326,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
             kwargs.pop("disable_grouping", None)
         if not type(image_processor).__name__.endswith("Fast"):  # 4.57's torchvision processors do not take it
             kwargs["input_data_format"] = "channels_last"
-        if self.image_grid_pinpoints is None:
-            return _tiles_of_images(dict(image_processor(loaded, **kwargs)))
-        in_lists, alone = loaded, [False] * len(loaded)
-        if "batch_num_images" in image_processor.model_input_names:  # one of several has no tiles
-            rest, groups = iter(loaded), groups or [1] * len(loaded)
-            in_lists = [[next(rest) for _ in range(count)] for count in groups]
-            alone = [count > 1 for count in groups for _ in range(count)]
-        processed = dict(image_processor(in_lists, **kwargs))
-        processed.pop("batch_num_images", None)
-        side, sizes = np.shape(processed["pixel_values"][0])[-2:], [image.size[::-1] for image in loaded]
-        grids = [tiles_of(size, self.image_grid_pinpoints, side) for size in sizes]
-        processed["num_tiles"] = [1 if one else 1 + rows * columns for one, (rows, columns) in zip(alone, grids)]
-        return processed
+        return processed_images(image_processor, loaded, groups, **kwargs)
 
     @property
     def image_grid_pinpoints(self) -> list | None:
@@ -351,18 +339,17 @@ class SaisaProcessor(ImageTextProcessorMixin):
             pixels = processed["pixel_values"]
             tokens, side = self._counts({"pixel_values": pixels[0][:1]})[0], np.shape(pixels[0])[-2:]
             tiles = (processed.get(name) for name in ("image_sizes", "num_tiles", "frame_pooling"))
-            return [one.length for one in visual_inputs(self, tokens, side, *map(_listed, tiles))]
-        shapes, patch = [np.shape(pixels) for pixels in processed["pixel_values"]], self.patch_size
+            return [one.length for one in visual_inputs(self, tokens, side, *tiles)]
         strategy, others = self.vision_feature_select_strategy, self.num_additional_image_tokens
+        patch = self.patch_size
         if "spatial_shapes" in processed:  # SigLIP 2 in native aspect ratio: each image's rows and columns of patches
             grids, others = [(int(rows), int(columns)) for rows, columns in processed["spatial_shapes"]], 0
         elif self.image_seq_length is not None:
-            return [self.image_seq_length] * len(shapes)
+            return [self.image_seq_length] * len(processed["pixel_values"])
         elif patch is None:
             raise ValueError("Both `patch_size` and `image_seq_length` are None: set one, for the tokens per image.")
-        else:  # the image processors of some releases ignore `data_format`: channels are where the shape has a 3
-            sizes = [shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:] for shape in shapes]
-            grids = [(height // patch, width // patch) for height, width in sizes]
+        else:
+            grids = [(height // patch, width // patch) for height, width in sizes_of(processed["pixel_values"])]
             others -= strategy == "default" and others > 0  # the class token
         counts = [rows * columns + others for rows, columns in grids]
         if min(counts, default=1) < 1:
@@ -659,24 +646,6 @@ def _checked_texts(images, text, visual_states, videos) -> list[str] | None:
         if not one.isascii() and (half := re.search("[\ud800-\udfff]", one)):
             raise ValueError(f"text {index} has half a character, {half[0]!r} at {half.start()}: a lone surrogate.")
     return list(texts)
-
-
-def _listed(x):
-    """Arrays and tensors as lists."""
-    return (
-        x.tolist() if hasattr(x, "tolist") else x and [list(map(int, row)) if np.ndim(row) else int(row) for row in x]
-    )
-
-
-def _tiles_of_images(processed: dict) -> dict:
-    """What an image processor made, in which the pictures of all images follow one another if it counts `num_patches`: then
-    image by image, padded with zeros to as many pictures as the one with most of them has."""
-    if (counts := _listed(processed.pop("num_patches", None))) is None:
-        return processed
-    rest, most = iter(processed["pixel_values"]), max(counts)
-    images = [np.stack([np.asarray(next(rest)) for _ in range(count)]) for count in counts]
-    padded = [np.pad(image, [(0, most - len(image)), (0, 0), (0, 0), (0, 0)]) for image in images]
-    return {**processed, "pixel_values": padded, "num_tiles": counts}
 
 
 def _image_list(images) -> list:

@@ -15,6 +15,7 @@ Shape suffixes: P pictures of an image, V visual tokens, C width of the features
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -126,10 +127,10 @@ def visual_input(owner, size, pictures: int | None, tokens: int, grid, side, poo
 
 
 def visual_inputs(owner, tokens: int, side, image_sizes, num_tiles, frame_pooling=None) -> list[VisualInput]:
-    """`visual_input` of each of several images: `image_sizes` (images, 2), `num_tiles` and `frame_pooling` (images,), tensors
-    or lists."""
-    given = image_sizes, num_tiles, frame_pooling
-    sizes, counts, poolings = (x.tolist() if isinstance(x, Tensor) else x for x in given)
+    """`visual_input` of each of several images: `image_sizes` (images, 2), `num_tiles` and `frame_pooling` (images,), None,
+    tensors, arrays or lists."""
+    given = (x if hasattr(x, "tolist") or x is None else np.asarray(x) for x in (image_sizes, num_tiles, frame_pooling))
+    sizes, counts, poolings = (x if x is None else x.tolist() for x in given)
     if counts is None and (sizes is None or owner.image_grid_pinpoints is None):
         names = "num_tiles" if owner.image_grid_pinpoints is None else "image_sizes"
         raise ValueError(f"pixel_values has tiles (images, tiles, channels, height, width): expected {names} with it.")
@@ -138,6 +139,44 @@ def visual_inputs(owner, tokens: int, side, image_sizes, num_tiles, frame_poolin
     sizes, counts = [None] * len(counts) if sizes is None else sizes, [None] * len(sizes) if counts is None else counts
     grid, each = grid_of(tokens, *side), zip(sizes, counts, poolings or [1] * len(counts))
     return [visual_input(owner, tuple(size or ()), count, tokens, grid, side, n) for size, count, n in each]
+
+
+def processed_images(image_processor, images: list, groups: list[int] | None, **kwargs) -> dict:
+    """What an image processor of transformers makes of PIL `images`, which came as lists of so many as `groups` says. Where
+    it makes several pictures of an image, `num_tiles` counts them, and `pixel_values` are image by image, padded with zeros
+    to as many pictures as the one with most of them has."""
+    pinpoints, in_lists = getattr(image_processor, "image_grid_pinpoints", None), images
+    alone = [False] * len(images)
+    if pinpoints is not None and "batch_num_images" in image_processor.model_input_names:  # one of several has no tiles
+        rest, groups = iter(images), groups or [1] * len(images)
+        in_lists = [[next(rest) for _ in range(count)] for count in groups]
+        alone = [count > 1 for count in groups for _ in range(count)]
+    processed = dict(image_processor(in_lists, **kwargs))
+    processed.pop("batch_num_images", None)
+    if pinpoints is not None:
+        side = np.shape(processed["pixel_values"][0])[-2:]
+        grids = [tiles_of(image.size[::-1], pinpoints, side) for image in images]
+        processed["num_tiles"] = [1 if one else 1 + rows * columns for one, (rows, columns) in zip(alone, grids)]
+    elif (counts := processed.pop("num_patches", None)) is not None:  # the pictures of all images follow one another
+        pictures, counts = processed["pixel_values"], [int(count) for count in counts]
+        stack, rest = (torch if isinstance(pictures[0], Tensor) else np).stack, iter(pictures)
+        each = [padded(stack([next(rest) for _ in range(count)]), max(counts)) for count in counts]
+        processed |= {"pixel_values": stack(each), "num_tiles": counts}
+    return processed
+
+
+def padded(tiles_PCHW, most: int):
+    """The pictures of an image, array or tensor, with zeros behind them: `most` in all."""
+    behind = most - len(tiles_PCHW)
+    if isinstance(tiles_PCHW, Tensor):
+        return F.pad(tiles_PCHW, (0, 0) * 3 + (0, behind))
+    return np.pad(tiles_PCHW, [(0, behind), (0, 0), (0, 0), (0, 0)])
+
+
+def sizes_of(pixel_values) -> list[tuple[int, int]]:
+    """(height, width) of processed images. Some releases ignore `data_format`: channels are where the shape has a 3."""
+    shapes = map(np.shape, pixel_values)
+    return [shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:] for shape in shapes]
 
 
 class EncodesTiles(EncodesImages):

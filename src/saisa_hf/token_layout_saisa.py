@@ -122,8 +122,7 @@ class TokenLayout:
     def leading_text(self, slots: Tensor) -> Tensor:
         """bool (B, T), the text in front of the first image of each sample that has one, if it begins at the first of the
         places `slots` (S,) in the cache."""
-        visual_BS = self.visual_BS.to(slots.device)
-        first_B1 = (visual_BS.int().argmax(1) * visual_BS.any(1))[:, None]
+        first_B1 = self.visual_BS.to(slots.device).int().argmax(1, keepdim=True)  # 0 where there is none
         return (self.query_position_BT.to(slots.device) < first_B1) & (slots[:1] == 0)
 
     def visual(self, x_BSX: Tensor) -> Tensor:

@@ -271,12 +271,8 @@ def _patchify(pixel_values, patch_size: int, kwargs: dict):
 def in_pieces(function, rows_VX: Tensor):
     """`function` of rows: a tensor with as many, or a tuple of tensors (V, K, H), these head by head in memory. Of many rows
     it is computed some at a time, so that what lies between takes no memory for all; whole where gradients need that."""
-    if (
-        len(rows_VX) <= ROWS_AT_ONCE
-        or torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
-        or in_several_processes()
-    ):
+    is_whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or in_several_processes()
+    if is_whole or len(rows_VX) <= ROWS_AT_ONCE:
         return function(rows_VX)
     results, start = None, 0
     for piece in rows_VX.split(ROWS_AT_ONCE):

@@ -342,13 +342,11 @@ class UsesVisualStates:
             raise TypeError(f"visual_states is a {type(states).__name__}: expected what get_visual_states returns.")
         self.checked_store(states.store)
         layers, dtype = self.language_model.layers, self.get_input_embeddings().weight.dtype
-        size = self.config.text_config.hidden_size
-        token_shape: tuple[int, ...] = (
-            size if self.config.features_are_projected else self.config.vision_feature_size,
-        )
-        again = "Compute them with this model: model.get_visual_states(pixel_values)."
+        config, again = self.config, "Compute them with this model: model.get_visual_states(pixel_values)."
+        size = config.text_config.hidden_size if config.features_are_projected else config.vision_feature_size
+        token_shape: tuple[int, ...] = (size,)
         if states.store == "keys_values":
-            token_shape = (self.config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
+            token_shape = (config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
         if states.num_layers not in (None, len(layers)):
             problem = f"has {states.num_layers} layers, the model {len(layers)}. {again}"
         elif states.token_shape != token_shape:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..image_sources_saisa import LIMITS, ImageLimits, open_binary
 from ..images_saisa import ImageError, load_image
 from ..processing_saisa import SAMPLING, VIDEO, Video, is_video
+from ..tiles_saisa import padded, sizes_of
 from ..vision_saisa import check_value, frame_lengths, shown
 from .video_files import decoded_frames, sampled
 
@@ -217,15 +218,8 @@ def _joined(rows: list[dict]) -> dict[str, list]:
     """An image processor's output for all images and frames, each with as many tiles as that with most of them has."""
     if "num_tiles" in rows[0]:
         most = max(row["num_tiles"] for row in rows)
-        rows = [row | {"pixel_values": _padded(row["pixel_values"][: row["num_tiles"]], most)} for row in rows]
+        rows = [row | {"pixel_values": padded(row["pixel_values"][: row["num_tiles"]], most)} for row in rows]
     return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _padded(tiles: Any, most: int) -> Any:
-    """Tiles (n, C, H, W), an array or tensor, with zeros behind them."""
-    if isinstance(tiles, Tensor):
-        return torch.cat([tiles, tiles.new_zeros(most - len(tiles), *tiles.shape[1:])])
-    return np.pad(tiles, [(0, most - len(tiles)), (0, 0), (0, 0), (0, 0)])
 
 
 def placeholders(processor: "SaisaProcessor", pixels: dict) -> list[int]:
@@ -244,8 +238,7 @@ def placeholders(processor: "SaisaProcessor", pixels: dict) -> list[int]:
         raise ValueError(f"pool={most} of video_settings needs a grid of patches, but {kept}. Set pool to 1.")
     if "num_tiles" in pixels:
         return counts
-    shapes = [np.shape(one) for one in pixels["pixel_values"]]
-    sizes = [shape[:2] if shape[0] != 3 == shape[-1] else shape[-2:] for shape in shapes]  # channels may be last
+    sizes = sizes_of(pixels["pixel_values"])
     return frame_lengths(kind, counts, pixels["frame_pooling"], sizes, pixels.get("spatial_shapes"))
 
 
