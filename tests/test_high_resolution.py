@@ -249,6 +249,20 @@ def test_rows_of_a_batch_are_as_alone_with_states_in_place_of_pixels_too(way, tm
             close(model(**again).logits, model(**pixels).logits)
 
 
+def test_states_of_other_tiles_are_refused():
+    """Weights may be the same; what decides nothing about visual states is not compared."""
+    made = [tiled_saisa(**settings) for settings in (
+        {}, {"images_at_once": 3}, {"leading_text_skips_attention": True}, {"image_grid_pinpoints": ONEVISION},
+        {"vision_aspect_ratio": "anyres_max_4"}, {"image_grid_pinpoints": None},
+    )]  # fmt: skip
+    for store in ("features", "keys_values"):
+        prints = [model.model.visual_fingerprint(store) for model in made]
+        assert prints[0] == prints[1] == prints[2] and len({*prints}) == 4
+    states = made[0].get_visual_states(torch.zeros(1, 3, SIDE, SIDE))
+    with pytest.raises(ValueError, match="computed with other weights or settings than this model's"):
+        made[3].model.check_visual_states(states)
+
+
 @each_way
 def test_every_cache_and_beams_give_the_same_text(way):
     model, processor = made(way)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import queue
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from tiny_models import IMAGE_TOKEN, tiny_model
 from torch.nn import functional as F
 from training_parts import processor_for
-from transformers import CLIPImageProcessor, CLIPVisionConfig
+from transformers import BatchFeature, CLIPImageProcessor, CLIPVisionConfig
 from video_parts import pictures, write_video
 
 from saisa_hf import SaisaProcessor, SaisaVisualStates
@@ -488,3 +489,21 @@ def test_progress_is_shown_where_it_takes_a_while(capsys):
     with encoding_progress(model, 20, progress=False), encoding_progress(model, 8, progress=True):
         model.get_image_features(torch.zeros(8, 3, SIDE, SIDE))
     assert not capsys.readouterr().err and not model.vision_tower._forward_hooks
+
+
+def test_progress_is_gone_when_the_answer_begins_and_counts_what_is_encoded(capsys, monkeypatch):
+    model, told = make_model(images_at_once=8), []
+    text = torch.tensor([[5, 6]])
+    with encoding_progress(model, 20, progress=True):
+        model(text)
+        assert not capsys.readouterr().err  # a later turn, of text
+        model.get_image_features(torch.zeros(20, 3, SIDE, SIDE))
+        assert "/20 " in capsys.readouterr().err
+        model(text)
+        shown = capsys.readouterr().err
+        assert shown.endswith("\r") and not shown.strip()
+    assert not capsys.readouterr().err and not model.language_model._forward_pre_hooks
+    monkeypatch.setattr("saisa_hf.chat.conversation.encoding_progress", lambda *given: told.append(given) or 1 / 0)
+    tiles = BatchFeature({"pixel_values": torch.zeros(2, 5, 3, SIDE, SIDE), "num_tiles": torch.tensor([5, 1])})
+    Conversation(model, make_processor())._generate(tiles, None, None, queue.SimpleQueue(), [])
+    assert told[0][1] == 6

@@ -547,7 +547,7 @@ def use(model, states, rows=(("image", 5),), **changes):
 
 
 def test_states_of_another_model_are_refused(states):
-    with pytest.raises(ValueError, match=r"other weights than this model's.*get_visual_states"):
+    with pytest.raises(ValueError, match=r"other weights or settings than this model's.*get_visual_states"):
         use(tiny_model("llama", seed=1), states[0])
 
 

@@ -355,7 +355,7 @@ class UsesVisualStates:
             problem = f"is {states.dtype}, the model {dtype}: cast them with visual_states.to({dtype})."
         elif states.fingerprint != (own := self.visual_fingerprint(states.store)):
             weights = f"fingerprint {states.fingerprint[:12]}, here {own[:12]}"
-            problem = f"was computed with other weights than this model's ({weights}). {again}"
+            problem = f"was computed with other weights or settings than this model's ({weights}). {again}"
         else:
             return
         raise ValueError(f"visual_states {problem}")

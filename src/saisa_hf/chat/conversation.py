@@ -173,7 +173,9 @@ class Conversation:
         if "stop_strings" in generation:
             generation.setdefault("tokenizer", self.processor.tokenizer)
         try:
-            with encoding_progress(self.model, len(inputs.get("pixel_values", ())), self.progress):
+            tiles = inputs.get("num_tiles")
+            total = len(inputs.get("pixel_values", ())) if tiles is None else int(tiles.sum())
+            with encoding_progress(self.model, total, self.progress):
                 ids = self.model.generate(
                     **inputs,
                     **{CACHE: cache},

@@ -80,14 +80,34 @@ def bar(what: str, total: int, progress: bool) -> tqdm:
 
 @contextlib.contextmanager
 def encoding_progress(model: torch.nn.Module, total: int, progress: bool) -> Iterator[None]:
-    """Shows on stderr how many of `total` images and frames `model` has encoded. They are, in turns of `images_at_once`."""
-    with bar("encoding images", total, progress and total > model.config.images_at_once) as shown:
-        hook = model.vision_tower.register_forward_hook(
-            lambda module, args, kwargs, output: shown.update(len(kwargs["pixel_values"])), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
+    """Shows on stderr how many of `total` images and frames `model` has encoded, from when it begins to until its decoder
+    reads them: an answer that is printed meanwhile has its line for itself. They are encoded in turns of `images_at_once`."""
+    if not progress or total <= model.config.images_at_once:
+        yield
+        return
+    shown: list[tqdm] = []
+
+    def begin(module: Any, args: Any) -> None:
+        if not shown:
+            shown.append(bar("encoding images", total, progress))
+
+    def advance(module: Any, args: Any, kwargs: dict, output: Any) -> None:
+        shown[0].update(len(kwargs["pixel_values"]))
+
+    def end(*_: Any) -> None:
+        for one in shown:
+            one.close()
+
+    hooks = [
+        model.vision_tower.register_forward_pre_hook(begin),
+        model.vision_tower.register_forward_hook(advance, with_kwargs=True),
+        model.language_model.register_forward_pre_hook(end),
+    ]
+    try:
+        yield
+    finally:
+        end()
+        for hook in hooks:
             hook.remove()
 
 
