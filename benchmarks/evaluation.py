@@ -2,7 +2,7 @@
 """Questions that a model answers in a second where each image has several, as in most benchmarks: SAISA with visual states
 and without, and transformers' LLaVA of the same language model and encoder, through the same engine, by turns in one run.
 
-    python benchmarks/evaluation.py --keep-memory --json benchmarks/performance/evaluation.json   # ten minutes on two cores
+    python benchmarks/evaluation.py --keep-memory --json benchmarks/evaluation.json   # ten minutes on two cores
     python benchmarks/evaluation.py --layers 2 --hidden-size 256 --repeats 2                      # a quick look
 
 Models, questions and images are random. A run answers all questions, from opening the images to the text of the answers. What

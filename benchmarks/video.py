@@ -3,7 +3,7 @@
 LLaVA-OneVision with the same language model and encoder. Both pool a frame's tokens 2 x 2. All weights are random. Calls take
 turns, so that ratios are fair on a machine that others use; exponents are slopes of a straight line through the logarithms.
 
-    python benchmarks/video.py --json benchmarks/performance/video.json --tables docs/video.md
+    python benchmarks/video.py --json benchmarks/video.json --tables docs/video.md
 """
 
 import argparse

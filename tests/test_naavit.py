@@ -201,7 +201,7 @@ def test_the_command_prints_the_mean_over_the_pictures_and_draws_it(folders, tmp
         ("llava", "llava", "holds no images"),
         ("llava", "nowhere", "is not a folder"),
         ("llava", "pictures --plot nowhere/layers.png", "nowhere is not a folder"),
-        ("saisa", "pictures", "MODEL .* is a 'saisa': expected a 'llava' or 'llava_next'"),
+        ("saisa", "pictures", "MODEL .* is a 'saisa': expected one of llava, llava_next\\."),
     ],
 )
 def test_the_command_says_what_is_wrong(folders, capsys, model, images, message):

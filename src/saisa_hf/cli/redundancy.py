@@ -39,13 +39,14 @@ def run(arguments: argparse.Namespace) -> int:
     from ..checkpoints.from_llava import load_llava, picture_files
     from ..common.loading import device_named
     from ..common.plots import check_plot
+    from ..inspection.naavit import LLAVAS
     from ..inspection.redundancy import PROMPT, plot, redundancy, show
 
     images = picture_files(arguments.images)[: arguments.pictures]
     if arguments.plot is not None:  # now rather than after hours of work
         check_plot(arguments.plot)
     dtype = None if arguments.dtype == "auto" else arguments.dtype
-    model, processor = load_llava(arguments.model, dtype, device_named(arguments.device), named="MODEL")
+    model, processor = load_llava(arguments.model, dtype, device_named(arguments.device), named="MODEL", kinds=LLAVAS)
 
     def log(line: str) -> None:
         print(f"\r{line}", end="", file=sys.stderr, flush=True)

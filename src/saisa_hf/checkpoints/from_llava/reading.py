@@ -2,6 +2,7 @@
 """Reading LLaVA checkpoints, and finding images in a folder."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,11 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 
 def load_llava(
-    source: str | os.PathLike, dtype: str | None = None, device: str = "cpu", named: str = "--from-llava"
+    source: str | os.PathLike,
+    dtype: str | None = None,
+    device: str = "cpu",
+    named: str = "--from-llava",
+    kinds: Collection[str] = LLAVAS,
 ) -> tuple[PreTrainedModel, Any]:
     """Model and processor of a LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint in transformers' layout.
 
@@ -33,6 +38,7 @@ def load_llava(
         dtype: "float32", "float16" or "bfloat16"; None: as stored.
         device: where the model is loaded.
         named: what error messages call `source`.
+        kinds: the `model_type`s that are expected.
 
     Raises:
         ValueError: a checkpoint of another kind.
@@ -41,8 +47,8 @@ def load_llava(
     source = check_local(named, source) or source
     with reading(source):
         config = AutoConfig.from_pretrained(source)
-    if config.model_type not in LLAVAS:
-        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected one of {', '.join(LLAVAS)}.")
+    if config.model_type not in kinds:
+        raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected one of {', '.join(kinds)}.")
     with reading(source):
         whole = config.model_type != "llava_onevision"
         processor = AutoProcessor.from_pretrained(source) if whole else _without_videos(source)
