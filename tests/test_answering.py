@@ -101,6 +101,11 @@ def test_kept_states_stay_within_their_memory_from_the_first_on():
     answerer, passes = Answerer(model, processor, max_new_tokens=1, batch_size=16, state_bytes=4 * one), Count(model)
     most = max(answerer._kept.nbytes for _ in answerer.answer(asked, as_they_come=True))
     assert most == 4 * one and sum(passes.pictures) == 10
+    answers = answerer.answer(asked)
+    next(answers)
+    assert answerer._kept.nbytes
+    answers.close()  # as when an error ends it
+    assert answerer._kept.nbytes == 0
 
 
 def test_questions_are_read_when_they_are_needed():

@@ -122,7 +122,7 @@ def test_killed_in_the_middle_it_ends_as_if_it_was_not(table, whole, tmp_path):
 def test_killed_at_any_moment_it_ends_as_if_it_was_not(table, whole, tmp_path):
     generator = random.Random(0)
     killed, begun = kill_and_rerun(table, whole, tmp_path, moments=[generator.random() for _ in range(14)])
-    assert killed >= 10 and begun >= 2
+    assert killed >= 10 and begun >= 1
 
 
 @pytest.mark.slow

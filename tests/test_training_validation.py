@@ -3,6 +3,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.answering import Answerer
+from saisa_hf.answering.questions import render
 from saisa_hf.scoring import get_metric
 from saisa_hf.training import BadSample, SaisaTrainer, TrainingOptions, train
 from saisa_hf.training.check import check
@@ -179,6 +181,33 @@ def test_the_loss_is_the_mean_of_all_learned_tokens_whatever_the_batches(start, 
 
 
 # --- it changes nothing ---
+
+
+def test_random_numbers_of_an_evaluation_are_not_those_of_the_training(start, tmp_path):
+    trainer, _ = made_trainer(options(start, tmp_path / "run", eval_data=str(start / "q.json")))
+
+    def drawn(_=None):
+        return {"drawn": [random.random(), np.random.rand(), torch.rand(1).item()]}
+
+    trainer.eval_scores = drawn
+    found = []
+    for evaluate in (dict, trainer.evaluate):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        metrics = evaluate()
+        found.append(drawn())
+    assert found[0] == found[1] and metrics["eval_drawn"] == found[0]["drawn"]
+
+
+def test_questions_are_asked_with_the_template_of_the_training(start, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("saisa_hf.answering.engine.render", lambda *a: read.append(render(*a)) or read[-1])
+    how = {"eval_data": str(start / "q.json"), "eval_metric": "exact_match", "chat_template": "chatml"}
+    trainer, validation = made_trainer(options(start, tmp_path / "run", **how))
+    validation.scores(trainer)
+    assert len(read) == len(validation.questions) > 0
+    assert all(text.endswith("<|im_end|>\n<|im_start|>assistant\n") for text in read)
 
 
 @pytest.fixture(scope="module")

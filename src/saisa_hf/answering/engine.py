@@ -50,7 +50,7 @@ class Answerer:
         batch_size: questions that are asked at once.
         visual_states: whether images that are asked about more than once are encoded once. Without, each question brings its
             pixels.
-        state_bytes: memory for visual states that are kept; those of one batch are kept in any case.
+        state_bytes: memory for visual states that are kept; those of one question's images are kept in any case.
         chat_template: Jinja source, or the name of one of the processor's templates. None: the processor's own.
         system: a system message in front of each conversation.
         strict: raise ValueError where a question cannot be asked, instead of an answer with an `error`.
@@ -125,7 +125,13 @@ class Answerer:
                 continuation = f" {continuation}"
         return Prompt(question, text, continuation, images)
 
-    def _run(
+    def _run(self, *how: Any) -> Iterator[Any]:
+        try:
+            yield from self._windows(*how)
+        finally:
+            self._kept.clear()
+
+    def _windows(
         self,
         prompts: Iterator[Prompt],
         ask: Callable[[list[Prompt], BatchFeature], list[R]],
@@ -150,7 +156,6 @@ class Answerer:
                     yield failed(prompt.question.key, error=prompt.error)
                 elif not as_they_come:
                     yield results.pop(id(prompt))
-        self._kept.clear()
 
     def _batches(self, window: list[Prompt]) -> Iterator[list[Prompt]]:
         """The window in batches of about the same length, those that bring pixels first. Visual states that a batch needs are

@@ -15,8 +15,8 @@ Asks a model the questions of a benchmark, from its official files, and scores t
 
 BENCHMARK is vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench-cn, seed-bench, mm-vet, llava-bench, or
 jsonl: questions of your own. Answers go to answers.jsonl in the output folder, the score to summary.json; where a server
-or a judge scores, the file that it takes is written too. The same command goes on where an interrupted run was, and shows a
-finished one.
+or a judge scores, the file that it takes is written too. Given again, the command resumes an
+interrupted run, and shows the score of a finished one.
 `accelerate launch -m saisa_hf eval ...` shares the questions out among several GPUs.
 """
 
