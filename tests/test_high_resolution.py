@@ -308,13 +308,14 @@ def test_newlines_learn_and_checkpointed_gradients_are_those_without(way):
     assert len(newlines) == (0 if way == "tiles" else len(model.config.visual_layers or range(3)) if several else 1)
     assert all(gradient.abs().max() > 0 for gradient in newlines)
     # a batch of text brings gradients of zero to all that learns from images
-    model.zero_grad()
-    images = {name: batch[name][:0] for name in ("pixel_values", "image_sizes", "num_tiles") if name in batch}
     text = processor(text="what is this ?", return_tensors="pt")
-    model(**text, **images, labels=text["input_ids"]).loss.backward()
-    for name, p in model.named_parameters():
-        if "visual_projector" in name:
-            assert p.grad is not None and not p.grad.any(), name
+    for names in (("pixel_values", "image_sizes", "num_tiles"), ("pixel_values",)):
+        model.zero_grad()
+        images = {name: batch[name][:0] for name in names if name in batch}
+        model(**text, **images, labels=text["input_ids"]).loss.backward()
+        for name, p in model.named_parameters():
+            if "visual_projector" in name:
+                assert p.grad is not None and not p.grad.any(), name
 
 
 def test_training_takes_images_of_unlike_numbers_of_tiles():
@@ -369,6 +370,21 @@ def test_a_chat_goes_on_with_an_image_of_more_tiles_from_what_is_cached():
     fresh.messages = chat.messages[:2]
     "".join(fresh.ask("what is this ?", [draw(1, (24, 24))]))
     assert fresh.messages == chat.messages
+
+
+def test_a_chat_reads_an_image_again_that_has_lost_its_tiles():
+    """A second image takes the tiles of the first away in LLaVA-OneVision; whole images are the same."""
+    model, processor = made("onevision")
+    read, forward = [], model.model.language_model.forward
+    model.model.language_model.forward = lambda *a, **k: (read.append(k["input_ids"].shape[1]), forward(*a, **k))[1]
+    chat = Conversation(model, processor, max_new_tokens=3)
+    "".join(chat.ask("what is this ?", [draw(0, (24, 24))]))
+    first = int((chat.inputs(chat.messages)["input_ids"] == IMAGE).sum())
+    read.clear()
+    asked = [*chat.messages, chat.question("what is this ?", [draw(1, (24, 24))])]
+    ids = chat.inputs(asked)["input_ids"]
+    "".join(chat.ask("what is this ?", [draw(1, (24, 24))]))
+    assert int((ids == IMAGE).sum()) == 2 * (TOKENS + 1) < first and read[0] == ids.shape[1]
 
 
 def test_the_whole_image_alone_may_be_asked_for_at_loading(tmp_path):

@@ -369,6 +369,25 @@ def test_many_frames_are_encoded_and_projected_in_turns(kind, monkeypatch):
     assert answers.tolist() == model.generate(**batch, max_new_tokens=3, do_sample=False).tolist()
 
 
+def test_turns_have_what_comes_with_each_image():
+    """The shapes of SigLIP 2's images; and which tokens a class token kept."""
+    model, shapes = tiny_model(vision="siglip2"), torch.tensor([[2, 2], [1, 4], [4, 1], [1, 3], [2, 1]])
+    mask = (torch.arange(4) < shapes.prod(1, keepdim=True)).long()
+    images = {"pixel_values": torch.randn(5, 4, 48), "spatial_shapes": shapes, "pixel_attention_mask": mask}
+    kept = make_model(visual_token_reduction="class_attention", reduced_visual_tokens=3, vision_seq_length=None)
+    for one, given in ((model, images), (kept, {"pixel_values": torch.randn(5, 3, SIDE, SIDE)})):
+        found = []
+        for at_once in (5, 2):
+            one.config.images_at_once = at_once
+            with torch.no_grad():
+                found.append(one.get_image_features(**given))
+        whole, turns = found
+        for a, b in zip(whole.pooler_output, turns.pooler_output, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+        assert one is model or torch.equal(whole.kept_tokens, turns.kept_tokens)
+    assert [len(x) for x in model.get_image_features(**images).pooler_output] == [4, 4, 4, 3, 2]
+
+
 def test_pieces_and_the_whole_have_the_same_gradients():
     model, processor = make_model().train(), make_processor()
     batch = prompt(processor, videos=frames(7))
