@@ -35,6 +35,7 @@ from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor,
 from saisa_hf.bench import measure
 from saisa_hf.chat.conversation import Conversation
 from saisa_hf.cli import main
+from saisa_hf.inspection.attention_maps import attend
 from saisa_hf.tiles_saisa import NEWLINE
 from saisa_hf.training.encoding import ConversationEncoder, SaisaCollator
 
@@ -442,6 +443,23 @@ def test_inputs_that_do_not_fit_are_named(change, message):
     inputs = dict(processor(images=[draw(0, (24, 24)), draw(1, (7, 40))], return_tensors="pt"))
     with pytest.raises(ValueError, match=re.escape(message)):
         model.get_image_features(**inputs | change)
+
+
+def test_attention_maps_are_refused_as_tiles_have_no_one_grid():
+    model, processor = made("next")
+    with pytest.raises(ValueError, match="The images are read in tiles, which have no one grid over the image"):
+        attend(model, processor, [draw(0, (24, 24))], "what is this ?")
+
+
+def test_in_bfloat16_a_newline_is_one():
+    model, processor = made("next")
+    batch, half = a_batch(processor), made("next")[0].to(torch.bfloat16)
+    images = {name: batch[name] for name in ("pixel_values", "image_sizes", "num_tiles")}
+    text, real = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["attention_mask"].bool()
+    with torch.no_grad():
+        found, wanted = half(**batch).logits[real], model(**batch).logits[real]
+        assert torch.equal(half(**text, visual_states=half.get_visual_states(**images)).logits[real], found)
+    assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
 
 
 def test_the_processor_refuses_what_the_model_cannot_know():

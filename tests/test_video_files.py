@@ -206,6 +206,14 @@ def test_frames_that_grow_on_the_way_count_as_they_are(folder, suffix):
         read(path, num_frames=4, max_video_pixels=40 * 32 * 32)  # what the header promises
 
 
+def test_a_frame_that_is_never_taken_has_no_size_of_its_own_either(folder):
+    small, huge = (32, 32), (2048, 1200)
+    path = write_growing(folder / "bump.mkv", [small, huge, small, small], count=5)
+    assert len(read(path, num_frames=2)[1]) == 2  # 0 and 10 of 20
+    with pytest.raises(ImageError, match="it is damaged, or has frames of more than max_image_pixels=2000"):
+        read(path, num_frames=2, max_image_pixels=2000)
+
+
 def test_limits_hold_for_videos(film, monkeypatch):
     with pytest.raises(ImageError, match="more than max_image_bytes=100 bytes"):
         read(film, max_image_bytes=100)

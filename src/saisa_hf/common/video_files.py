@@ -62,7 +62,9 @@ def decoded_frames(
     file = file if file.seekable() else io.BytesIO(file.read())
     limit = min(within.max_image_pixels, Image.MAX_IMAGE_PIXELS or math.inf, 2**31 - 1)
     # other formats open further files and addresses, which they name
-    options = {"format_whitelist": ",".join(VIDEO_FORMATS), "max_pixels": str(int(limit))}
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS)}
+    # of a frame, before memory is taken for it; coded sizes are somewhat larger than those that are shown
+    of_codec = {"max_pixels": str(int(4 * limit + 2**20))}
 
     def check_sides(width: int, height: int) -> None:
         check_size(width, height, name, within.max_image_pixels)
@@ -83,11 +85,11 @@ def decoded_frames(
     yield [(index.shown[place] - index.shown[0]) * unit for place, _ in plan]
     file.seek(0)
     with _opened(av, file, options) as (container, stream):
-        spent = 0.0
+        stream.codec_context.options, spent = of_codec, 0.0
 
         def decode() -> Iterator:
             nonlocal spent
-            for one in container.decode(stream):
+            for one in _of_sizes_within(av, container.decode(stream), limit):
                 spent += one.width * one.height
                 if spent > within.max_video_pixels:  # frames may be larger than the first, which the stream has told of
                     most = f"max_video_pixels={within.max_video_pixels:.0f}"
@@ -110,6 +112,14 @@ def decoded_frames(
             check_sides(frame.width, frame.height)
             image, turn = frame.to_image(), TURNS.get(round(frame.rotation) % 360)
             yield image if turn is None else image.transpose(turn)
+
+
+def _of_sizes_within(av, frames: Iterator, limit: float) -> Iterator:
+    """`frames`, with an error in words where the decoder refuses the size of one."""
+    try:
+        yield from frames
+    except av.error.ArgumentError as error:
+        raise ValueError(f"it is damaged, or has frames of more than max_image_pixels={limit:.0f}") from error
 
 
 @contextlib.contextmanager

@@ -122,7 +122,7 @@ def attend(
     message = conversation.question(question, images)
     inputs = conversation.inputs([*conversation.messages, message])
     if "num_tiles" in inputs:
-        alone = "load model and processor without, image_grid_pinpoints=None or an image processor without tiles"
+        alone = "load the model with image_grid_pinpoints=None, and a processor whose images have no tiles"
         raise ValueError(f"The images are read in tiles, which have no one grid over the image: {alone}.")
     prompt = inputs["input_ids"].shape[1]
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
