@@ -29,7 +29,7 @@ def own_questions(files: Files, metric: str) -> list[Item]:
 
 def _item(entry: Entry, index: int, files: Files, metric: str) -> Item:
     question, fields = entry.text("question"), dict(entry.values)
-    names = fields.get("image", [])
+    names = fields.get("image") if "image" in entry else []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{entry.where}: image={shown(names)}: expected a path, or a list of them.")

@@ -29,6 +29,8 @@ POSITIVE = ["batch_size", "per_device_batch_size", "lora_rank", "lora_alpha", "l
 POSITIVE += ["logging_steps", "questions_limit", "eval_questions"]
 NOT_NEGATIVE = ["max_length", "max_steps", "workers", "save_steps", "save_total_limit", "projector_learning_rate"]
 NOT_NEGATIVE += ["peak_tflops", "weight_decay", "max_grad_norm", "seed", "eval_steps", "early_stopping_patience"]
+OF_VALIDATION = ["eval_steps", "eval_metric", "load_best_model_at_end", "metric_for_best_model"]
+OF_VALIDATION += ["early_stopping_patience"]  # options that need eval_data
 SHARES = ("warmup_ratio", "lora_dropout")
 AT_MOST = {"workers": MOST_STARTED, "seed": 2**32 - 1}
 PATHS = ("model", "output", "images", "questions", "chat_template")
@@ -176,15 +178,8 @@ class TrainingOptions:
             )
 
     def _check_validation(self) -> None:
-        needing = (
-            "eval_steps",
-            "eval_metric",
-            "load_best_model_at_end",
-            "metric_for_best_model",
-            "early_stopping_patience",
-        )
         if not self.eval_data:
-            for name in needing:
+            for name in OF_VALIDATION:
                 if getattr(self, name):
                     raise ValueError(f"{name}={shown(getattr(self, name))} without eval_data: give validation data.")
             return

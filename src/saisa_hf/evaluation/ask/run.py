@@ -107,11 +107,8 @@ def ask(
     check_output(str(path))
     journal = path.with_name(f"{path.name}.journal")
     check_local("MODEL", model)
-    if (
-        path.exists()
-        and os.path.exists(os.path.expanduser(source))
-        and os.path.samefile(path, os.path.expanduser(source))
-    ):
+    given = os.path.expanduser(source)
+    if path.exists() and os.path.exists(given) and os.path.samefile(path, given):
         raise ValueError(f"--output {output} is INPUT itself: choose another file.")
     rows = open_rows(source, asking.images, asking.columns.media, leave_out=[path, journal])
     if asking.prompt is None and list(rows.columns) == [asking.columns.image] and rows.schema is None:
