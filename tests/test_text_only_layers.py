@@ -109,7 +109,13 @@ def test_windows_are_counted_in_places_of_the_input(text):
     found = generated(model, prompts, max_new_tokens=9)
     assert_same(found, generated(model, prompts, DynamicCache(config=model.config.text_config), max_new_tokens=9))
     windows = [layer.self_attn.window for layer in model.language_model.layers]
-    assert kinds_of(getattr(found, CACHE)) == [i != 1 and windows[i] is None for i in range(3)]
+    kinds, own = [i != 1 and windows[i] is None for i in range(3)], DynamicCache()  # as a conversation has it
+    assert kinds_of(getattr(found, CACHE)) == kinds
+    assert kinds_of(hold_text_alone(own, model.language_model.layers)) == kinds
+    assert_same(generated(model, prompts, own, max_new_tokens=9), found)
+    with torch.no_grad():  # and where there is no cache at all, as in training
+        one, other = (model(**prompts, use_cache=use).logits for use in (False, True))
+    torch.testing.assert_close(one, other, **TOLERANCE)
 
 
 def test_static_and_offloaded_caches_keep_marked_keys():
