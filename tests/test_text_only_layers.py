@@ -131,11 +131,11 @@ def test_static_and_offloaded_caches_keep_marked_keys():
 # --- conversations ----------------------------------------------------------------------------------------------------
 
 
-def passes(rows, pieces, side):
-    """Arguments of forward passes over batches of `pieces`, one behind the other, padded each for itself."""
+def passes(turns, side):
+    """Arguments of forward passes over batches of rows, one behind the other, padded each for itself."""
     masks, found = [], []
-    for piece in pieces:
-        prompts = prompts_from_rows([row[slice(*piece)] for row in rows], side)
+    for rows in turns:
+        prompts = prompts_from_rows(rows, side)
         masks.append(prompts.attention_mask)
         mask = torch.cat(masks, 1)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -prompts.input_ids.shape[1] :]
@@ -143,18 +143,28 @@ def passes(rows, pieces, side):
     return found
 
 
-TURNS = [
-    [BOS, 5, 6, "image", 7, 8, 9, "image", 10, 11],
-    [BOS, "image", "image", 12, 13, 14, 15, 16, 17, "image"],
-    [BOS, 20, 21, 22, 23, "image", 24, 25, 26, 27],
-]
+TURNS = {
+    "images first": [
+        [[BOS, 5, 6, "image"], [BOS, "image", "image", 12], [BOS, 20, 21, 22]],
+        [[7, 8, 9], [13, 14, 15], [23, "image", 24]],
+        [["image"], [16], [25]],
+        [[10, 11], [17, "image"], [26, 27]],
+    ],
+    "text first, of unlike length": [
+        [[BOS, 5, 6], [BOS, 7], [BOS, 8, 9, 10]],
+        [[5, "image", 6], ["image", 7, 8, 9], [5, 6]],
+        [[11, 12, 13], [14], [15, 16]],
+        [[17], [18], [19]],
+    ],
+}
 
 
+@pytest.mark.parametrize("turns", TURNS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_later_turns_with_and_without_images(attention, side):
+def test_later_turns_with_and_without_images(attention, side, turns):
     model, own, marked = model_of((1,), attention=attention), None, DynamicCache()
-    for piece in passes(TURNS, [(0, 4), (4, 7), (7, 8), (8, 10)], side):
+    for piece in passes(TURNS[turns], side):
         with torch.no_grad():
             found = model(**piece, use_cache=True, **({} if own is None else {CACHE: own}))
             expected = model(**piece, use_cache=True, **{CACHE: marked})
