@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """A LLaVA-NeXT and a LLaVA-OneVision become SAISAs that read their tiles."""
 
+import copy
 import json
 
 import pytest
@@ -20,8 +21,10 @@ from tile_parts import (
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.checkpoints.from_llava import Fit, Teacher, Workbench, answered, processor_from_llava, saisa_from_llava
+from saisa_hf.checkpoints.from_llava.fitting import LayerFit
 from saisa_hf.checkpoints.from_llava.states import VisualStates
 from saisa_hf.cli import main
+from saisa_hf.tiles_saisa import NEWLINE
 
 
 QUICK = Fit(pictures=40, held_out=10, steps=80, batch_tokens=128, answer_tokens=4)
@@ -58,6 +61,25 @@ def test_the_teacher_is_the_llava_with_its_tiles_in_every_layer(kind, tmp_path):
         visual = ids[0] == bench.model.config.image_token_id
         for index, each in enumerate(found):
             close(bench.rows(each, [image]), expected.hidden_states[index][0, visual])
+
+
+@torch.no_grad()
+def test_the_closed_form_of_a_newline_is_the_mean_of_its_targets_and_nothing_else_depends_on_it(tmp_path):
+    _, teacher, bench = make_bench("next", tmp_path, PICTURES[:12])
+    found, states = [], VisualStates(bench, teacher).at(1).clone()
+    is_newline = (bench.features == NEWLINE).all(-1)
+    for other in (states, states + 5.0 * is_newline[:, None]):
+        work, projector = (
+            LayerFit(bench, 1, other),
+            copy.deepcopy(bench.model.language_model.layers[1].visual_projector),
+        )
+        work.solve(projector)
+        features, own = work.rows(bench.fitted)
+        targets = work.targets(own[(features == NEWLINE).all(-1)])
+        close(projector.image_newline, targets.mean(0))
+        found.append(projector)
+    assert not torch.equal(found[0].image_newline, found[1].image_newline)
+    assert torch.equal(found[0].linear_2.weight, found[1].linear_2.weight)
 
 
 @both

@@ -36,7 +36,7 @@ from saisa_hf.bench import measure
 from saisa_hf.chat.conversation import Conversation
 from saisa_hf.cli import main
 from saisa_hf.inspection.attention_maps import attend
-from saisa_hf.tiles_saisa import NEWLINE
+from saisa_hf.tiles_saisa import NEWLINE, visual_input
 from saisa_hf.training.encoding import ConversationEncoder, SaisaCollator
 
 
@@ -132,6 +132,19 @@ def test_features_are_transformers_own(kind, vision, tmp_path):
         wanted, _ = llava.model.pack_image_features(plain, given["image_sizes"], image_newline=newline, **strategy)
         for a, b in zip(saisa.get_image_features(**given).pooler_output, wanted, strict=True):
             close(a, b)
+
+
+@both
+def test_images_of_the_most_extreme_shapes_have_as_many_features_as_placeholders(kind):
+    model, processor = made(kind)
+    for size in EXTREMES:
+        inputs = processor(images=draw(0, size), text="<image> ?", return_tensors="pt")
+        (features,) = model.get_image_features(inputs["pixel_values"], image_sizes=inputs["image_sizes"]).pooler_output
+        assert len(features) == int((inputs["input_ids"] == IMAGE).sum()), size
+    # scaled down to no row at all
+    settings = {"image_grid_pinpoints": [[SIDE, 20 * SIDE]], "vision_aspect_ratio": "anyres_max_1"}
+    one = visual_input(tiled_saisa("siglip", **settings).config, (1, 4000), None, TOKENS, (3, 3), (SIDE, SIDE))
+    assert one.shape[0] == 0 and len(one.joined(torch.zeros(21, TOKENS, 4), torch.ones(4))) == one.length == TOKENS
 
 
 @both

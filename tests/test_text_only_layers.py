@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 from flash_standin import flash_attention
+from test_chat import picture, tiny_processor
 from tiny_models import BOS, IMAGE_TOKEN, PAD, prompts_from_rows, tiny_model
 from transformers import DynamicCache
 
 from saisa_hf.attention_saisa import TextLayer, hold_text_alone
+from saisa_hf.chat.conversation import Conversation
 from saisa_hf.compat_saisa import CACHE, CROP_REMOVES
 
 
@@ -174,6 +176,18 @@ def test_later_turns_with_and_without_images(attention, side, turns):
     assert kinds_of(own) == [True, False, True]
 
 
+def test_a_conversation_is_that_with_a_marked_cache(monkeypatch):
+    model, said = model_of(text="llama"), []
+    for hold in (hold_text_alone, lambda cache, layers: cache):
+        monkeypatch.setattr("saisa_hf.chat.conversation.hold_text_alone", hold)
+        chat = Conversation(model, tiny_processor(), max_new_tokens=4, do_sample=False)
+        for number, text in enumerate(["abc", "de", "fgh"]):
+            "".join(chat.ask(text, [picture(number)] * (number != 1)))
+        said.append([message["content"] for message in chat.messages if message["role"] == "assistant"])
+        assert kinds_of(chat._cache) == [hold is hold_text_alone, False, hold is hold_text_alone]
+    assert said[0] == said[1] and len(said[0]) == 3
+
+
 @pytest.mark.parametrize("kept", [1, 3, 6, 9, 12, -1, -4], ids=str)
 def test_a_cache_is_cropped_to_places_of_the_input(kept):
     model, prompts = model_of(), prompts_from_rows(UNLIKE)
@@ -256,6 +270,21 @@ def test_a_prepared_mask_is_read_at_the_places_of_the_text(attention):
         found = model(**{**inputs, "attention_mask": floats if attention == "eager" else visible}).logits
     real = prompts.attention_mask.bool() & (prompts.input_ids != IMAGE_TOKEN)
     torch.testing.assert_close(found[real], expected[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_samples_do_not_see_each_other(attention):
+    model, rows = model_of(attention=attention), [UNLIKE[1], UNLIKE[0], UNLIKE[2]]
+    whole = prompts_from_rows([[x for row in rows for x in row]])
+    lengths = [prompts_from_rows([row]).input_ids.shape[1] for row in rows]
+    positions = torch.tensor([[place for length in lengths for place in range(length)]])
+    with torch.no_grad():
+        packed = model(whole.input_ids, whole.pixel_values, position_ids=positions, use_cache=False).logits[0]
+        images = iter(whole.pixel_values.split([row.count("image") for row in rows]))
+        for row, own in zip(rows, packed.split(lengths)):
+            ids, pixels = prompts_from_rows([row]).input_ids, next(images)
+            alone = model(ids, pixels if len(pixels) else None, use_cache=False).logits[0]
+            torch.testing.assert_close(own, alone, **TOLERANCE)
 
 
 def test_gradients_are_those_of_a_marked_cache():
