@@ -1,5 +1,6 @@
 """Images in tiles: what transformers' LLaVA-NeXT and LLaVA-OneVision make of an image, and the same in SAISA."""
 
+import copy
 import json
 import re
 
@@ -77,6 +78,27 @@ def test_placeholders_and_pixels_are_transformers_own(kind):
     for size, count in zip(EXTREMES, told):
         ids = ours(images=draw(0, size), text="<image> ?")["input_ids"][0]
         assert ids.count(IMAGE) == count
+
+
+REAL = {  # side, pinpoints and aspect ratio of the published models
+    "next": (336, [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]], None),
+    "onevision": (384, [[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)], "anyres_max_9"),
+}
+
+
+@both
+def test_numbers_of_placeholders_are_transformers_own_at_the_sizes_of_published_models(kind):
+    theirs, (side, pinpoints, aspect) = MAKERS[kind][1](), REAL[kind]
+    grid = side // 14
+    theirs.image_processor = copy.copy(theirs.image_processor)
+    theirs.image_processor.image_grid_pinpoints, theirs.patch_size = pinpoints, 14
+    theirs.num_image_tokens, theirs.vision_aspect_ratio = grid * grid, aspect
+    owner = tiled_saisa().config
+    owner.image_grid_pinpoints, owner.vision_aspect_ratio = pinpoints, aspect
+    for size in [*random_sizes(600), *((49 * a, 49 * b) for a in range(1, 15) for b in range(1, 15))]:
+        expected = theirs._get_number_of_features(*size, side, side) - (kind == "next")  # the class token
+        found = visual_input(owner, size, None, grid * grid, (grid, grid), (side, side))
+        assert found.length == expected, size
 
 
 @pytest.mark.slow
