@@ -104,7 +104,8 @@ def test_on_text_alone_it_is_its_language_model_and_stays_so_when_saved(text, tm
     pictures.input_ids[pictures.input_ids == IMAGE_TOKEN] = VOCAB_SIZE
     with torch.no_grad():
         one, other = (model(**pictures.inputs | {"pixel_values": x * pictures.pixel_values}).logits for x in (1, -1))
-        assert torch.equal(again(**pictures.inputs).logits, one)
+        # not to the last bit: products of few rows, as experts have, round by where their tensors lie in memory
+        assert torch.allclose(again(**pictures.inputs).logits, one, rtol=0, atol=1e-5)
     same = torch.isclose(one, other, atol=1e-5).all(-1)  # the text in front of the picture, and the empty visual rows
     assert same[:, :-2].all() and not same[:, -2:].any()
 
