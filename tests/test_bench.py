@@ -4,6 +4,7 @@ Nothing here asserts a time."""
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -248,6 +249,20 @@ def test_the_page_about_vllm_shows_the_numbers_that_are_kept():
     for key, value in results.items():
         ours, theirs = value["SAISA"], value["LLaVA"]
         assert f"| {key} | {ours:.3g} | {theirs:.3g} | {ours / theirs:.2f} |" in page
+
+
+def test_the_page_about_evaluation_shows_the_numbers_that_are_kept():
+    root = performance.PAGE.parent.parent
+    rows = json.loads((root / "benchmarks" / "evaluation.json").read_text())["rows"]
+    page = (root / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = {cells[1]: cells[2:-1] for line in page.splitlines() if len(cells := re.split(r"\s*\|\s*", line)) == 7}
+    rate, flops = (rows[-1][key] for key in ("questions_per_second", "flops_per_question"))
+    assert len(rows) == 3 and rows[-1]["name"].startswith("LLaVA")
+    for row in rows:
+        found = row["questions_per_second"], row["questions_per_second"] / rate
+        found += row["flops_per_question"] / 1e9, flops / row["flops_per_question"]
+        places = (2, 2, 1, 2)
+        assert shown[row["name"]] == [f"{value:.{n}f}" for value, n in zip(found, places)]
 
 
 def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
