@@ -50,6 +50,11 @@ def of_data(path: str) -> dict[str, str]:
     return {"path": path, "contents": contents}
 
 
+def of_template(name: str) -> str:
+    """What a chat template is known by: its name, or the digest of the file that is named."""
+    return f"contents {of_file(name)}" if os.path.isfile(name) else name
+
+
 def of_folder(folder: str, weights: bool = False) -> str:
     """A digest of a folder: of the names and sizes of all files in it, and of the contents of those that describe them; with
     `weights`, of the contents of weights and settings, those of a run left out."""

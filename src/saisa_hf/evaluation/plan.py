@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.identity import of_data, of_file, of_model
+from ..common.identity import of_data, of_model, of_template
 from ..common.shown import shown
 from ..common.sources import check_local
 from ..scoring import get_metric
@@ -79,9 +79,7 @@ def make_plan(
         )
     tokens = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
     known = {"benchmark": benchmark, "metric": chosen.metric, "limit": limit, "seed": seed, "max_new_tokens": tokens}
-    template = settings.get("chat_template")
-    if template and os.path.isfile(template):
-        settings["chat_template"] = f"contents {of_file(template)}"
+    settings["chat_template"] = of_template(settings.get("chat_template", ""))
     known |= {**settings, "images": None if files.images is None else os.path.abspath(files.images)}
     data = [of_data(str(path)) for path in (files.questions, files.annotations) if path is not None]
     request = {"model": of_model(str(check_local("MODEL", model) or model)), "data": data, "settings": known}

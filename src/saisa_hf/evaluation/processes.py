@@ -2,9 +2,12 @@
 """The processes that `accelerate launch` starts: each answers its share of the questions."""
 
 import datetime
+import io
 import os
 from collections.abc import Sequence
 from typing import Any
+
+from ..common.progress import Progress
 
 
 LONGEST_WAIT = datetime.timedelta(days=7)  # shares take unlike times; minutes are the default
@@ -42,6 +45,11 @@ class Processes:
         """What this process does of `everything`: a stretch, so that questions about the same image stay together."""
         ends = [len(everything) * number // self.count for number in (self.index, self.index + 1)]
         return everything[slice(*ends)]
+
+    def progress(self, total: int, what: str) -> Progress:
+        """Shows how far this process is, and how many images it has seen, if it is the first."""
+        what = what if self.count == 1 else f"{what} of process {self.index + 1} of {self.count}"
+        return Progress(total, what, "images", None if self.first else io.StringIO())
 
     def wait(self) -> None:
         """Until all processes are here."""

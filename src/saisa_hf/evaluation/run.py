@@ -1,11 +1,10 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """A model asked the questions of a benchmark: answers go into a journal as they come, then into a file, with their score."""
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from .._version import __version__
 from ..common.identity import differences
 from ..common.journal import SETTINGS, Journal, Writer
 from ..common.journal import remove as remove_journal
-from ..common.progress import Progress
 from .benchmarks import BENCHMARKS
 from .files import Item
 from .own import LIKELIHOOD
 from .plan import Plan, make_plan
 from .processes import Processes
 from .report import answer_lines, scored, summary_of, summary_table
+from .running import load_answerer, without_trace
 
 
 ANSWERS, SUMMARY, JOURNAL = "answers.jsonl", "summary.json", ".journal"
@@ -82,14 +81,15 @@ def evaluate(
         _discard(folder)
     processes.wait()
     if not _is_finished(folder, plan):
-        loading = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        loading = {"dtype": dtype, "device": processes.device, "device_map": device_map}
+        loading["attn_implementation"] = attn_implementation
         asking = {"batch_size": batch_size, "visual_states": visual_states, "max_new_tokens": plan.max_new_tokens}
         with Journal(folder / JOURNAL, plan.request, processes.index) as journal:
             mine = processes.share([index for index in _by_image(plan.items) if index not in journal])
             processes.wait()  # all have looked what is left before one writes
             if mine:
-                with _without_trace(journal, processes):
-                    answerer = _answerer(plan.model, processes.device, chat_template, loading, asking)
+                with without_trace(journal, processes):
+                    answerer = _answerer(plan.model, chat_template, loading, asking)
                     _ask(answerer, plan, mine, journal, processes)
             processes.wait()
             if processes.first:
@@ -178,39 +178,19 @@ def _by_image(items: Sequence[Item]) -> list[int]:
     return sorted(range(len(items)), key=lambda index: first.setdefault((*items[index].images, index)[0], index))
 
 
-@contextmanager
-def _without_trace(journal: Journal, processes: Processes) -> Iterator[None]:
-    """A run that ends inside with an error before its first answer leaves no beginning that other settings would disagree
-    with."""
-    try:
-        yield
-    except BaseException:
-        if processes.count == 1 and not len(journal):
-            journal.remove()
-        raise
-
-
-def _answerer(model: str, device: str, chat_template: str, loading: dict[str, Any], asking: dict[str, Any]) -> Any:
-    from ..answering import Answerer
-    from ..common.loading import load_model, quiet_transformers
-    from ..training.encoding import template_source
-
-    with quiet_transformers(progress=False):
-        loaded, processor = load_model(model, device=device, **loading)
-        template = template_source(chat_template, processor)
-        if template is None and not processor.chat_template:
-            raise ValueError(f"{model} has no chat template: name one with --chat-template, vicuna for instance.")
-        return Answerer(loaded, processor, chat_template=template, **asking)
+def _answerer(model: str, chat_template: str, loading: dict[str, Any], asking: dict[str, Any]) -> Any:
+    answerer = load_answerer(model, chat_template, loading, asking)
+    if answerer.chat_template is None and not answerer.processor.chat_template:
+        raise ValueError(f"{model} has no chat template: name one with --chat-template, vicuna for instance.")
+    return answerer
 
 
 def _ask(answerer: Any, plan: Plan, indices: Sequence[int], journal: Journal, processes: Processes) -> None:
     """Asks those of the plan's questions; their answers are in the journal when it returns."""
-    what = "questions" if processes.count == 1 else f"questions of process {processes.index + 1} of {processes.count}"
     by_likelihood = plan.metric is not None and plan.metric.name == LIKELIHOOD
     answers = (_chosen if by_likelihood else _said)(answerer, plan.items, indices)
     seen: set[str | bytes] = set()
-    stream = None if processes.first else io.StringIO()
-    with Progress(len(indices), what, "images", stream) as progress, Writer(journal) as writer:
+    with processes.progress(len(indices), "questions") as progress, Writer(journal) as writer:
         for index, line in answers:
             images = {image for image in plan.items[index].images if image not in seen}
             seen |= images

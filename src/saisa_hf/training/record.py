@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..common.identity import PARTIAL, differences, of_data, of_file, of_model, read_record, write_record
+from ..common.identity import PARTIAL, differences, of_data, of_model, of_template, read_record, write_record
 from .options import ADAPTED, TrainingOptions
 
 
@@ -55,8 +55,7 @@ def request(options: TrainingOptions) -> dict[str, Any]:
         settings = {key: value for key, value in settings.items() if not key.startswith("lora_")}
     if options.images:
         settings["images"] = os.path.abspath(options.images)
-    if os.path.isfile(options.chat_template):
-        settings["chat_template"] = "contents " + of_file(options.chat_template)
+    settings["chat_template"] = of_template(options.chat_template)
     return {"model": of_model(model), "data": [of_data(path) for path in data], "settings": settings}
 
 

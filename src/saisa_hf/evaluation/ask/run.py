@@ -5,18 +5,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...common.identity import of_data, of_file, of_model
+from ...common.identity import of_data, of_model, of_template
 from ...common.journal import SETTINGS, Journal, Writer, check_request, result_of
 from ...common.journal import remove as remove_journal
 from ...common.progress import Progress
 from ...common.sources import check_local
 from ..processes import Processes
+from ..running import load_answerer, without_trace
 from .questions import Columns, check_columns, merged, question_of
 from .rows import Rows, open_rows
 from .tables import check_output, write_table
@@ -134,12 +134,8 @@ def ask(
         return _told(path, rows.count, finished["failed"], log)
     with Journal(journal, request, processes.index) as found:
         processes.wait()  # all know what is there before one adds to it
-        try:
+        with without_trace(found, processes):
             _ask(model, rows, asking, found, processes, log)
-        except BaseException:
-            if not len(found) and processes.count == 1:
-                found.remove()
-            raise
         processes.wait()
         failed = sum("error" in line for _, line in found.lines())
         processes.wait()
@@ -169,8 +165,7 @@ def _request(model: str, rows: Rows, asking: Asking) -> dict[str, Any]:
     settings = {name: value for name, value in dataclasses.asdict(asking).items() if name not in FREE}
     if asking.images:
         settings["images"] = os.path.abspath(os.path.expanduser(asking.images))
-    if os.path.isfile(asking.chat_template):
-        settings["chat_template"] = "contents " + of_file(asking.chat_template)
+    settings["chat_template"] = of_template(asking.chat_template)
     return {"model": of_model(model), "data": [rows.identity], "settings": settings}
 
 
@@ -213,8 +208,7 @@ def _ask(
     writer = Writer(journal)
     if missing:
         answerer = _answerer(model, asking, rows)
-        what = "rows" if processes.count == 1 else f"rows of process 1 of {processes.count}"
-        with Progress(missing, what, "images", None if processes.first else io.StringIO()) as progress, writer:
+        with processes.progress(missing, "rows") as progress, writer:
             for answer, images in _answers(answerer, _questions(rows, asking, journal, mine, writer, progress)):
                 if answer.error is not None and asking.strict:
                     raise ValueError(f"row {answer.key + 1} of {rows.name}: {answer.error}")
@@ -275,12 +269,11 @@ def _backend(asking: Asking, model: str, processes: int) -> str:
 
 
 def _answerer(model: str, asking: Asking, rows: Rows) -> Any:
-    from ...common.loading import load_model, quiet_transformers
-    from ...processing_saisa import SaisaProcessor
-    from ...training.encoding import template_source
-
     greedy = asking.temperature == 0
     if asking.backend == "vllm":
+        from ...common.loading import quiet_transformers
+        from ...processing_saisa import SaisaProcessor
+        from ...training.encoding import template_source
         from .with_vllm import VllmAnswerer
 
         sampling = {"temperature": asking.temperature, "max_tokens": asking.max_new_tokens, "top_p": asking.top_p}
@@ -297,18 +290,12 @@ def _answerer(model: str, asking: Asking, rows: Rows) -> Any:
                 sampling=sampling if greedy else {**sampling, "seed": asking.seed},
                 options=asking.vllm_options,
             )
-    import torch
-
-    from ...answering import Answerer
-
     generation: dict[str, Any] = {"max_new_tokens": asking.max_new_tokens}
     if not greedy:
+        import torch
+
         torch.manual_seed(asking.seed)
         generation |= {"do_sample": True, "temperature": asking.temperature, "top_p": asking.top_p}
-    with quiet_transformers(progress=False):
-        loaded, processor = load_model(
-            model, asking.dtype, asking.device, asking.attn_implementation, device_map=asking.device_map
-        )
-        template = template_source(asking.chat_template, processor)
-    how: dict[str, Any] = {"batch_size": asking.batch_size, "chat_template": template, "system": asking.system}
-    return Answerer(loaded, processor, **how, **generation)
+    loading = {name: getattr(asking, name) for name in ("dtype", "device", "device_map", "attn_implementation")}
+    how = {"batch_size": asking.batch_size, "system": asking.system, **generation}
+    return load_answerer(model, asking.chat_template, loading, how)
