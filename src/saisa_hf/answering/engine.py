@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..processing_saisa import Video, begins_with_bos
 from .kept_images import KeptImages, opened
-from .questions import Answer, Likelihood, Prompt, Question, image_name, render
+from .questions import Answer, Likelihood, Prompt, Question, image_name, render, text_of
 from .stops import StopTexts
 
 
@@ -244,7 +244,7 @@ class Answerer:
         for prompt, row in zip(batch, ids.tolist()):
             end = next((index for index, token in enumerate(row) if token in ends), None)
             row = row if end is None else row[: end + 1]
-            text = tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = text_of(tokenizer, row)
             place = None if stop is None else stop.place_in(text)
             if stop is not None and place is not None:
                 row = row[: stop.length_of(row)]  # other rows of the batch were longer

@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..processing_saisa import SaisaProcessor, Video
 
 
@@ -107,6 +109,11 @@ def render(question: Question, processor: SaisaProcessor, chat_template: str | N
     if text.count(token) != count:
         raise ValueError(f"{count} images for {text.count(token)} {token!r} in the prompt: expected one for each.")
     return text
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """What the tokens of an answer say, without special ones."""
+    return tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def image_name(image: Any) -> Hashable:

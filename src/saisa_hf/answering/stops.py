@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from .questions import text_of
+
 
 class StopTexts(StoppingCriteria):
     """Ends each row of `generate` in which one of `texts` has come. It looks at what the tokens say when they are decoded,
@@ -34,7 +36,7 @@ class StopTexts(StoppingCriteria):
         return next((end for end in range(1, len(row)) if self._ended(row[max(0, end - self.tail) : end])), len(row))
 
     def _ended(self, tokens: list[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = text_of(self.tokenizer, tokens)
         return self.place_in(text) is not None
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -8,9 +8,10 @@ from typing import Any
 
 from ...answering import Answer, Question
 from ...answering.kept_images import opened
-from ...answering.questions import render
+from ...answering.questions import render, text_of
 from ...common.extras import needs
 from ...processing_saisa import SaisaProcessor, Video, begins_with_bos
+from ...serving.vllm.prompts import with_a_token_each
 from ...serving.with_vllm import problem_of
 
 
@@ -84,10 +85,7 @@ class VllmAnswerer:
         text = render(question, self.processor, self.chat_template, self.system)
         images = [opened(image) for image in question.images]
         bos = {"add_special_tokens": False} if begins_with_bos(self.processor.tokenizer, text) else {}
-        # one token for each image, for which vLLM puts in as many as it takes
-        units, options = self.processor._units([1] * len(images)), {"return_mm_token_type_ids": False, **bos}
-        rows = self.processor._tokenize([text], units, {self.processor.image_token}, options)
-        prompt: dict[str, Any] = {"prompt_token_ids": rows["input_ids"][0]}
+        prompt: dict[str, Any] = {"prompt_token_ids": with_a_token_each(self.processor, text, **bos)["input_ids"][0]}
         return {**prompt, "multi_modal_data": {"image": images}} if images else prompt
 
     def _answers(self, chunk: list[Question], prompts: dict[int, dict[str, Any]]) -> dict[int, Answer]:
@@ -109,7 +107,6 @@ class VllmAnswerer:
             said = output.outputs[0]
             finish = "length" if said.finish_reason == "length" else "stop"
             # decoded as the other backend does: vLLM leaves out half a character at the end
-            tokens = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-            text = self.processor.tokenizer.decode(list(said.token_ids), **tokens)
+            text = text_of(self.processor.tokenizer, said.token_ids)
             answers[place] = Answer(chunk[place].key, text.strip(), len(said.token_ids), finish)
         return answers

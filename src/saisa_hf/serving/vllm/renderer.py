@@ -8,6 +8,7 @@ from vllm.renderers.hf import HfRenderer
 from vllm.transformers_utils.processor import cached_processor_from_config
 
 from ...processing_saisa import SaisaProcessor, begins_with_bos
+from .prompts import with_a_token_each
 from .refusals import check_names, check_prompt
 from .registration import CONNECTOR
 
@@ -36,9 +37,7 @@ class SaisaRenderer(HfRenderer):
     def _rows(self, text: str, **options) -> dict:
         """What `SaisaProcessor` makes of a text, with one token for each image."""
         assert self._processor is not None  # there is no text without a tokenizer
-        processor, options = self._processor, {"return_mm_token_type_ids": False, **options}
-        units = processor._units([1] * text.count(processor.image_token))
-        return processor._tokenize([text], units, {processor.image_token}, options)
+        return with_a_token_each(self._processor, text, **options)
 
     def render_messages(self, messages, params):
         conversation, prompt = super().render_messages(messages, params)
