@@ -113,16 +113,16 @@ def visual_input(owner, size, pictures: int | None, tokens: int, grid, side, poo
         expected = f"1 or {expected} by its size, {size[0]} x {size[1]}, and image_grid_pinpoints"
         raise ValueError(f"An image is read as {pictures} pictures of {side[0]} x {side[1]}: expected {expected}.")
     rows, columns = (n * each for n, each in zip(tiles, grid))
-    above, beside = unpadded = (0, 0)
+    above = beside = 0
     if size[1] / size[0] > columns / rows:
         above = (rows - int(round(size[0] * (columns / size[1]), 7))) // 2
     else:
         beside = (columns - int(round(size[1] * (rows / size[0]), 7))) // 2
-    unpadded = shape = rows - 2 * above, columns - 2 * beside
+    shape = rows - 2 * above, columns - 2 * beside
     if owner.vision_aspect_ratio is not None:
         ratio = math.sqrt(shape[0] * shape[1] / (most_tiles(owner.vision_aspect_ratio) * grid[0] * grid[1]))
         if ratio > 1.1:
-            shape = int(unpadded[0] // ratio), int(unpadded[1] // ratio)
+            shape = int(shape[0] // ratio), int(shape[1] // ratio)
     return VisualInput(1 + tiles[0] * tiles[1], tokens, True, tiles, grid, (above, beside), shape)
 
 
