@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from ..common.arguments import not_negative, positive, seed
-from .options import Commands, add_answering, add_command, add_model, add_placement, given
+from .options import Commands, add_answerer, add_answering, add_command, add_model, given
 
 
 HELP = """\
@@ -49,12 +49,7 @@ def add_to(commands: Commands) -> None:
     add("--temperature", metavar="T", type=not_negative, default=0.0, help="of sampling (default: 0, greedy)")
     add("--top-p", metavar="P", type=_probability, default=1.0, help="of sampling (default: 1)")
     add("--seed", metavar="N", type=seed, default=0, help="of sampling (default: %(default)s)")
-    template = "vicuna, llama_3, chatml, plain, or a .jinja file (default: the checkpoint's)"
-    add("--chat-template", metavar="NAME", default="", help=template)
-    add("--batch-size", metavar="N", type=positive, default=16, help="questions at once (default: %(default)s)")
-    add_placement(command)
-    add("--device-map", metavar="MAP", help="lay the model out over several devices: auto, balanced, sequential")
-    add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 ...")
+    add_answerer(command)
     backend = "what runs the model (default: auto, vLLM if it is installed)"
     add("--backend", choices=("auto", "transformers", "vllm"), default="auto", help=backend)
     options = "arguments of vllm.LLM, for instance '{\"tensor_parallel_size\": 2}'"

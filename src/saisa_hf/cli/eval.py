@@ -4,7 +4,7 @@
 import argparse
 
 from ..common.arguments import positive, seed
-from .options import Commands, add_command, add_model, add_placement, given
+from .options import Commands, add_answerer, add_command, add_model, given
 
 
 HELP = """\
@@ -35,14 +35,9 @@ def add_to(commands: Commands) -> None:
     add("--metric", metavar="NAME", help=f"for jsonl: {names}")
     add("--limit", metavar="N", type=positive, help="ask only so many questions, the first ones")
     add("--seed", metavar="N", type=seed, help="with --limit: draw them at random")
-    add("--batch-size", metavar="N", type=positive, default=16, help="questions at once (default: %(default)s)")
     tokens = "longest answer (default: as in LLaVA's scripts, 128 or 1024)"
     add("--max-new-tokens", metavar="N", type=positive, help=tokens)
-    template = "vicuna, llama_3, chatml, plain, or a .jinja file (default: the checkpoint's)"
-    add("--chat-template", metavar="NAME", default="", help=template)
-    add_placement(command)
-    add("--device-map", metavar="MAP", help="lay the model out over several devices: auto, balanced, sequential")
-    add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 ...")
+    add_answerer(command)
     states = "encode an image anew for each question about it"
     add("--no-visual-states", dest="visual_states", action="store_false", help=states)
     add("--overwrite", action="store_true", help="delete the run that the output folder has")

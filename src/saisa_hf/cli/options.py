@@ -106,6 +106,20 @@ def add_chat_template(options: Options, default: str) -> None:
     options.add_argument("--chat-template", metavar="NAME", help=template)
 
 
+# --- a model that answers many questions: eval, ask ---
+
+
+def add_answerer(options: Options) -> None:
+    """--chat-template, --batch-size, and where and how the model computes."""
+    add = options.add_argument
+    add_chat_template(options, "the checkpoint's")
+    options.set_defaults(chat_template="")
+    add("--batch-size", metavar="N", type=positive, default=16, help="questions at once (default: %(default)s)")
+    add_placement(options)
+    add("--device-map", metavar="MAP", help="lay the model out over several devices: auto, balanced, sequential")
+    add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 ...")
+
+
 # --- sizes: build, flops, fit ---
 
 
