@@ -1,50 +1,29 @@
 """`saisa ask` killed at any moment: the table is not there, or whole; the same command then ends with the table of a run that
 nothing stopped, to the last byte, and nothing is left behind."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import time
 
 import numpy as np
 import pytest
+from killing import FORKS, run_command, run_forked
 from PIL import Image
 
-from saisa_hf.cli import main
 from saisa_hf.common import journal
 from saisa_hf.demo import CHECKPOINT
 
 
-# a server that has loaded everything and begun nothing: a run of it takes a second, all of which is the run's own
-FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["saisa_hf.evaluation.ask.run", "saisa_hf.cli", "saisa_hf.answering", "pyarrow.parquet"])
 ROWS = 80
-
-
-def counted(call, calls, last):
-    """`call`, which kills the process when it is number `last` of all that are counted."""
-
-    def counting(*arguments, **options):
-        calls.value += 1
-        if calls.value == last:
-            os.kill(os.getpid(), 9)
-        return call(*arguments, **options)
-
-    return counting
 
 
 def work(table, output, calls, last):
     """Runs `saisa ask`; kills the process at call number `last` of those that write to the disk. Counts them in `calls`."""
     journal.WRITTEN_AT_ONCE = 16
-    for name in ("fsync", "replace", "unlink"):
-        setattr(os, name, counted(getattr(os, name), calls, last))
     how = ["--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--batch-size", "4"]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        status = main(["ask", str(CHECKPOINT), table, "--output", output, "--backend", "transformers", *how])
-    os._exit(status)
+    command = ["ask", str(CHECKPOINT), table, "--output", output, "--backend", "transformers", *how]
+    run_command(command, calls, last, ["fsync", "replace", "unlink"])
 
 
 class Runs:
@@ -56,16 +35,7 @@ class Runs:
 
     def run(self, after=None, last=0):
         """Returns (status, seconds, calls); kills the run `after` so many seconds, or at its call number `last`."""
-        calls = FORKS.Value("i", 0, lock=False)
-        process = FORKS.Process(target=work, args=(str(self.table), str(self.output), calls, last))
-        begun = time.perf_counter()
-        process.start()
-        process.join(300 if after is None else after)
-        if after is not None:
-            process.kill()
-            process.join()
-        assert process.exitcode is not None, "hangs"
-        return process.exitcode, time.perf_counter() - begun, calls.value
+        return run_forked(work, str(self.table), str(self.output), after=after, last=last, limit=300)
 
     def finished(self):
         """How many rows a kill has left in the journal."""

@@ -1,20 +1,14 @@
 """`saisa eval` killed at any moment: the same command then ends with the files of a run that nothing stopped, byte for byte,
 and nothing is left behind."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import threading
-import time
 
 import pytest
-from tqdm import tqdm
+from killing import FORKS, run_command, run_forked
 
 from saisa_hf.answering import engine
-from saisa_hf.cli import main
 from saisa_hf.common import journal
 from saisa_hf.demo import CHECKPOINT
 from saisa_hf.demo.dataset import write_questions
@@ -22,8 +16,6 @@ from saisa_hf.demo.dataset import write_questions
 
 pytestmark = pytest.mark.slow
 
-# a server that has loaded everything and begun nothing: a run of it takes a second, all of which is the run's own
-FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["saisa_hf.evaluation.run", "saisa_hf.answering", "saisa_hf.common.loading", "saisa_hf.cli"]
 )
@@ -31,39 +23,16 @@ FORKS.set_forkserver_preload(
 
 def work(questions, folder, calls, last):
     """Runs `saisa eval`; kills the process at call number `last` of those that write. Counts them in `calls`."""
-    tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
     engine.LEAST_WINDOW, journal.WRITTEN_AT_ONCE = 8, 3
-
-    def counted(call):
-        def run(*arguments, **options):
-            calls.value += 1
-            if calls.value == last:
-                os.kill(os.getpid(), 9)
-            return call(*arguments, **options)
-
-        return run
-
-    os.replace, os.fsync, os.unlink = map(counted, (os.replace, os.fsync, os.unlink))
     asked = ["--questions", questions, "--metric", "exact_match", "--dtype", "float32"]
     options = ["--output", f"{folder}/out", "--batch-size", "1", "--device", "cpu"]
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        status = main(["eval", str(CHECKPOINT), "jsonl", *asked, *options])
-    os._exit(status)
+    run_command(["eval", str(CHECKPOINT), "jsonl", *asked, *options], calls, last, ["replace", "fsync", "unlink"])
 
 
 def run(whole, folder, after=None, last=0):
     """Asks the questions of `whole`. Returns (status, seconds, calls that write); kills the run `after` so many seconds, or
     at such a call number `last`."""
-    calls = FORKS.Value("i", 0, lock=False)
-    process = FORKS.Process(target=work, args=(f"{whole}/digits/questions.jsonl", str(folder), calls, last))
-    begun = time.perf_counter()
-    process.start()
-    process.join(120 if after is None else after)
-    if after is not None:
-        process.kill()
-        process.join()
-    assert process.exitcode is not None, "hangs"
-    return process.exitcode, time.perf_counter() - begun, calls.value
+    return run_forked(work, f"{whole}/digits/questions.jsonl", str(folder), after=after, last=last)
 
 
 def contents(folder):

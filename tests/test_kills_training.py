@@ -1,46 +1,26 @@
 """`saisa train` killed at any moment: the output has the old result, the new one or a run to resume; the same command then
 ends with the weights of a run that nothing stopped, to the last bit, and nothing is left behind."""
 
-import contextlib
 import json
-import multiprocessing
-import os
 import random
 import shutil
-import threading
-import time
 
 import pytest
+from killing import FORKS, run_command, run_forked
 from safetensors.torch import load_file
-from tqdm import tqdm
 from training_parts import run_options, write_start
 
 from saisa_hf import SaisaForConditionalGeneration
-from saisa_hf.cli import main
 from saisa_hf.training.record import RECORD
 from saisa_hf.training.trainer import checkpoints
 
 
-# a server that has loaded everything and begun nothing: a run of it takes a second, all of which is the run's own
-FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["saisa_hf.training.run", "saisa_hf.cli", "training_parts", "datasets"])
 
 
 def work(config, calls, last):
     """Runs `saisa train`; kills the process at call number `last` of those that rename something. Counts them in `calls`."""
-    tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
-    rename = os.replace
-
-    def counted(*arguments, **options):
-        calls.value += 1
-        if calls.value == last:
-            os.kill(os.getpid(), 9)
-        return rename(*arguments, **options)
-
-    os.replace = counted
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        status = main(["train", config])
-    os._exit(status)
+    run_command(["train", config], calls, last, ["replace"])
 
 
 class Runs:
@@ -55,16 +35,7 @@ class Runs:
 
     def run(self, after=None, last=0):
         """Returns (status, seconds, renames); kills the run `after` so many seconds, or at its rename number `last`."""
-        calls = FORKS.Value("i", 0, lock=False)
-        process = FORKS.Process(target=work, args=(str(self.config), calls, last))
-        begun = time.perf_counter()
-        process.start()
-        process.join(120 if after is None else after)
-        if after is not None:
-            process.kill()
-            process.join()
-        assert process.exitcode is not None, "hangs"
-        return process.exitcode, time.perf_counter() - begun, calls.value
+        return run_forked(work, str(self.config), after=after, last=last)
 
     def weights(self):
         return (self.output / "model.safetensors").read_bytes()
