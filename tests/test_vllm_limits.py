@@ -4,10 +4,7 @@ import asyncio
 import importlib.util
 import json
 import os
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
@@ -37,14 +34,10 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def post(checkpoint, tmp_path_factory):
     """Sends a body to a path: (status, answer)."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    command = [sys.executable, "-m", "saisa_hf", "serve", checkpoint, "--port", str(port), "--dtype", "float32"]
-    command += [*LIMITS.split(), "--backend", "vllm", "--", *OPTIONS.split()]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAISA_IMAGE")}
-    environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    log = tmp_path_factory.mktemp("log") / "server.txt"
+
+    def command(port):
+        saisa = [sys.executable, "-m", "saisa_hf", "serve", checkpoint, "--port", str(port), "--dtype", "float32"]
+        return [*saisa, *LIMITS.split(), "--backend", "vllm", "--", *OPTIONS.split()]
 
     def send(body, path="/v1/chat/completions"):
         data = None if body is None else json.dumps(body).encode()
@@ -55,22 +48,11 @@ def post(checkpoint, tmp_path_factory):
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(300):
-                time.sleep(2)
-                assert server.poll() is None, log.read_text()[-3000:]
-                try:
-                    send(None, "/health")
-                    break
-                except OSError:
-                    continue
-            assert f"{checkpoint} is served by vllm, because --backend says so" in log.read_text()
-            yield send
-        finally:
-            server.terminate()
-            server.wait(60)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SAISA_IMAGE")}
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    with parts.served(command, environment, log) as port:
+        assert f"{checkpoint} is served by vllm, because --backend says so" in log.read_text()
+        yield send
 
 
 @pytest.fixture(scope="module")

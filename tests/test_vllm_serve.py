@@ -4,11 +4,7 @@ import base64
 import importlib.util
 import io
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,28 +33,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(checkpoint, tmp_path_factory):
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
     command = [str(Path(sys.executable).parent / "vllm"), "serve", checkpoint, "--served-model-name", NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--limit-mm-per-prompt", '{"image": 4}', *OPTIONS.split()]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command += ["--host", "127.0.0.1", "--limit-mm-per-prompt", '{"image": 4}', *OPTIONS.split()]
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(300):
-                time.sleep(2)
-                assert server.poll() is None, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except OSError:
-                    continue
-            yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
-        finally:
-            server.terminate()
-            server.wait(60)
+    with parts.served(lambda port: [*command, "--port", str(port)], dict(os.environ), log) as port:
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def image_part(image):

@@ -2,7 +2,12 @@
 
 Everything is small enough that an engine on one core answers in seconds."""
 
+import contextlib
 import random
+import socket
+import subprocess
+import time
+import urllib.request
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -289,3 +294,31 @@ def compare(cases: list[Case], outputs, tolerance=1e-4) -> Comparison:
         else:
             different.append(index)
     return Comparison(equal, len(cases), error, ties, different)
+
+
+# --- servers ---
+
+
+@contextlib.contextmanager
+def served(command, environment, log):
+    """A server, whose command line `command` makes of a port: started, ready to answer, and stopped at the end. Yields the
+    port. What it prints goes into the file `log`."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    environment = environment | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        server = subprocess.Popen(command(port), env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(300):
+                time.sleep(2)
+                assert server.poll() is None, log.read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except OSError:
+                    continue
+            yield port
+        finally:
+            server.terminate()
+            server.wait(60)
