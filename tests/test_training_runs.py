@@ -24,6 +24,7 @@ from training_parts import (
     processor_for,
     reports,
     run_options,
+    stop_after,
     write_start,
 )
 from transformers import (
@@ -33,7 +34,6 @@ from transformers import (
     MistralConfig,
     Qwen2Config,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -286,18 +286,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_as_if_nothing_had_hap
 
 
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(start, whole_run, tmp_path, monkeypatch):
-    class Stopper(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    init = SaisaTrainer.__init__
-
-    def with_stopper(self, *args, **kwargs):
-        init(self, *args, **kwargs, callbacks=[Stopper()])
-
     given = options(start, tmp_path / "run", save_steps=5, save_total_limit=1)
-    monkeypatch.setattr(SaisaTrainer, "__init__", with_stopper)
+    stop_after(2, monkeypatch)
     said = []
     with pytest.raises(SystemExit) as stopped:
         train(dataclasses.replace(given, overwrite=True), log=said.append)

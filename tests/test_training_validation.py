@@ -2,11 +2,9 @@
 """Validation in `saisa train`: its loss is the training's, it changes nothing, and the best checkpoint is the result."""
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +13,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_accelerate import launch, launch_runs
-from training_parts import PLAIN, conversation, distance, losses, run_options, write_start
-from transformers import TrainerCallback
+from training_parts import PLAIN, conversation, distance, losses, run_options, stop_after, write_start
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.answering import Answerer
 from saisa_hf.answering.questions import render
 from saisa_hf.scoring import get_metric
-from saisa_hf.training import BadSample, SaisaTrainer, TrainingOptions, train
+from saisa_hf.training import BadSample, TrainingOptions, train
 from saisa_hf.training.check import check
 from saisa_hf.training.record import RECORD, checkpoints
 from saisa_hf.training.run import _trainer, load_model, training_data
@@ -238,18 +235,8 @@ def test_a_run_with_validation_learns_what_one_without_learns_to_the_last_bit(wi
 def test_a_run_that_goes_on_reports_the_same_metrics(with_and_without, tmp_path, monkeypatch):
     given, whole, _ = with_and_without
 
-    class Stopper(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    init = SaisaTrainer.__init__
-
-    def with_stopper(self, *args, **kwargs):
-        init(self, *args, **kwargs, callbacks=[Stopper()])
-
     given = TrainingOptions(**vars(given) | {"output": str(tmp_path / "run")})
-    monkeypatch.setattr(SaisaTrainer, "__init__", with_stopper)
+    stop_after(2, monkeypatch)
     with pytest.raises(SystemExit):
         train(given, log=lambda _: None)
     monkeypatch.undo()

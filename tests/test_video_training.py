@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import os
-import signal
 
 import pytest
-from training_parts import conversation, distance, losses, run_options, write_start
-from transformers import TrainerCallback
+from training_parts import conversation, distance, losses, run_options, stop_after, write_start
 from video_parts import write_video
 
 from saisa_hf.training import TrainingOptions, train
 from saisa_hf.training.check import check
-from saisa_hf.training.trainer import SaisaTrainer, checkpoints
+from saisa_hf.training.trainer import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +39,7 @@ def options(start, output, **changes):
 def test_a_run_on_everything_resumes_to_the_last_bit(start, tmp_path, monkeypatch):
     whole = train(options(start, tmp_path / "whole", save_steps=0), log=lambda _: None)
 
-    class Stopper(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    init = SaisaTrainer.__init__
-    monkeypatch.setattr(SaisaTrainer, "__init__", lambda *a, **k: init(*a, **k, callbacks=[Stopper()]))
+    stop_after(1, monkeypatch)
     given = options(start, tmp_path / "run", save_steps=0)
     with pytest.raises(SystemExit):
         train(given, log=lambda _: None)

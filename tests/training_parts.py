@@ -2,6 +2,8 @@
 of training share."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,12 @@ import torch
 from PIL import Image
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast, TrainerCallback
 
 from saisa_hf import SaisaForConditionalGeneration, SaisaProcessor
 from saisa_hf.chat.templates import chat_template
 from saisa_hf.processing_saisa import add_image_token
+from saisa_hf.training import SaisaTrainer
 
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|end_of_text|>"]
@@ -107,3 +110,19 @@ def distance(one, other):
     one, other = (SaisaForConditionalGeneration.from_pretrained(path).state_dict() for path in (one, other))
     assert one.keys() == other.keys()
     return max(torch.dist(one[name].float(), other[name].float(), torch.inf).item() for name in one)
+
+
+def stop_after(steps, monkeypatch):
+    """From here on a run is told to stop, by a signal, in the step that follows so many."""
+
+    class Stopper(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    init = SaisaTrainer.__init__
+
+    def with_stopper(self, *args, **kwargs):
+        init(self, *args, **kwargs, callbacks=[Stopper()])
+
+    monkeypatch.setattr(SaisaTrainer, "__init__", with_stopper)
