@@ -295,3 +295,17 @@ WRITERS = {
     "mmbench": mmbench, "mmbench-cn": mmbench, "seed-bench": seed_bench, "mm-vet": mm_vet, "llava-bench": llava_bench,
     "jsonl": jsonl,
 }  # fmt: skip
+
+
+# the files of a benchmark where the questions are LLaVA's: questions, annotations, images
+OF_LLAVA = {
+    "vqav2": ("llava.jsonl", "annotations.json", "val2014"),
+    "gqa": ("llava.jsonl", "questions.json", "images"),
+    "vizwiz": ("llava.jsonl", "val.json", "val"),
+    "scienceqa": ("llava_test_CQM-A.json", "problems.json", "test"),
+    "textvqa": ("llava.jsonl", "TextVQA_0.5.1_val.json", "train_images"),
+    "pope": ("llava.jsonl", "coco", "val2014"),
+    "mme": ("llava_mme.jsonl", "MME_Benchmark_release_version", "MME_Benchmark_release_version"),
+    "seed-bench": ("llava-seed-bench.jsonl", "SEED-Bench.json", "."),
+    "mm-vet": ("llava-mm-vet.jsonl", None, "images"),
+}

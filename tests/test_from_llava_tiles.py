@@ -8,13 +8,10 @@ import pytest
 import torch
 from tile_parts import (
     CHAT_TEMPLATE,
+    MAKERS,
     TOKENIZER,
     close,
     draw,
-    make_next,
-    make_onevision,
-    next_processor,
-    onevision_processor,
     our_processor,
     random_sizes,
 )
@@ -28,7 +25,6 @@ from saisa_hf.tiles_saisa import NEWLINE
 
 
 QUICK = Fit(pictures=40, held_out=10, steps=80, batch_tokens=128, answer_tokens=4)
-MAKERS = {"next": (make_next, next_processor), "onevision": (make_onevision, onevision_processor)}
 both = pytest.mark.parametrize("kind", MAKERS)
 PICTURES = [draw(number, size) for number, size in enumerate(random_sizes(QUICK.pictures, most=60))]
 

@@ -6,7 +6,7 @@ import json
 import random
 
 import pytest
-from benchmark_files import WRITERS
+from benchmark_files import OF_LLAVA, WRITERS
 from hostile import JSON_VALUES, refused_clearly
 
 from saisa_hf.demo import CHECKPOINT
@@ -14,18 +14,6 @@ from saisa_hf.evaluation.plan import make_plan
 from saisa_hf.evaluation.report import answer_lines, scored, summary_of, summary_table
 
 
-# what else to read of a benchmark's files than the official ones: questions, annotations, images
-OF_LLAVA = {
-    "vqav2": ("llava.jsonl", "annotations.json", "val2014"),
-    "gqa": ("llava.jsonl", "questions.json", "images"),
-    "vizwiz": ("llava.jsonl", "val.json", "val"),
-    "scienceqa": ("llava_test_CQM-A.json", "problems.json", "test"),
-    "textvqa": ("llava.jsonl", "TextVQA_0.5.1_val.json", "train_images"),
-    "pope": ("llava.jsonl", "coco", "val2014"),
-    "mme": ("llava_mme.jsonl", "MME_Benchmark_release_version", "MME_Benchmark_release_version"),
-    "seed-bench": ("llava-seed-bench.jsonl", "SEED-Bench.json", "."),
-    "mm-vet": ("llava-mm-vet.jsonl", None, "images"),
-}
 TEXTS = (".json", ".jsonl", ".tsv", ".txt")
 ANSWERS = ["A", "yes", "", "\ud800", "The answer is B.", "x" * 2000, "1,000.5 it's"]
 

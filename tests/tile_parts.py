@@ -131,3 +131,7 @@ def random_sizes(count, seed=0, most=4000):
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# of transformers: what makes a model, and what its processor
+MAKERS = {"next": (make_next, next_processor), "onevision": (make_onevision, onevision_processor)}
