@@ -88,7 +88,10 @@ def _add_parts(group: Options) -> None:
 def _add_llava(group: Options) -> None:
     # the defaults are those of `saisa_hf.checkpoints.from_llava.Fit`
     add = group.add_argument
-    source = "folder, or hub id, of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout"
+    source = (
+        "folder, or hub id, of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout, or of a SAISA in embedding "
+        "space that is a LLaVA"
+    )
     add("--from-llava", metavar="MODEL", help=source)
     add("--images", metavar="FOLDER", help="images to fit the projectors on; no other data is needed")
     number = "use at most N of them (default: %(default)s)"

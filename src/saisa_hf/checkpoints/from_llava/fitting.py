@@ -27,10 +27,9 @@ def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
     One layer's projector is fitted at a time, in float32. Each finished layer is kept in the work folder.
     """
     folder, layers = bench.folder, bench.model.model.language_model.layers
-    config = bench.model.config
-    width = config.text_config.hidden_size  # of LLaVA's projector
-    exact = (config.projector_hidden_size or width) >= width  # nearly so where the LLaVA scales tiles down behind it
     copied = copy.deepcopy(layers[0].visual_projector)  # what every layer starts with: LLaVA's projector
+    # nearly so where the LLaVA scales tiles down behind it
+    exact = copied.linear_1.out_features >= teacher.projector_width
     states, report = VisualStates(bench, teacher), []
     for index, layer in enumerate(layers):
         done, record = folder / f"projector-{index}.safetensors", folder / f"layer-{index}.json"

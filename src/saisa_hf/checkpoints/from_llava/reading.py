@@ -18,7 +18,10 @@ from transformers import (
 )
 
 from ...checkpoint_saisa import LLAVAS
+from ...common.loading import load_model
 from ...common.sources import check_local, reading
+from ...configuration_saisa import SaisaConfig
+from .model import check_is_llava
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -29,9 +32,10 @@ def load_llava(
     dtype: str | None = None,
     device: str = "cpu",
     named: str = "--from-llava",
-    kinds: Collection[str] = LLAVAS,
+    kinds: Collection[str] = (*LLAVAS, SaisaConfig.model_type),
 ) -> tuple[PreTrainedModel, Any]:
-    """Model and processor of a LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint in transformers' layout.
+    """Model and processor of a LLaVA, LLaVA-NeXT or LLaVA-OneVision checkpoint in transformers' layout, or of a SAISA that is
+    a LLaVA (see `saisa_from_llava`).
 
     Args:
         source: folder or hub id.
@@ -49,6 +53,12 @@ def load_llava(
         config = AutoConfig.from_pretrained(source)
     if config.model_type not in kinds:
         raise ValueError(f"{named} {str(source)!r} is a {config.model_type!r}: expected one of {', '.join(kinds)}.")
+    if config.model_type == SaisaConfig.model_type:
+        try:
+            check_is_llava(config)
+        except ValueError as error:
+            raise ValueError(f"{named} {str(source)!r} has {error}") from None
+        return load_model(str(source), dtype or "auto", device, None)
     with reading(source):
         whole = config.model_type != "llava_onevision"
         processor = AutoProcessor.from_pretrained(source) if whole else _without_videos(source)

@@ -45,7 +45,7 @@ def from_llava(
     """Makes a SAISA from a LLaVA, writes model, processor and report into the folder `destination`, and returns the report.
 
     Args:
-        source: folder or hub id of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout.
+        source: folder or hub id of a LLaVA: see `load_llava`.
         images: a folder of images, or a list of what `load_image` takes. They need no labels.
         destination: folder to make. An existing one must be empty, or `overwrite` must be True.
         fit: settings.
@@ -114,7 +114,7 @@ def _prepared(
 ) -> tuple[Workbench, Teacher]:
     """Student and teacher of one set of weights, and the images' features."""
     llava, llava_processor = load_llava(source, dtype, device)
-    if llava.config.model_type != "llava" and not fit.tiles:
+    if getattr(llava.config, "image_grid_pinpoints", None) is not None and not fit.tiles:
         log("note: tiles are not used: of each image only the whole, at the encoder's size")
     model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed, fit.tiles)
     processor = processor_from_llava(llava_processor, model.config)

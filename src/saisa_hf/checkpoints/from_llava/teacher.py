@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ...modeling_saisa import SaisaForConditionalGeneration, SaisaVisualProjector
 from ...tiles_saisa import EncodesTiles
+from .model import newline_of, projector_of
 
 
 class Teacher:
@@ -43,6 +44,12 @@ class Teacher:
         teacher = cls(model, nn.Identity())
         teacher.embed = images
         return teacher
+
+    @property
+    def projector_width(self) -> int:
+        """The inner width of the LLaVA's projector."""
+        projector = self.projector if self.embed is None else self.embed.visual_projector
+        return projector.linear_1.out_features
 
     def embeds(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(n, S) ids with one image each, and the rows that `projector` makes embeddings of, (..., C) -> (n, S, D)."""
@@ -98,15 +105,15 @@ class LlavaImages(EncodesTiles, nn.Module):
     def __init__(self, model: SaisaForConditionalGeneration, llava: PreTrainedModel):
         super().__init__()
         self.config: Any = copy.deepcopy(model.config)
-        self.config.projector_hidden_size = None  # the LLaVA's own
+        theirs = projector_of(llava)
+        self.config.projector_hidden_size = theirs.linear_1.out_features
         self.config.alignment, self.config.projector_sharing = "embedding_space", "shared"
         self.vision_tower = model.vision_tower
-        theirs = llava.model.multi_modal_projector
         with torch.device("meta"):
             self.visual_projector = SaisaVisualProjector(self.config)
         self.visual_projector.linear_1, self.visual_projector.linear_2 = theirs.linear_1, theirs.linear_2
         if self.visual_projector.image_newline is not None:
-            self.visual_projector.image_newline = nn.Parameter(llava.model.image_newline.detach())
+            self.visual_projector.image_newline = nn.Parameter(newline_of(llava))
         self.requires_grad_(False)
 
     def forward(self, **images: torch.Tensor) -> list[torch.Tensor]:

@@ -22,6 +22,7 @@ from ...configuration_saisa import SaisaConfig
 from ...images_saisa import load_image
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
+from ...vision_saisa import image_size
 from .reporting import show_progress
 from .settings import Fit
 
@@ -260,7 +261,7 @@ def _prompt_ids(processor: SaisaProcessor, prompt: str, prompt_format: str | Non
 
 
 def _expanded_ids(processor: SaisaProcessor, prompt: str, prompt_format: str | None, config: SaisaConfig) -> list[int]:
-    blank = torch.zeros(config.vision_config.image_size, config.vision_config.image_size, 3, dtype=torch.uint8).numpy()
+    blank = torch.zeros(*image_size(config.vision_config), 3, dtype=torch.uint8).numpy()
     if prompt_format is not None:
         if prompt_format.count(processor.image_token) != 1 or "{prompt}" not in prompt_format:
             raise ValueError(f"--prompt-format {prompt_format!r}: expected one {processor.image_token} and {{prompt}}.")
