@@ -319,6 +319,9 @@ def test_a_broken_checkpoint_is_one_line_on_stderr_that_names_it(tmp_path, capsy
         ["chat", "no/such/folder"],
         ["fit", "./nope", "--gpu-memory", "8GiB"],
         ["flops", "a.json"],
+        ["serve", "./nope"],
+        ["check", "./nope"],
+        ["upgrade", "no/such/folder"],
     ],
     ids=lambda command: command[0],
 )

@@ -136,6 +136,13 @@ def test_inputs_embeds_and_logits_to_keep_are_the_language_models(text):
             assert_same(a, b, "logits", tolerance(text))
 
 
+def test_an_input_without_rows_is_named():
+    model = tiny_model("llama")
+    for given in ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, {"inputs_embeds": torch.zeros(0, 4, 32)}, {}):
+        with pytest.raises(ValueError, match="at least one row"):
+            model(**given)
+
+
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("text", TEXT_MODELS)
 def test_prefill_chunks_and_decoding_are_the_language_models_to_the_last_bit(text, attn_implementation):

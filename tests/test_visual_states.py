@@ -477,7 +477,10 @@ def test_a_file_without_an_images_layer_is_refused(tmp_path):
                 SaisaVisualStates.load(path)
     whole = {name: x for name, x in tensors.items() if "0" in name}
     safetensors.torch.save_file(whole, path, earlier)
-    assert SaisaVisualStates.load(path).stored.keys_values[2] is None
+    lacking = SaisaVisualStates.load(path)
+    assert lacking.stored.keys_values[2] is None
+    with pytest.raises(ValueError, match=r"or not those that see images.*get_visual_states"):
+        model.model.check_visual_states(lacking)
     safetensors.torch.save_file(whole, path, metadata)
     with pytest.raises(ValueError, match=r"lacks 'keys\.2'"):
         SaisaVisualStates.load(path)

@@ -497,8 +497,9 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
             ValueError: neither or both of `input_ids` and `inputs_embeds`; both `pixel_values` and `visual_states`; two
                 caches; other numbers of placeholders than of visual tokens; `visual_states` of another model or dtype.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+        rows = inputs_embeds if input_ids is None else input_ids
+        if (input_ids is None) == (inputs_embeds is None) or not len(rows):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds, and at least one row of it.")
         self.check_features_asked_for(kwargs)
         sizes = {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         sizes |= {"image_sizes": image_sizes, "num_tiles": num_tiles, "frame_pooling": frame_pooling}

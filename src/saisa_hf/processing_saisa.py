@@ -624,9 +624,7 @@ def unread_media(given: dict, keys: tuple[str, ...] = MEDIA) -> str | None:
 def _refuse_media(given: dict, name: str, keys: tuple[str, ...] = MEDIA) -> None:
     """Raises ValueError if one of `keys` is `given`, as it would vanish."""
     if key := unread_media(given, keys):
-        raise ValueError(
-            f"{name} has {key}={given[key]!r:.80}, which is not read. SAISA takes text, images and videos."
-        )
+        raise ValueError(f"{name} has {key}={given[key]!r:.80}, which is not read: SAISA takes text, images, videos.")
 
 
 def _checked_texts(images, text, visual_states, videos) -> list[str] | None:
@@ -707,7 +705,8 @@ def _part(part, template: str, name: str) -> dict:
         if media == "video":
             part = {"type": media if re.search("[\"']video[\"']", template) else "image", "video": Video(source)}
         return part
-    if is_other or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or f"'{kind}'" in template):
+    is_known = kind != "text" and f"'{kind}'" in template  # which has 'text' for the text of a part, too
+    if is_other or not isinstance(part, dict) or not (isinstance(part.get("text"), str) or is_known):
         forms = "a string, or a dict whose 'type' is 'text', 'image', 'image_url', 'video' or 'video_url'"
         raise ValueError(f"{name} is {part!r:.80}. SAISA takes text, images and videos. Expected {forms}.")
     return part

@@ -347,8 +347,8 @@ class UsesVisualStates:
         token_shape: tuple[int, ...] = (size,)
         if states.store == "keys_values":
             token_shape = (config.text_config.num_key_value_heads, layers[0].self_attn.head_dim)
-        if states.num_layers not in (None, len(layers)):
-            problem = f"has {states.num_layers} layers, the model {len(layers)}. {again}"
+        if states.num_layers and [bool(x) for x in states.stored.keys_values] != [layer.sees_image for layer in layers]:
+            problem = f"has {states.num_layers} layers, the model {len(layers)}, or not those that see images. {again}"
         elif states.token_shape != token_shape:
             problem = f"has {states.token_shape} numbers a token, the model {token_shape}. {again}"
         elif states.dtype != dtype:

@@ -36,7 +36,7 @@ COMMANDS = (
 )
 
 # arguments that name the model a command reads, by what its help calls them; and all that name what it reads
-MODELS = {"model": "MODEL", "source": "SRC"}
+MODELS = {"model": "MODEL", "source": "SRC", "checkpoint": "CHECKPOINT", "target": "FOLDER_OR_REPO"}
 READ = ("model", "checkpoint", "input", "source", "target", "folder", "paths", "from_llava", "vision_tower", "config")
 
 

@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import os
 
+from ..common.sources import check_local
 from .options import Commands, add_command
 
 
@@ -27,6 +29,8 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if not os.path.isfile(arguments.folder):
+        check_local("FOLDER", arguments.folder)  # before torch is imported
     from ..checkpoints.check import as_json, check, problems
     from ..common.loading import quiet_transformers
 
