@@ -2,9 +2,12 @@
 """`saisa build`: a new SAISA, from a language model and a vision encoder or from a trained LLaVA."""
 
 import argparse
+import itertools
+import re
 from typing import Any
 
 from ..common.arguments import count, grid, positive, seed
+from ..costs.presets import VICA_LAYERS
 from .options import (
     Commands,
     Options,
@@ -13,6 +16,7 @@ from .options import (
     add_device,
     add_reduction,
     add_result,
+    layers,
     result,
 )
 
@@ -30,6 +34,7 @@ Or makes a SAISA from a trained LLaVA, without training on text. Language model 
 layer's projector is fitted to the states that the LLaVA's visual tokens have there, on any images:
 
   saisa build --from-llava llava-hf/llava-1.5-7b-hf --images ./photos ./saisa-of-llava
+  saisa build --from-llava ./my-llava --images ./photos ./saisa-of-my-llava --visual-layers auto:8
 
 A report in DST gives the errors by layer, and how well the next-token distributions agree with the LLaVA's on held-out
 images. After an interruption, the same command resumes the work.
@@ -58,6 +63,12 @@ def add_to(commands: Commands) -> None:
     width = "inner width of the projectors (default: the language model's hidden size, or as in the LLaVA's)"
     add("--projector-hidden-size", metavar="N", type=positive, help=width)
     add("--seed", metavar="N", type=seed, default=0, help="of all random numbers (default: %(default)s)")
+    seeing = (
+        "decoder layers that see images, with commas or spaces, or vica-7b, vica-13b, vica-2.7b for ViCA's; with "
+        "--from-llava also auto:8 for the 8 that need it most, or another number (default: all)"
+    )
+    add("--visual-layers", metavar="LAYER", nargs="+", action=VisualLayers, help=seeing)
+    command.set_defaults(behind_layers=[], layers_first=False)
     parts = command.add_argument_group("from parts")
     _add_parts(parts)
     llava = command.add_argument_group("from a LLaVA")
@@ -71,14 +82,12 @@ def _add_parts(group: Options) -> None:
     token = "stands for an image in prompts (default: the tokenizer's own, else <image>)"
     add("--image-token", metavar="TEXT", help=token)
     add_chat_template(group, "the tokenizer's own, else plain")
-    layers = "states of the encoder to use (default: -2)"
-    add("--vision-feature-layer", metavar="N", type=int, nargs="+", help=layers)
+    states = "states of the encoder to use (default: -2)"
+    add("--vision-feature-layer", metavar="N", type=int, nargs="+", help=states)
     strategy = "full: with the class token (default: without)"
     add("--vision-feature-select-strategy", choices=("default", "full"), help=strategy)
     sharing = "shared: one projector for all layers, for the first stage"
     add("--projector-sharing", choices=("per_layer", "shared"), help=sharing)
-    seeing = "decoder layers that see images (default: all)"
-    add("--visual-layers", metavar="N", type=int, nargs="+", help=seeing)
     add_reduction(group, "reduce the visual tokens of an image (default: no reduction)")
     tiles = "read images in tiles too, as LLaVA-NeXT does, in the best of these grids: --tiles 1x2 2x1 2x2 1x3 3x1"
     add("--tiles", metavar="ROWSxCOLUMNS", type=grid, nargs="+", help=tiles)
@@ -98,6 +107,8 @@ def _add_llava(group: Options) -> None:
     add("--pictures", metavar="N", type=positive, default=2000, help=number)
     held_out = "keep N of these to measure on (default: %(default)s)"
     add("--held-out", metavar="N", type=positive, default=64, help=held_out)
+    choose_on = "with --visual-layers auto:8, keep N of them to choose layers on (default: %(default)s)"
+    add("--choose-on", metavar="N", type=positive, default=16, help=choose_on)
     steps = "gradient steps for each layer (default: %(default)s)"
     add("--steps", metavar="N", type=count, default=500, help=steps)
     distill = "then train the projectors for STEPS steps on MODEL's own answers to the prompts (default: %(default)s)"
@@ -113,6 +124,21 @@ def _add_llava(group: Options) -> None:
     add_device(group)
 
 
+class VisualLayers(argparse.Action):
+    """`--visual-layers 0,1,7`, `0 1 7`, `auto:8` or the name of a ViCA. Words behind it that are none of these are paths."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        numbers = list(itertools.takewhile(lambda word: re.fullmatch(r"[\d,]+", word), values))
+        own, name = numbers or values[:1], values[0]
+        namespace.visual_layers = VICA_LAYERS[name] if name in VICA_LAYERS else layers(" ".join(own))
+        namespace.behind_layers, namespace.layers_first = values[len(own) :], not namespace.paths
+        if isinstance(namespace.visual_layers, str) and not name.startswith("auto:"):
+            names = ", ".join(VICA_LAYERS)
+            parser.error(
+                f"argument --visual-layers: expected layers like 0,1,7, or auto:8, or {names}, got {name!r:.80}"
+            )
+
+
 def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     if arguments.from_llava is None:
@@ -125,6 +151,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Ends the program if options of both ways are given, or the wrong number of paths."""
     parser, from_llava = arguments.parser, arguments.from_llava is not None
+    halves = [arguments.paths, arguments.behind_layers]
+    arguments.paths = [path for half in (halves[::-1] if arguments.layers_first else halves) for path in half]
     wanted = ["DST"] if from_llava else ["LANGUAGE_MODEL", "VISION_MODEL", "DST"]
     images = " --images FOLDER" if from_llava and arguments.images is None else ""
     if len(arguments.paths) != len(wanted):
@@ -135,6 +163,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) != parser.get_default(name):
             rule = "does not go with --from-llava" if from_llava else "only goes with --from-llava"
             parser.error(f"--{name.replace('_', '-')} {rule}")
+    if not from_llava and isinstance(arguments.visual_layers, str):
+        parser.error(f"--visual-layers {arguments.visual_layers} only goes with --from-llava")
     if images:
         parser.error("--from-llava needs --images FOLDER, images to fit the projectors on")
 
@@ -142,7 +172,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _from_parts(arguments: argparse.Namespace) -> None:
     from ..checkpoints.build import build
 
-    names = (*arguments.of_parts, "projector_hidden_size", "seed")
+    names = (*arguments.of_parts, "projector_hidden_size", "seed", "visual_layers")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names} | result(arguments)
     options = {name: value for name, value in options.items() if value is not None}
     if len(options.get("vision_feature_layer", ())) == 1:
@@ -166,6 +196,8 @@ def _from_llava(arguments: argparse.Namespace) -> None:
             projector_hidden_size=arguments.projector_hidden_size,
             distill_steps=arguments.distill,
             seed=arguments.seed,
+            visual_layers=arguments.visual_layers,
+            choose_on=arguments.choose_on,
             tiles=not arguments.no_tiles,
         ),
         prompts=PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),

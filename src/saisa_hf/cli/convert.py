@@ -3,8 +3,7 @@
 
 import argparse
 
-from ..common.arguments import count
-from .options import Commands, add_chat_template, add_command, add_result, result
+from .options import Commands, add_chat_template, add_command, add_result, layers, result
 
 
 HELP = """\
@@ -44,17 +43,11 @@ def add_to(commands: Commands) -> None:
     seeing = (
         "layers of a ViCA that see the image, with commas, or vica-7b, vica-13b, vica-2.7b for the published models'"
     )
-    add("--visual-layers", metavar="LIST", type=_layers, help=seeing)
+    add("--visual-layers", metavar="LIST", type=layers, help=seeing)
     add_chat_template(command, "llama_3 for Llama 3 tokenizers, else vicuna")
     add_result(command, "as in SRC")
     progress = "show bytes and the time left on stderr (default: if it is a terminal)"
     add("--progress", action=argparse.BooleanOptionalAction, help=progress)
-
-
-def _layers(text: str) -> str | list[int]:
-    """A name, or whole numbers between commas."""
-    parts = text.split(",")
-    return [count(part.strip()) for part in parts] if all(part.strip().isdecimal() for part in parts) else text
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 """What several commands share: how a command is added, and the options that they have in common."""
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -118,6 +119,12 @@ def add_answerer(options: Options) -> None:
     add_placement(options)
     add("--device-map", metavar="MAP", help="lay the model out over several devices: auto, balanced, sequential")
     add("--attn-implementation", metavar="NAME", help="eager, sdpa, flash_attention_2 ...")
+
+
+def layers(text: str) -> str | list[int]:
+    """Whole numbers between commas or spaces, or a name."""
+    parts = re.split(r"\s*,\s*|\s+", text.strip())
+    return [count(part) for part in parts] if all(part.isdecimal() for part in parts) else text
 
 
 # --- sizes: build, flops, fit ---

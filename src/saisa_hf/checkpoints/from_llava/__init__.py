@@ -14,6 +14,7 @@ any images, to the states that LLaVA's visual tokens have at the input of layer 
     states.py       the LLaVA's visual states, layer by layer
     fitting.py      each layer's projector: closed form, then descent
     agreement.py    how near the SAISA is to the LLaVA
+    choosing.py     which layers need to see the image
     distilling.py   the projectors learn from the LLaVA's answers
     descent.py      the optimiser of both
     reporting.py    progress and report as text
@@ -23,6 +24,7 @@ R rows (tokens) of a batch or of all images, S tokens of a prompt with its image
 """
 
 from .agreement import agreement, answered
+from .choosing import choose_layers
 from .distilling import distill
 from .fitting import LayerFit, fit_projectors
 from .model import processor_from_llava, saisa_from_llava
@@ -43,6 +45,7 @@ __all__ = [
     "Workbench",
     "agreement",
     "answered",
+    "choose_layers",
     "distill",
     "fit_projectors",
     "from_llava",

@@ -60,14 +60,14 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
 
 def both_logits(bench: Workbench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers, `rows` being a batch of one prompt."""
-    ids, keep, counts = _teacher_forced(bench, rows)
+    ids, keep, counts = teacher_forced(bench, rows)
     images = [row["picture"] for row in rows]
     theirs = teacher.logits(ids, bench.rows(bench.seen, images), keep)[:, :-1][counts]
     ours = bench.model(input_ids=ids, **bench.images(images), logits_to_keep=keep, use_cache=False)
     return ours.logits[:, :-1][counts], theirs
 
 
-def _teacher_forced(bench: Workbench, rows: list[dict]) -> tuple[torch.Tensor, int, torch.Tensor]:
+def teacher_forced(bench: Workbench, rows: list[dict]) -> tuple[torch.Tensor, int, torch.Tensor]:
     """`rows` of one prompt as a batch: ids (n, S), how many positions to keep, and bool (n, keep - 1), whether the next token
     belongs to an answer."""
     longest = max(len(row["answer"]) for row in rows)

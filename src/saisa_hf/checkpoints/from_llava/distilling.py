@@ -5,6 +5,7 @@ import torch
 
 from .agreement import answered, batches_of_one_prompt, both_logits, divergence
 from .descent import Descent
+from .model import projectors_of
 from .reporting import show_progress
 from .teacher import Teacher
 from .work_folder import Workbench
@@ -16,7 +17,7 @@ def distill(bench: Workbench, teacher: Teacher) -> list[float]:
     fit = bench.fit
     wanted = bench.fitted[: fit.distill_steps * fit.distill_batch]
     rows = answered(bench, teacher, wanted, "answers.json")
-    projectors = [layer.visual_projector for layer in bench.model.model.language_model.layers]
+    projectors = list(projectors_of(bench.model).values())
     dtype = projectors[0].linear_1.weight.dtype
     parameters = [parameter for projector in projectors for parameter in projector.float().parameters()]
     for parameter in parameters:

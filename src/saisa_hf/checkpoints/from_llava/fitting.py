@@ -13,6 +13,7 @@ from torch import nn
 
 from ...tiles_saisa import NEWLINE
 from .descent import Descent
+from .model import projectors_of
 from .reporting import layer_line, show_progress
 from .states import VisualStates
 from .teacher import Teacher
@@ -21,35 +22,35 @@ from .work_folder import Workbench, write_json, write_tensors
 
 @torch.no_grad()
 def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
-    """Fits the projector of each layer of `bench.model`, in place and in order. Returns for each layer its errors on held-out
-    images, with LLaVA's projector `copied` and with its own `fitted`.
+    """Fits the projector of each layer of `bench.model` that has one, in place and in order. Returns for each such layer its
+    errors on held-out images, with LLaVA's projector `copied` and with its own `fitted`.
 
     One layer's projector is fitted at a time, in float32. Each finished layer is kept in the work folder.
     """
-    folder, layers = bench.folder, bench.model.model.language_model.layers
-    copied = copy.deepcopy(layers[0].visual_projector)  # what every layer starts with: LLaVA's projector
+    folder, projectors = bench.folder, projectors_of(bench.model)
+    copied = copy.deepcopy(next(iter(projectors.values())))  # what every layer starts with: LLaVA's projector
     # nearly so where the LLaVA scales tiles down behind it
     exact = copied.linear_1.out_features >= teacher.projector_width
-    states, report = VisualStates(bench, teacher), []
-    for index, layer in enumerate(layers):
+    states, report, source = VisualStates(bench, teacher), [], copied
+    for index, own in projectors.items():
         done, record = folder / f"projector-{index}.safetensors", folder / f"layer-{index}.json"
         if not record.exists():
             start = time.perf_counter()
             work = LayerFit(bench, index, states.at(index))
             before = work.errors(copied)
-            source = copied if index == 0 or bench.fit.start == "llava" else layers[index - 1].visual_projector
             projector = copy.deepcopy(source).float()
             if index or not exact:
                 work.fit_projector(projector)
-            layer.visual_projector.load_state_dict(projector.state_dict())
-            after = work.errors(layer.visual_projector)
+            own.load_state_dict(projector.state_dict())
+            after = work.errors(own)
             del work  # its states are not needed while the next layer's are computed
-            write_tensors(done, layer.visual_projector.state_dict())
+            write_tensors(done, own.state_dict())
             seconds = round(time.perf_counter() - start, 2)
             write_json(record, {"layer": index, "copied": before, "fitted": after, "seconds": seconds})
-        layer.visual_projector.load_state_dict(load_file(done))
+        own.load_state_dict(load_file(done))
+        source = own if bench.fit.start == "previous" else copied
         report.append(json.loads(record.read_text(encoding="utf-8")))
-        bench.log(layer_line(report[-1], len(layers)))
+        bench.log(layer_line(report[-1], bench.model.config.text_config.num_hidden_layers))
     states.remove()
     return report
 

@@ -2,6 +2,7 @@
 """The SAISA of a LLaVA before anything is fitted: LLaVA's own parts, with its projector copied into every layer."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,7 +19,11 @@ from ..names import checkpoint_state_dict
 
 
 def saisa_from_llava(
-    llava: PreTrainedModel, projector_hidden_size: int | None = None, seed: int = 0, tiles: bool = True
+    llava: PreTrainedModel,
+    projector_hidden_size: int | None = None,
+    seed: int = 0,
+    tiles: bool = True,
+    visual_layers: Sequence[int] | None = None,
 ) -> SaisaForConditionalGeneration:
     """The SAISA of a LLaVA, with LLaVA's projector copied into every layer. All other weights are shared with the LLaVA:
     only the projectors take memory. It is in eval mode, and so are the parts that they share.
@@ -30,9 +35,10 @@ def saisa_from_llava(
             if it is smaller, they are LLaVA's with inner units left out.
         seed: of the inner units that are added or left out.
         tiles: read images in tiles where the LLaVA does; False: the whole image alone.
+        visual_layers: the decoder layers that see the image and have projectors; None: all.
 
     Raises:
-        ValueError: not a LLaVA, or one whose language model or encoder SAISA does not support.
+        ValueError: not a LLaVA, or one whose language model or encoder SAISA does not support; no such layers.
     """
     theirs = llava.config
     check_is_llava(theirs)
@@ -44,7 +50,7 @@ def saisa_from_llava(
             f"token; SAISA cannot do that. A LLaVA with this encoder needs 'full'."
         )
     with torch.device("meta"):
-        model = SaisaForConditionalGeneration(_config(llava, projector_hidden_size, tiles)).eval()
+        model = SaisaForConditionalGeneration(_config(llava, projector_hidden_size, tiles, visual_layers))
     family = model.language_model.family
     as_they_are = type(family).scaled_input is LanguageModelFamily.scaled_input
     if family.norms.before_attention is None or not as_they_are or hasattr(model.get_input_embeddings(), "scale"):
@@ -87,12 +93,21 @@ def newline_of(llava: PreTrainedModel) -> torch.Tensor:
     return owner.image_newline.detach()
 
 
-def _config(llava: PreTrainedModel, projector_hidden_size: int | None, tiles: bool) -> SaisaConfig:
+def projectors_of(model: SaisaForConditionalGeneration) -> dict[int, nn.Module]:
+    """The projectors of the layers that see the image, by layer, in ascending order."""
+    layers = enumerate(model.model.language_model.layers)
+    return {index: layer.visual_projector for index, layer in layers if hasattr(layer, "visual_projector")}
+
+
+def _config(
+    llava: PreTrainedModel, projector_hidden_size: int | None, tiles: bool, visual_layers: Sequence[int] | None
+) -> SaisaConfig:
     theirs, embedding = llava.config, llava.get_input_embeddings().weight
     width = projector_hidden_size or projector_of(llava).linear_1.out_features
     config = copy.deepcopy(theirs) if theirs.model_type not in LLAVAS else _config_of_transformers(llava)
     config.alignment, config.projector_sharing = "input_space", "per_layer"
     config.visual_attention, config.visual_feed_forward = "none", True
+    config.visual_layers = None if visual_layers is None else list(visual_layers)
     config.projector_hidden_size = None if width == config.text_config.hidden_size else width
     if not tiles:
         config.image_grid_pinpoints = config.vision_aspect_ratio = None
@@ -148,9 +163,10 @@ def _copy_projector(model: SaisaForConditionalGeneration, llava: PreTrainedModel
     weights = _widened(projector, width, seed)
     if model.config.image_grid_pinpoints is not None:
         weights["image_newline"] = newline_of(llava)
-    for layer in model.model.language_model.layers:
-        layer.visual_projector = layer.visual_projector.to_empty(device=embedding.device).to(embedding.dtype)
-        layer.visual_projector.load_state_dict(weights)
+    for index, empty in projectors_of(model).items():
+        own = empty.to_empty(device=embedding.device).to(embedding.dtype)
+        own.load_state_dict(weights)
+        model.model.language_model.layers[index].visual_projector = own
 
 
 def _widened(projector: nn.Module, width: int, seed: int) -> dict[str, torch.Tensor]:

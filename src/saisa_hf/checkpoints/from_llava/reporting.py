@@ -22,12 +22,18 @@ def layer_line(row: dict, layers: int) -> str:
 def report_text(report: dict) -> str:
     """The whole report (see `from_llava`) as lines of text."""
     images, agreements = report["pictures"], report["agreement"]
+    chosen_on = f"layers chosen on {images['chosen_on']} others, " if "chosen_on" in images else ""
     lines = [
-        f"fitted on {images['fitted']} images, measured on {images['held_out']} others "
+        f"fitted on {images['fitted']} images, {chosen_on}measured on {images['held_out']} others "
         f"({agreements['copied']['tokens']} tokens of the LLaVA's answers), {len(images['skipped'])} skipped",
         f"{'projectors':<12}{'KL from LLaVA':>15}{'same top token':>17}",
     ]
     lines += [f"{stage:<12}{row['kl']:>15.4f}{row['top1']:>17.1%}" for stage, row in agreements.items()]
+    if "by_number" in report:
+        lines.append(f"{'seeing':<12}{'KL from LLaVA':>15}{'same top token':>17}   layers, each set part of the next")
+        for row in report["by_number"]:
+            which = "all" if row["number"] == len(report["least"]) else " ".join(map(str, row["layers"]))
+            lines.append(f"{row['number']:<12}{row['kl']:>15.4f}{row['top1']:>17.1%}   {which}")
     lines.append(f"{'layer':<12}{'copied':>15}{'fitted':>17}   relative error of keys and values")
     for row in report["layers"]:
         copied, fitted = ((row[stage]["keys"] + row[stage]["values"]) / 2 for stage in ("copied", "fitted"))

@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ...common.destination import Destination, size_in_bytes
 from ..model_card import write_model_card
 from .agreement import agreement, answered
+from .choosing import choose_layers, keep_layers, nested, seeing, sizes_of
 from .distilling import distill
 from .fitting import fit_projectors
 from .model import processor_from_llava, saisa_from_llava
@@ -63,7 +65,10 @@ def from_llava(
 
     Returns:
         `layers`: errors by layer (see `fit_projectors`); `agreement`: by stage, `copied`, `fitted` and, if asked for,
-        `distilled` (see `agreement`); `pictures`, `visual_tokens` (the mean per image), `settings` and `seconds`.
+        `chosen` and `distilled` (see `agreement`); `visual_layers`: those that see the image, None for all;
+        `pictures`, `visual_tokens` (the mean per image), `settings` and `seconds`. If layers were chosen, `least`: all
+        layers, the one that needs the image least first; `by_number`: for 1, 2, 4, 8, 16 and all, and for as many as were
+        asked for, `{"number", "layers"}` with the agreement when those see it, on the held-out images.
 
     Raises:
         ValueError, OSError: something is not as expected; the message says what.
@@ -77,13 +82,15 @@ def from_llava(
     work = Path(work_folder).expanduser() if work_folder else place.path.parent / f".{place.path.name}.work"
     start = time.perf_counter()
     bench, teacher = _prepared(source, files, work, fit, prompts, prompt_format, dtype, device, log)
-    layers, agreements = _fitted(bench, teacher)
+    pictures = {"fitted": len(bench.fitted), "held_out": len(bench.held_out), "skipped": bench.skipped}
+    if fit.layers_to_choose:
+        pictures["chosen_on"] = len(bench.choosing)
     report = {
         "source": str(source),
-        "pictures": {"fitted": len(bench.fitted), "held_out": len(bench.held_out), "skipped": bench.skipped},
+        "pictures": pictures,
         "visual_tokens": round(len(bench.features) / len(bench.kept), 1),
-        "layers": layers,
-        "agreement": agreements,
+        **_fitted(bench, teacher),
+        "visual_layers": bench.model.config.visual_layers,
         "prompts": list(prompts),
         "settings": asdict(fit),
         "seconds": round(time.perf_counter() - start, 1),
@@ -116,23 +123,40 @@ def _prepared(
     llava, llava_processor = load_llava(source, dtype, device)
     if getattr(llava.config, "image_grid_pinpoints", None) is not None and not fit.tiles:
         log("note: tiles are not used: of each image only the whole, at the encoder's size")
-    model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed, fit.tiles)
+    count = llava.config.text_config.num_hidden_layers
+    if fit.layers_to_choose > count:
+        raise ValueError(f"visual_layers={fit.visual_layers!r}: {source} has {count} layers. Choose at most so many.")
+    model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed, fit.tiles, fit.given_layers)
     processor = processor_from_llava(llava_processor, model.config)
     teacher = Teacher.of(model, llava)
     return Workbench(model, processor, files, work, fit, prompts, prompt_format, log, teacher.embed), teacher
 
 
-def _fitted(bench: Workbench, teacher: Teacher) -> tuple[list[dict], dict[str, dict]]:
-    """Fits and distills; returns the errors by layer, and the agreement by stage."""
+def _fitted(bench: Workbench, teacher: Teacher) -> dict[str, Any]:
+    """Fits, chooses layers and distills; returns what the report has of it."""
     measured = answered(bench, teacher, bench.held_out, "held-out-answers.json")
     path = bench.folder / "agreement.json"
     agreements = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if "copied" not in agreements:
         agreements["copied"] = agreement(bench, teacher, measured)
         write_json(path, agreements)
-    layers = fit_projectors(bench, teacher)
+    found: dict[str, Any] = {"layers": fit_projectors(bench, teacher), "agreement": agreements}
     agreements["fitted"] = agreement(bench, teacher, measured)
+    if wanted := bench.fit.layers_to_choose:
+        order = choose_layers(bench, teacher)
+        rows = {
+            number: _agreement_of(bench, teacher, measured, nested(order, number))
+            for number in sizes_of(len(order), wanted)
+        }
+        found |= {"least": order, "by_number": list(rows.values())}
+        agreements["chosen"] = {name: rows[wanted][name] for name in agreements["fitted"]}
+        keep_layers(bench.model, nested(order, wanted))
     if bench.fit.distill_steps:
         distill(bench, teacher)
         agreements["distilled"] = agreement(bench, teacher, measured)
-    return layers, agreements
+    return found
+
+
+def _agreement_of(bench: Workbench, teacher: Teacher, rows: list[dict], layers: list[int]) -> dict[str, Any]:
+    with seeing(bench.model, layers):
+        return {"number": len(layers), "layers": layers, **agreement(bench, teacher, rows)}

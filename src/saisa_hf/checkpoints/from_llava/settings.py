@@ -2,6 +2,7 @@
 """How projectors are fitted: `Fit`, and the prompts along whose answers the result is measured."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ class Fit:
         distill_rate: its highest learning rate.
         distill_batch: images with prompt and answer in one of its steps.
         answer_tokens: the longest answer of the LLaVA to a prompt.
+        visual_layers: the decoder layers that see the image, or `"auto:8"`: the eight that need it most, found by elimination
+            (see `choose_layers`). None: all.
+        choose_on: how many images layers are chosen on; they are neither fitted nor measured on.
         tiles: read images in tiles, as a LLaVA-NeXT or LLaVA-OneVision does. False: the whole image alone.
         seed: of the order of images and of everything that is drawn at random.
     """
@@ -53,11 +57,13 @@ class Fit:
     distill_rate: float = 1e-4
     distill_batch: int = 8
     answer_tokens: int = 64
+    visual_layers: list[int] | str | None = None
+    choose_on: int = 16
     tiles: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("pictures", "held_out", "batch_tokens", "distill_batch", "answer_tokens"):
+        for name in ("pictures", "held_out", "batch_tokens", "distill_batch", "answer_tokens", "choose_on"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a positive number.")
         for name in ("steps", "distill_steps"):
@@ -66,6 +72,23 @@ class Fit:
         for name, allowed in (("space", SPACES), ("start", STARTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}.")
+        layers = self.visual_layers
+        if layers is not None and not isinstance(layers, str):
+            object.__setattr__(self, "visual_layers", list(layers))  # as in the JSON that a resumed run compares
+        elif layers is not None and not re.fullmatch(r"auto:0*[1-9]\d{0,3}", layers):
+            raise ValueError(
+                f"visual_layers={layers!r:.80}: expected a list of layers, or 'auto:8' with another number."
+            )
+
+    @property
+    def layers_to_choose(self) -> int:
+        """How many layers are to be found by elimination; 0: none."""
+        return int(self.visual_layers.removeprefix("auto:")) if isinstance(self.visual_layers, str) else 0
+
+    @property
+    def given_layers(self) -> list[int] | None:
+        """The layers that see the image from the start; None: all."""
+        return None if isinstance(self.visual_layers, str) else self.visual_layers
 
 
 def read_prompts(file: str | os.PathLike) -> list[str]:

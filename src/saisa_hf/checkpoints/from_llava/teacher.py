@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ...modeling_saisa import SaisaForConditionalGeneration, SaisaVisualProjector
 from ...tiles_saisa import EncodesTiles
-from .model import newline_of, projector_of
+from .model import newline_of, projector_of, projectors_of
 
 
 class Teacher:
@@ -22,8 +22,8 @@ class Teacher:
 
     Args:
         model: a SAISA made by `saisa_from_llava`.
-        projector: from features to the embeddings of the LLaVA's visual tokens; None: a copy of layer 0's in its present
-            state.
+        projector: from features to the embeddings of the LLaVA's visual tokens; None: a copy of the first layer's that has
+            one, in its present state.
         embed: for a LLaVA that scales tiles down behind its projector, what makes these embeddings of images; `projector`
             leaves them as they are then.
     """
@@ -32,7 +32,7 @@ class Teacher:
 
     def __init__(self, model: SaisaForConditionalGeneration, projector: nn.Module | None = None):
         self.model = model
-        own = model.model.language_model.layers[0].visual_projector
+        own = next(iter(projectors_of(model).values()))
         self.projector = (copy.deepcopy(own) if projector is None else projector).requires_grad_(False)
 
     @classmethod
@@ -92,11 +92,15 @@ class Teacher:
 
     def advance(self, index: int, states: torch.Tensor) -> torch.Tensor:
         """Runs layer `index` alone: (n, S, D) hidden states at its input -> those at the next layer's input."""
-        decoder = self.model.model.language_model
-        alone = copy.copy(decoder)
-        layer = nn.ModuleList([decoder.layers[index]])
-        alone._modules = {**decoder._modules, "layers": layer, "norm": nn.Identity()}
+        alone = part_of(self.model.model.language_model, index, index + 1, normed=False)
         return alone(inputs_embeds=states, use_cache=False).last_hidden_state
+
+
+def part_of(decoder: nn.Module, first: int, end: int, normed: bool) -> nn.Module:
+    """The layers from `first` to before `end` as a decoder of their own, with the norm at the end or without."""
+    part, norm = copy.copy(decoder), decoder.norm if normed else nn.Identity()
+    part._modules = {**decoder._modules, "layers": nn.ModuleList(decoder.layers[first:end]), "norm": norm}
+    return part
 
 
 class LlavaImages(EncodesTiles, nn.Module):

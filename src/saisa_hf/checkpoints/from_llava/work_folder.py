@@ -23,6 +23,7 @@ from ...images_saisa import load_image
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import image_size
+from .model import projectors_of
 from .reporting import show_progress
 from .settings import Fit
 
@@ -46,7 +47,8 @@ class Workbench:
         embed: for a LLaVA that scales tiles down behind its projector, what it makes of images (see `Teacher.of`).
 
     Attributes:
-        lengths: visual tokens of each image. `held_out` and `fitted` are the ranges of images to measure and to fit on.
+        lengths: visual tokens of each image. `held_out`, `choosing` and `fitted` are the ranges of images to measure, to
+            choose layers and to fit on.
         features: (R, C), those of all images, on disk. `seen`: what the teacher's projector reads in their place, if other.
         prompts: the prompts' ids, each with one image token. `prefix` are the ids in front of it, the same in all.
         skipped: why images could not be read, one line each.
@@ -87,12 +89,16 @@ class Workbench:
         # held-out images come first, so that they are the same whatever `fit.pictures` is
         count = len(self.kept)
         self.held_out = range(min(fit.held_out, max(count // 2, 1)))
-        self.fitted = range(len(self.held_out), count)
+        held_out, chosen_on = len(self.held_out), 0
+        if fit.layers_to_choose:
+            chosen_on = min(fit.choose_on, max((count - held_out) // 2, 1))
+        self.choosing = range(held_out, held_out + chosen_on)
+        self.fitted = range(self.choosing.stop, count)
         self._warn_of_few_images()
 
     def _warn_of_few_images(self) -> None:
         rows = sum(self.lengths[image] for image in self.fitted)
-        inner = self.model.model.language_model.layers[0].visual_projector.linear_1.out_features
+        inner = next(iter(projectors_of(self.model).values())).linear_1.out_features
         if rows < 10 * inner:
             enough = math.ceil(10 * inner * len(self.fitted) / max(rows, 1))
             self.log(
@@ -103,6 +109,8 @@ class Workbench:
     def _check_settings(self, prompts: Sequence[str], prompt_format: str | None) -> None:
         """Writes the settings into the folder, or compares them with those that are there."""
         settings = {name: value for name, value in asdict(self.fit).items() if not name.startswith("distill_")}
+        if not self.fit.layers_to_choose:
+            del settings["choose_on"]
         settings |= {
             "prompts": list(prompts),
             "prompt_format": prompt_format,
@@ -139,12 +147,13 @@ class Workbench:
         if not record.exists():
             self._check_room(most * config.image_seq_length, widths)  # at least so many rows
             lengths, kept, skipped = self._write_features(most, list(widths))
-            if len(kept) < 2:
+            uses = ["to fit on", *(["to choose layers on"] if self.fit.layers_to_choose else []), "to measure on"]
+            if len(kept) < len(uses):
                 shutil.rmtree(self.folder)
                 reason = f"; the first that cannot be read: {skipped[0]}" if skipped else ""
                 raise ValueError(
-                    f"{len(kept)} of the images can be read, and at least 2 are needed: one to fit on, one to measure "
-                    f"on{reason}"
+                    f"{len(kept)} of the images can be read, and at least {len(uses)} are needed: "
+                    f"{', '.join(f'one {use}' for use in uses)}{reason}"
                 )
             self._check_room(sum(lengths), {})
             write_json(record, {"kept": kept, "skipped": skipped, "lengths": lengths})
