@@ -21,6 +21,7 @@ import transformers
 from transformers import DynamicCache
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
+from saisa_hf.bench.measure import cache_bytes as cache_bytes_of
 from saisa_hf.common.tables import fill_blocks, table
 from saisa_hf.compat_saisa import CACHE
 from saisa_hf.costs.flops import Step, cache_bytes
@@ -51,9 +52,8 @@ def model_of(visual_layers, width: int, side: int) -> SaisaForConditionalGenerat
 
 def nbytes(cache) -> int:
     """Of what the tensors of the cache keep in memory, places of text among them."""
-    own = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
     places = {id(x): x for layer in cache.layers if (x := getattr(layer, "place_BL", None)) is not None}
-    return sum(x.nbytes for x in own if x is not None) + sum(x.nbytes for x in places.values())
+    return cache_bytes_of(cache) + sum(x.nbytes for x in places.values())
 
 
 @torch.no_grad()

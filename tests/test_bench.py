@@ -15,14 +15,15 @@ from PIL import Image
 
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
-from saisa_hf.bench.names import CURVE, MODELS, WORKS
+from saisa_hf.bench.names import CURVE, MEMBER_MODELS, MODELS, REFERENCE, WORKS
 from saisa_hf.bench.options import add_arguments
 from saisa_hf.bench.results import slope
 from saisa_hf.bench.run import cases, names_for, prepared
 from saisa_hf.bench.targets import CPU, H200
-from saisa_hf.bench.work import Case, model_of, tasks
+from saisa_hf.bench.work import Case, counted_as, model_of, tasks
 from saisa_hf.cli import main
-from saisa_hf.costs.flops import Step, step_flops
+from saisa_hf.costs.family import MEMBERS, member_settings
+from saisa_hf.costs.flops import Step, cache_bytes, step_flops
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -220,6 +221,9 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
         assert all(text.count(row["work"]) == 1 for row in result["targets"])
     with pytest.raises(ValueError, match="it has here"):
         performance.main([f"there={numbers}"])
+    with pytest.raises(ValueError, match="no block 'family' to replace; it has here"):
+        monkeypatch.setattr(performance, "FAMILY_PAGE", page)
+        performance.main([f"family={numbers}"])
     targets = {row["work"]: row["target"] for row in result["targets"]}
     if which == "cpu":
         assert targets["decode, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 1.03
@@ -265,6 +269,121 @@ def test_the_page_about_evaluation_shows_the_numbers_that_are_kept():
         assert shown[row["name"]] == [f"{value:.{n}f}" for value, n in zip(found, places)]
 
 
+# --- the members of the family ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def family():
+    """All members beside the other models, at a depth at which no two are the same."""
+    args = arguments("--family", "--layers=8")
+    return build(args, members=MEMBERS), args
+
+
+def logits(models, name, case, args):
+    with tasks(models, [name], case, args) as todo:
+        return todo[name].call().logits
+
+
+def test_members_are_one_language_model_in_the_memory_of_one(family):
+    models, args = family
+    theirs = {x.data_ptr() for model in (models.saisa, models.llava) for x in model.parameters()}
+    for name, model in models.members.items():
+        assert {x.data_ptr() for x in model.parameters()} <= theirs, name
+        assert not any(x.is_meta for x in (*model.parameters(), *model.buffers())), name
+        for key, value in member_settings(name, args.layers).items():
+            assert getattr(model.config, key) == value, (name, key)
+    case, found = Case("prefill", 2, 12, 9), {}
+    for name in (*MEMBER_MODELS, "saisa", "llava"):
+        torch.manual_seed(3)
+        found[name] = logits(models, name, case, args)
+    torch.testing.assert_close(found["member-llava"], found["llava"], atol=2e-5, rtol=0)  # transformers' own
+    torch.testing.assert_close(found["member-saisa"], found["saisa"], atol=2e-5, rtol=0)
+    unlike = [found[name] for name in MEMBER_MODELS]
+    assert all((one - other).abs().max() > 1e-3 for one in unlike for other in unlike if one is not other)
+
+
+def test_layers_of_vica_that_do_not_see_the_image_hold_text_alone_while_it_decodes(family):
+    models, args = family
+    case = Case("decode", 2, 12, 9, tokens=3)
+    assert models.members["vica"].config.visual_layers == [0, 1, 2, 3]
+    with tasks(models, list(MEMBER_MODELS), case, args) as todo:
+        for name, task in todo.items():
+            task.call()
+            held = [layer.keys.shape[2] for layer in task.cache().layers]
+            assert held == ([21] * 4 + [12] * 4 if name == "member-vica" else [21] * 8), name
+
+
+@pytest.mark.parametrize("work", ["prefill", "first-token", "second-question", "decode"])
+def test_the_cache_of_every_model_has_the_bytes_that_costs_says(family, work):
+    models, args = family
+    names = [*MEMBER_MODELS, "saisa", "llava", "language_model"]
+    names = [name for name in names if name != "llava" or work != "second-question"]
+    with tasks(models, names, Case(work, 2, 12, 9), args) as todo:
+        for name, task in todo.items():
+            expected = cache_bytes(*counted_as(models, name), Step(12, 9, batch=2), 4)
+            assert measure.cache_bytes(task.cache()) == expected, name
+
+
+def test_members_are_measured_beside_their_llava_and_transformers(capsys, tmp_path):
+    options = ["--work", "prefill", "decode", "train", "--visual", "9", "--text", "12", "--repeats", "1"]
+    options += ["--train", "projectors", "--family", "--models", "llava", "language_model", "--layers", "2"]
+    printed, result = bench(capsys, tmp_path, *options)
+    assert result["settings"]["members"] == list(MEMBERS)
+    for one in result["results"]:
+        others = {"llava"} if one["work"] == "train" else {"llava", "language_model"}
+        assert set(one["models"]) == {*MEMBER_MODELS, *others} and one["ratios"] == {}
+        assert list(one["member_ratios"]) == list(MEMBER_MODELS)
+        for name, ratios in one["member_ratios"].items():
+            own = one["models"][name]
+            assert list(ratios) == [REFERENCE, "llava"] and own["peak_bytes"] > 0
+            for other, ratio in ratios.items():
+                theirs = one["models"][other]
+                assert ratio["flops"] == own["flops"] / theirs["flops"]
+                assert ratio["time"][1] == own["seconds"]["wall"][0] / theirs["seconds"]["wall"][0]
+                if one["work"] != "train":
+                    assert ratio["cache_bytes"] == own["cache_bytes"] / theirs["cache_bytes"]
+    blocks = {
+        block.splitlines()[0].split("|")[1].strip(): block for block in printed.split("\n\n") if "time / llava" in block
+    }
+    assert list(blocks) == [one["name"] for one in result["results"]]
+    for one in result["results"]:
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in blocks[one["name"]].splitlines()]
+        assert [line[0] for line in lines[2:]] == list(MEMBERS)
+        assert ("cache, MiB" in lines[0]) is (one["work"] != "train") and "time / transformers' LLaVA" in lines[0]
+        assert lines[2][1] == "1.000 (1.000-1.000)"
+    assert "SAISA / " not in printed and "member vica" in printed
+
+
+def test_who_takes_part_is_what_was_asked_for():
+    case, long, second = Case("prefill"), Case("prefill", visual=4096), Case("second-question")
+    some = arguments("--member", "vica", "naavit", "--models", "flamingo", "llava", "--llava-up-to", "576")
+    assert names_for(case, some) == ["flamingo", "llava", "member-llava", "member-naavit", "member-vica"]
+    assert names_for(long, some) == ["flamingo", "member-naavit", "member-vica"]
+    assert names_for(second, some) == ["member-llava", "member-naavit", "member-vica"]
+    assert names_for(case, arguments("--members", "llava")) == ["member-llava"]
+    assert names_for(case, arguments("--family")) == list(MEMBER_MODELS)
+    assert names_for(case, arguments()) == list(MODELS)
+
+
+def test_members_have_curves_and_exponents(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ["--work", "prefill", "--visual", "9", "1024", "1280", "--text", "12", "--no-memory", "--member", "vica"]
+    options += ["--layers", "2"]
+    printed, result = bench(capsys, tmp_path, *options, "--llava-up-to", "1024", f"--plot={tmp_path / 'curve.png'}")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.format == "PNG"
+    assert [one["model"] for one in result["slopes"]] == ["member-vica"] and "\nmember vica: time" in printed
+    assert result["results"][2]["member_ratios"] == {"member-vica": {}}
+
+
+def test_the_page_about_the_family_shows_the_numbers_that_are_kept():
+    result = json.loads(performance.FAMILY.read_text())
+    page = performance.FAMILY_PAGE.read_text(encoding="utf-8")
+    assert f"<!-- family: start -->\n{performance.block(result)}\n<!-- family: end -->" in page
+    assert all(set(one["member_ratios"]) == set(MEMBER_MODELS) for one in result["results"])
+    assert {one["work"] for one in result["results"]} == {"prefill", "decode"}
+
+
 def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
     asked = []
 
@@ -297,6 +416,7 @@ def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
         (["--device", "xla:7"], "device 'xla:7' cannot be used"),
         (["--json", "/nowhere/x.json"], "/nowhere is"),
         (["--plot", "/nowhere/x.png"], "/nowhere is"),
+        (["--targets", "cpu", "--family"], "--targets measures SAISA's targets alone: leave out --member and --family"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line(capsys, options, message):

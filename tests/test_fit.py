@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench.measure import peak_memory
 from saisa_hf.cli import main
+from saisa_hf.costs.family import MEMBERS
 from saisa_hf.costs.memory import WAYS, bytes_of, fit, use_bytes, weight_bytes
 
 
@@ -115,8 +116,12 @@ def test_a_memory_of_which_nothing_is_left_is_refused(capsys):
 
 def test_a_member_of_the_family_fits_by_its_own_cache(capsys):
     found = {}
-    for name in ("llava", "saisa", "vica"):
-        arguments = ["fit", "vicuna-7b", "--gpu-memory", "80GiB", "--text", "64", "--member", name, "--json"]
-        assert main(arguments) == 0
+    for name in MEMBERS:
+        arguments = ["fit", "vicuna-7b", "--gpu-memory", "80GiB", "--text", "64", "--member", name]
+        assert main([*arguments, "--json"]) == 0
         found[name] = json.loads(capsys.readouterr().out)[0]["cache"]
-    assert found["llava"] == found["saisa"] > 1.9 * found["vica"]
+        assert main(arguments) == 0
+        cells = next(line for line in capsys.readouterr().out.splitlines() if "float32" in line).split("|")
+        assert float(cells[3]) == round(found[name] / 2**30, 2)
+    seen = found.pop("vica")
+    assert len(set(found.values())) == 1 and found["llava"] > 1.9 * seen

@@ -15,6 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
+from saisa_hf.bench.names import MEMBER_MODELS
 from saisa_hf.bench.options import add_arguments
 from saisa_hf.bench.run import prepared
 from saisa_hf.bench.work import Case, model_of, tasks
@@ -54,6 +55,13 @@ def models():
     """A SAISA, a LLaVA, a Flamingo and a language model of one size."""
     args = arguments()
     return build(args, flamingo_every=2), args
+
+
+@pytest.fixture(scope="module")
+def family():
+    """The members of the family, at a depth at which no two are the same."""
+    args = arguments(layers=8)
+    return build(args, members=MEMBERS), args
 
 
 def test_the_papers_example_costs_what_the_paper_says(capsys):
@@ -215,10 +223,6 @@ def test_presets_have_as_many_parameters_as_was_published(name, expected):
     assert config.image_seq_length == 576
 
 
-def nbytes(cache) -> int:
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-
-
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
 @pytest.mark.parametrize("text", TEXT_MODELS)
 def test_the_cache_has_as_many_bytes_as_a_real_one(text, layers):
@@ -227,10 +231,10 @@ def test_the_cache_has_as_many_bytes_as_a_real_one(text, layers):
     with torch.no_grad():
         outputs = model(**prompts.inputs, use_cache=True)
         step = Step(TEXT, 8, batch=2)
-        assert cache_bytes(model.config, "saisa", step, 2) == nbytes(outputs.past_key_values)
+        assert cache_bytes(model.config, "saisa", step, 2) == measure.cache_bytes(outputs.past_key_values)
         ids = prompts.input_ids[:, -1:]
         outputs = model(ids, past_key_values=outputs.past_key_values, use_cache=True)
-    assert cache_bytes(model.config, "saisa", step.next_token(), 2) == nbytes(outputs.past_key_values)
+    assert cache_bytes(model.config, "saisa", step.next_token(), 2) == measure.cache_bytes(outputs.past_key_values)
 
 
 def test_the_caches_of_llava_and_flamingo_have_as_many_bytes_as_real_ones(models):
@@ -238,7 +242,7 @@ def test_the_caches_of_llava_and_flamingo_have_as_many_bytes_as_real_ones(models
     with tasks(models, list(ARCHITECTURES), Case("prefill", 2, 12, 9), args, 2) as todo:
         for name, task in todo.items():
             formula = cache_bytes(models.saisa.config, name, Step(12, 9, batch=2), 4)
-            assert formula == nbytes(task.call().past_key_values), name
+            assert formula == measure.cache_bytes(task.call().past_key_values), name
 
 
 @pytest.mark.parametrize("batch, text, visual", [(1, 32, 512), (2, 256, 256)])
@@ -349,8 +353,31 @@ def test_every_member_of_the_family_is_counted_by_name(capsys):
     assert all(
         line in (Path(__file__).parent.parent / "docs" / "family.md").read_text() for line in printed.split("\n")[:8]
     )
-    assert main(["flops", "vicuna-7b", "--member", "vica"]) == 0
-    assert "86% less" in capsys.readouterr().out
+    for name, cache in (*((name, "320.00") for name in MEMBERS[:5]), ("vica", "104.00")):
+        assert main(["flops", "vicuna-7b", "--member", name]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(rf"keys and values in the cache +\| +{cache} \|", printed), name
+    assert "86% less" in printed
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_formulas_are_what_pytorch_counts_in_every_member(family, case):
+    models, args = family
+    if case.trained == "lora":
+        pytest.importorskip("peft")
+    with tasks(models, list(MEMBER_MODELS), case, args) as todo:
+        for name, task in todo.items():
+            assert task.flops == pytest.approx(measure.flops(task.call), rel=0.01), name
+
+
+def test_what_the_benchmark_counts_of_a_member_is_what_the_command_counts(family):
+    models, args = family
+    with tasks(models, list(MEMBER_MODELS), Case("prefill", 2, 12, 9), args) as todo:
+        for key, name in MEMBER_MODELS.items():
+            found = account(member(models.saisa.config, name), Step(12, 9, batch=2), itemsize=4)
+            found = found["llava" if name == "llava" else "saisa"]
+            assert todo[key].flops == sum(found["prompt"].values()) - 2 * encoder_flops(models.saisa.config)
+            assert measure.cache_bytes(todo[key].cache()) == found["cache_bytes"]
 
 
 @pytest.mark.parametrize("name", MEMBERS)

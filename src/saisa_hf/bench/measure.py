@@ -135,6 +135,12 @@ def peak_memory(call: Callable, device: str) -> int:
     return peak
 
 
+def cache_bytes(cache) -> int:
+    """Bytes of the keys and values that a transformers `Cache` holds."""
+    held = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(x.numel() * x.element_size() for x in held if x is not None)
+
+
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """`items`, counted on the last line of a terminal."""
     items = list(items)

@@ -1,12 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
-"""Random models of a given size, and random prompts and images for them: SAISA, its bare language model, a LLaVA, and a
-Flamingo (transformers' Idefics)."""
+"""Random models of a given size, and random prompts and images for them: SAISA, its bare language model, a LLaVA, a
+Flamingo (transformers' Idefics), and the members of the family that SAISA belongs to."""
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -23,22 +23,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .. import SaisaConfig, SaisaForConditionalGeneration
+from ..costs.family import member
 from .names import PATCH_SIZE
 
 
 @dataclass
 class Models:
     """Random models with the same language model and encoder: a SAISA, its language model alone, a LLaVA, and, if asked
-    for, a Flamingo, which has as many key heads as heads."""
+    for, a Flamingo, which has as many key heads as heads, and members of the family by name, all of them settings of this
+    package's own class."""
 
     saisa: SaisaForConditionalGeneration
     bare: LlamaForCausalLM
     llava: LlavaForConditionalGeneration
     flamingo: IdeficsForVisionText2Text | None = None
+    members: dict[str, SaisaForConditionalGeneration] = field(default_factory=dict)
 
     def set_attention(self, implementation: str) -> None:
         """Lets all models attend by `implementation`."""
-        for model in (self.saisa, self.bare, self.flamingo):  # LLaVA is made of parts of the first two
+        # LLaVA is made of parts of the first two
+        for model in (self.saisa, self.bare, self.flamingo, *self.members.values()):
             if model is not None:
                 model.set_attn_implementation(implementation)
 
@@ -51,8 +55,8 @@ class Models:
 
     @contextmanager
     def encoded_by(self, encoder: nn.Module) -> Iterator[None]:
-        """Inside, SAISA and LLaVA use `encoder` instead of their own."""
-        models = (self.saisa.model, self.llava.model)
+        """Inside, all models but the Flamingo use `encoder` instead of their own."""
+        models = [model.model for model in (self.saisa, self.llava, *self.members.values())]
         towers = [model.vision_tower for model in models]
         for model in models:
             model.vision_tower = encoder
@@ -79,14 +83,17 @@ class GivenFeatures(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=self.states, hidden_states=(self.states, self.states))
 
 
-def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models:
+def build(args: argparse.Namespace, flamingo_every: int | None = None, members: Iterable[str] = ()) -> Models:
     """Random models that share all weights but the projectors, and need no gradients. Weights are large enough to keep
     activations from vanishing, so that answers depend on the image.
+
+    Members have no weights of their own: SAISA has a projector for each layer, the others have LLaVA's.
 
     Args:
         args: of `add_size_options` and `with_sizes`; may have `projector_sharing` as well.
         flamingo_every: a Flamingo with gated cross-attention before every so many layers; None: no Flamingo. Where several
             heads share keys, which Idefics does not support, its decoder layers have weights of their own.
+        members: of the family, by name (`MEMBERS`), at the depth of the others.
 
     Raises:
         ValueError: the number of layers is not a multiple of `flamingo_every`, as Idefics requires.
@@ -126,11 +133,27 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None) -> Models
         if args.kv_heads == args.heads:
             flamingo.model.layers.load_state_dict(bare.model.layers.state_dict(), assign=True)
     models = Models(saisa, bare, llava, flamingo)
+    models.members = {name: _member(name, models) for name in members}
     models.set_attention(args.attn_implementation)
-    for model in (saisa, bare, llava, flamingo):
+    for model in (saisa, bare, llava, flamingo, *models.members.values()):
         if model is not None:
             model.requires_grad_(False)
     return models
+
+
+def _member(name: str, models: Models) -> SaisaForConditionalGeneration:
+    """The member `name`, made of the tensors of the others."""
+    saisa, llava = models.saisa, models.llava
+    with torch.device("meta"):
+        own = SaisaForConditionalGeneration(member(saisa.config, name)).eval()
+    decoder = own.language_model
+    weights = saisa.language_model.state_dict()
+    decoder.load_state_dict({key: weights[key] for key in decoder.state_dict()}, assign=True)
+    decoder.rotary_emb = saisa.language_model.rotary_emb
+    if own.config.projector_sharing == "shared":
+        own.model.visual_projector.load_state_dict(llava.model.multi_modal_projector.state_dict(), assign=True)
+    own.model.vision_tower, own.lm_head = saisa.vision_tower, saisa.lm_head
+    return own
 
 
 def _configs(args: argparse.Namespace) -> tuple[LlamaConfig, CLIPVisionConfig]:

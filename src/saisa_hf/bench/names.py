@@ -5,7 +5,7 @@ these for its help."""
 import time
 from typing import Any
 
-from ..costs.presets import CLIP_336, LANGUAGE_MODELS
+from ..costs.presets import CLIP_336, LANGUAGE_MODELS, MEMBERS
 
 
 WORKS = {
@@ -18,6 +18,10 @@ WORKS = {
 TRAINED = ("full", "projectors", "lora")  # all but the encoder, the projectors alone, adapters
 MODELS = {"saisa": "SAISA", "llava": "LLaVA", "flamingo": "Flamingo", "language_model": "language model, text alone"}
 WITHOUT_IMAGE = "language_model"
+# members of the family, all of this package's own class; the names without "member-" are those of `MODELS` too
+MEMBER_MODELS = {f"member-{name}": name for name in MEMBERS}
+REFERENCE = "member-llava"  # what members are compared with
+LABELS = MODELS | {key: f"member {name}" for key, name in MEMBER_MODELS.items()}
 CURVE = (64, 256, 576, 1024, 2048, 4096, 8192, 16384)  # visual tokens
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 

@@ -4,6 +4,7 @@
 import argparse
 
 from ..common.arguments import positive, seed, started
+from ..costs.presets import MEMBERS
 from .names import CLOCKS, CURVE, MODELS, PRESETS, TRAINED, WORKS
 
 
@@ -19,8 +20,15 @@ def _add_cases(group: argparse._ArgumentGroup) -> None:
     works = "; ".join(f"{name}: {meaning}" for name, meaning in WORKS.items())
     default = ["prefill", "first-token", "decode"]
     add("--work", nargs="+", choices=WORKS, default=default, help=f"{works} (default: {' '.join(default)})")
-    models = "default: all; for a second question, those that it concerns"
+    models = "default: all, or none beside members; for a second question, those that it concerns"
     add("--models", nargs="+", choices=MODELS, help=models)
+    members = group.add_mutually_exclusive_group()
+    some = (
+        "members of the family (docs/family.md), each as a setting of this package's model; llava is always among them"
+    )
+    members.add_argument("--member", "--members", nargs="+", choices=MEMBERS, dest="members", help=some)
+    every = "all members"
+    members.add_argument("--family", action="store_const", const=list(MEMBERS), dest="members", help=every)
     add("--batch", type=positive, nargs="+", metavar="N", default=[1], help="samples (default: 1)")
     add("--text", type=positive, nargs="+", metavar="N", default=[64], help="text tokens per sample (default: 64)")
     visual = "visual tokens per sample (default: 576)"
@@ -29,7 +37,7 @@ def _add_cases(group: argparse._ArgumentGroup) -> None:
     add("--curve", action="store_true", help=curve)
     targets = "measure SAISA's targets instead: rows for two CPU cores, or for an H200 where --device is cuda"
     add("--targets", nargs="?", choices=("auto", "cpu", "h200"), const="auto", help=targets)
-    llava = "leave LLaVA out beyond this many visual tokens in all, batch times tokens"
+    llava = "leave LLaVA (the member too) out beyond this many visual tokens in all, batch times tokens"
     add("--llava-up-to", type=positive, metavar="N", help=llava)
     trained = "with --work train: all but the encoder, the projectors alone, or adapters (default: full)"
     add("--train", nargs="+", choices=TRAINED, default=["full"], help=trained)

@@ -8,15 +8,21 @@ from typing import Any
 from ..common.plots import drawing
 from ..common.tables import table
 from .measure import quartiles
-from .names import MODELS
+from .names import LABELS, MEMBER_MODELS, MODELS, REFERENCE
 
 
+FAMILY_NOTE = """\
+time: a member's over that of the member llava, and over that of transformers' LLaVA, in the same round; median (quartiles)
+peak, activations: over those of the member llava. cache: keys and values behind the prompt\
+"""
+RATIO_NOTE = "ratio: SAISA's time over the other's in the same round; median (quartiles)"
 NOTES = """\
-ratio: SAISA's time over the other's in the same round; median (quartiles) of {repeats} rounds in which all take turns
-FLOPs: the same ratio of matrix products, the lowest possible ratio if only they took time; over: ratio / FLOPs
+{repeats} rounds, in which all take turns
+FLOPs: the ratio of matrix products, the lowest possible ratio of times if only they took time; over: ratio of times / FLOPs
 ms: median {clock} time (quartiles). peak: beyond weights and what is kept between calls, as {peak}
 activations: the same for a prefill that keeps no keys and values\
 """
+COLORS = ("C0", "C1", "C2", "C7", "black", "C3", "C4", "C5", "C6", "C8")  # of `LABELS`
 
 
 def show_ratios(results: list[dict]) -> str:
@@ -24,12 +30,46 @@ def show_ratios(results: list[dict]) -> str:
     rows = []
     for result in results:
         for other, ratio in result["ratios"].items():
-            low, mid, high = ratio["time"]
-            row = [f"{result['name']}: SAISA / {MODELS[other]}", f"{mid:.3f} ({low:.3f}-{high:.3f})"]
-            row += [f"{ratio['flops']:.3f}", f"{mid / ratio['flops']:.2f}"]
+            row = [f"{result['name']}: SAISA / {MODELS[other]}", *_time_beside_flops(ratio)]
             row += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("peak_bytes", "activation_bytes")]
             rows.append(row)
     return table(["", "ratio", "FLOPs", "over", "peak", "activations"], rows)
+
+
+def show_family(results: list[dict]) -> str:
+    """For each case a table with a line per member of the family: time, FLOPs and peak memory over those of the member
+    llava, time over that of transformers' LLaVA, and the cache."""
+    tables = []
+    for result in results:
+        rows: list[list[str]] = []
+        for key, ratios in result.get("member_ratios", {}).items():
+            own, found = ratios.get(REFERENCE, {}), result["models"][key]
+            row = [MEMBER_MODELS[key], *_time_beside_flops(own)]
+            row += [f"{own[size]:.2f}" if size in own else "" for size in ("peak_bytes", "activation_bytes")]
+            row.append(f"{found['cache_bytes'] / 2**20:,.1f}" if "cache_bytes" in found else "")
+            rows.append([*row, _time_beside_flops(ratios.get("llava", {}))[0]])
+        header = [
+            result["name"],
+            "time / llava",
+            "FLOPs",
+            "over",
+            "peak",
+            "activations",
+            "cache, MiB",
+            "time / transformers' LLaVA",
+        ]
+        columns = [column for column in zip(header, *rows) if any(column[1:]) or column[0] == result["name"]]
+        first, *others = map(list, zip(*columns))
+        tables.append(table(first, others))
+    return "\n\n".join(tables)
+
+
+def _time_beside_flops(ratio: dict) -> list[str]:
+    """Cells: the ratio of times with its quartiles, that of FLOPs, and the first over the second."""
+    if not ratio:
+        return ["", "", ""]
+    low, mid, high = ratio["time"]
+    return [f"{mid:.3f} ({low:.3f}-{high:.3f})", f"{ratio['flops']:.3f}", f"{mid / ratio['flops']:.2f}"]
 
 
 def show_times(results: list[dict], clock: str) -> str:
@@ -38,14 +78,14 @@ def show_times(results: list[dict], clock: str) -> str:
     for result in results:
         for name, found in result["models"].items():
             low, mid, high = (1e3 * second for second in quartiles(found["seconds"][clock]))
-            row = [f"{result['name']}: {MODELS[name]}", f"{mid:.1f} ({low:.1f}-{high:.1f})"]
+            row = [f"{result['name']}: {LABELS[name]}", f"{mid:.1f} ({low:.1f}-{high:.1f})"]
             row += [f"{found['flops'] / 1e9:.1f}", f"{found['flops'] / mid / 1e6:.0f}"]
             rate = result["tokens"] * result["batch"] / mid * 1e3 if result["work"] == "decode" else None
             row.append("" if rate is None else f"{rate:.1f}")
-            for key in ("peak_bytes", "activation_bytes", "held_bytes"):
+            for key in ("peak_bytes", "activation_bytes", "held_bytes", "cache_bytes"):
                 row.append(f"{found[key] / 2**20:.1f}" if found.get(key) else "")
             rows.append(row)
-    header = ["", "ms", "GFLOPs", "GFLOP/s", "tokens/s", "peak MiB", "activations MiB", "kept MiB"]
+    header = ["", "ms", "GFLOPs", "GFLOP/s", "tokens/s", "peak MiB", "activations MiB", "kept MiB", "cache MiB"]
     return table(header, rows)
 
 
@@ -54,7 +94,7 @@ def show_slopes(slopes: list[dict]) -> str:
     lines = []
     for one in slopes:
         exponents = ", ".join(f"{what} {one[what]:.2f}" for what in ("time", "peak", "FLOPs") if what in one)
-        lines.append(f"{MODELS[one['model']]}: {exponents}, from {one['from']} to {one['to']} visual tokens")
+        lines.append(f"{LABELS[one['model']]}: {exponents}, from {one['from']} to {one['to']} visual tokens")
     return "\n".join(["exponents in the number of visual tokens:", *lines])
 
 
@@ -71,26 +111,24 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     figure, (times, memory, ratios) = pyplot.subplots(1, 3, figsize=(16, 5), sharex=True)
     for batch, style in zip(batches, ("-", "--", ":", "-.")):
         prefills = sorted((r for r in results if r["batch"] == batch), key=operator.itemgetter("visual"))
-        for name, color in zip(MODELS, ("C0", "C1", "C2", "C7")):
+        for name, color in zip(LABELS, COLORS):
             own = [r for r in prefills if name in r["models"]]
-            label = f"{MODELS[name]}, batch {batch}"
+            if not own:
+                continue
+            label = f"{LABELS[name]}, batch {batch}"
             marks: dict[str, Any] = {"color": color, "linestyle": style, "marker": "o", "markersize": 4, "label": label}
             _plot_spread(times, own, [quartiles(r["models"][name]["seconds"][clock]) for r in own], **marks)
             measured = [r for r in own if "peak_bytes" in r["models"][name]]
             if measured:
                 peaks = [r["models"][name]["peak_bytes"] / 2**20 for r in measured]
                 memory.plot([r["visual"] for r in measured], peaks, **marks)
-        both = [r for r in prefills if "llava" in r["ratios"]]
-        marks = {"color": "C0", "linestyle": style, "marker": "o", "label": f"time, batch {batch}"}
-        _plot_spread(ratios, both, [r["ratios"]["llava"]["time"] for r in both], **marks)
-        limit = [r["ratios"]["llava"]["flops"] for r in both]
-        label = f"FLOPs (the limit), batch {batch}"
-        ratios.plot([r["visual"] for r in both], limit, color="black", linestyle=style, label=label)
+        _plot_ratios(ratios, prefills, f", batch {batch}", style)
+    pair = "SAISA / LLaVA" if any(r["ratios"] for r in results) else "member / member llava"
     ticks = sorted({r["visual"] for r in results})
     for axes, title, unit in (
         (times, "prefill", f"{clock} seconds"),
         (memory, "peak memory beyond weights", "MiB"),
-        (ratios, "SAISA / LLaVA", "ratio"),
+        (ratios, pair, "ratio"),
     ):
         _finish(axes, ticks, title=title, ylabel=unit)
     times.set_yscale("log")
@@ -99,6 +137,27 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _plot_ratios(axes: Any, prefills: list[dict], batch: str, style: str) -> None:
+    """Times over LLaVA's with the ratios of FLOPs: of SAISA, or where it is not compared with LLaVA, of members."""
+    of_saisa = [(r, r["ratios"]["llava"]) for r in prefills if "llava" in r["ratios"]]
+    lines = {"": ("C0", "black", of_saisa)}
+    for key, color in zip(LABELS, COLORS):
+        found = [(r, r.get("member_ratios", {}).get(key, {})) for r in prefills]
+        own = [(r, ratios[REFERENCE]) for r, ratios in found if REFERENCE in ratios]
+        if own and key != REFERENCE and not of_saisa:
+            lines[f"{LABELS[key]}: "] = (color, color, own)
+    for name, (color, limit_color, own) in lines.items():
+        if not own:
+            continue
+        results = [r for r, _ in own]
+        marks = {"color": color, "linestyle": style, "marker": "o", "label": f"{name}time{batch}"}
+        _plot_spread(axes, results, [ratio["time"] for _, ratio in own], **marks)
+        limit, label = [ratio["flops"] for _, ratio in own], f"{name}FLOPs (the limit){batch}"
+        axes.plot(
+            [r["visual"] for r in results], limit, color=limit_color, linestyle=":" if name else style, label=label
+        )
 
 
 def _plot_spread(axes: Any, results: list[dict], spread: list[tuple], *, color: str, **marks) -> None:

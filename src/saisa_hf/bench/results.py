@@ -6,12 +6,13 @@ import math
 
 from . import measure
 from .models import Models
-from .names import MODELS, WITHOUT_IMAGE
+from .names import LABELS, MEMBER_MODELS, REFERENCE, WITHOUT_IMAGE
 from .work import Case, tasks
 
 
 def measure_case(models: Models, names: list[str], case: Case, args: argparse.Namespace) -> dict:
-    """One case: seconds by clock, FLOPs and bytes of each model, and the ratios of SAISA to the others."""
+    """One case: seconds by clock, FLOPs and bytes of each model, the ratios of SAISA to the others, and those of members of
+    the family to their LLaVA and to transformers'."""
     with tasks(models, names, case, args, args.cross_every) as todo:
         calls = {name: task.call for name, task in todo.items()}
         clocks = measure.interleaved_by_clock(calls, args.repeats, args.device)
@@ -23,16 +24,26 @@ def measure_case(models: Models, names: list[str], case: Case, args: argparse.Na
                 found[name]["peak_bytes"] = measure.peak_memory(task.call, args.device)
                 if task.uncached is not None:
                     found[name]["activation_bytes"] = measure.peak_memory(task.uncached, args.device)
-    others = [name for name in names if name != "saisa"] if "saisa" in names else []
+                if task.cache is not None:
+                    found[name]["cache_bytes"] = measure.cache_bytes(task.cache())
+    members = [name for name in names if name in MEMBER_MODELS]
+    others = [name for name in names if name not in ("saisa", *members)] if "saisa" in names else []
     ratios = {name: _ratio(found["saisa"], found[name], args.clock) for name in others}
-    return {**vars(case), "name": case.name, "models": found, "ratios": ratios}
+    result = {**vars(case), "name": case.name, "models": found, "ratios": ratios}
+    if members:
+        against = [name for name in (REFERENCE, "llava") if name in names]
+        result["member_ratios"] = {
+            name: {other: _ratio(found[name], found[other], args.clock) for other in against} for name in members
+        }
+    return result
 
 
 def _ratio(one: dict, other: dict, clock: str) -> dict:
     """Quartiles of `one`'s time over `other`'s, round by round, and the ratios of FLOPs and bytes."""
     rounds = [a / b for a, b in zip(one["seconds"][clock], other["seconds"][clock])]
     ratio = {"time": measure.quartiles(rounds), "flops": one["flops"] / other["flops"]}
-    ratio |= {key: one[key] / other[key] for key in ("peak_bytes", "activation_bytes") if key in one and other.get(key)}
+    sizes = ("peak_bytes", "activation_bytes", "cache_bytes")
+    ratio |= {key: one[key] / other[key] for key in sizes if key in one and other.get(key)}
     return ratio
 
 
@@ -52,7 +63,7 @@ def slopes(results: list[dict], clock: str, first: int = 1024) -> list[dict]:
     """For each model the exponents of time, memory and FLOPs in visual tokens, from `first` on, over prefills that differ in
     nothing else: of one batch size, and with the same text."""
     found = []
-    for name in MODELS:
+    for name in LABELS:
         prefills = [r for r in results if r["work"] == "prefill" and name in r["models"] and r["visual"] >= first]
         prefills = [r for r in prefills if r["batch"] == prefills[0]["batch"] and r["text"] == prefills[0]["text"]]
         if name == WITHOUT_IMAGE or len({r["visual"] for r in prefills}) < 2:

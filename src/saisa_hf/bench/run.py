@@ -12,9 +12,9 @@ from ..common.loading import device_named
 from ..common.plots import check_plot
 from . import measure
 from .models import build
-from .names import CURVE, MODELS, PRESETS, WITHOUT_IMAGE
+from .names import CURVE, MEMBER_MODELS, MODELS, PRESETS, REFERENCE, WITHOUT_IMAGE
 from .options import with_sizes
-from .report import NOTES, plot, show_ratios, show_slopes, show_times
+from .report import FAMILY_NOTE, NOTES, RATIO_NOTE, plot, show_family, show_ratios, show_slopes, show_times
 from .results import measure_case, slopes
 from .targets import run_targets, show_targets
 from .work import Case
@@ -36,11 +36,14 @@ def bench(args: argparse.Namespace) -> dict:
         print(describe_models(args))
         result |= _measured(args)
     found = result["results"]
-    print("\n" + show_ratios(found) + "\n\n" + show_times(found, args.clock) + "\n")
+    tables, notes = ([show_family(found)], [FAMILY_NOTE]) if args.members else ([], [])
+    if not args.members or any(one["ratios"] for one in found):
+        tables, notes = [*tables, show_ratios(found)], [*notes, RATIO_NOTE]
+    print("\n" + "\n\n".join([*tables, show_times(found, args.clock)]) + "\n")
     if result["slopes"]:
         print(show_slopes(result["slopes"]) + "\n")
     peak = measure.PEAK_MEMORY[torch.device(args.device).type]
-    print(NOTES.format(repeats=args.repeats, clock=args.clock, peak=peak))
+    print("\n".join([*notes, NOTES.format(repeats=args.repeats, clock=args.clock, peak=peak)]))
     if args.plot:
         plot(found, args.clock, args.plot)
     if args.json:
@@ -54,6 +57,8 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: sizes do not go together, or the device is not there.
     """
+    if args.targets and args.members:
+        raise ValueError("--targets measures SAISA's targets alone: leave out --member and --family.")
     args.given_sizes = [name for name in PRESETS[args.preset] if hasattr(args, name)]
     args = with_sizes(args)
     for many, name, few, other in (
@@ -83,22 +88,25 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def names_for(case: Case, args: argparse.Namespace) -> list[str]:
-    """The models that take part in a case."""
-    chosen = args.models or list(MODELS)
+    """The models that take part in a case. Where members of the family do, they are compared with its LLaVA."""
+    chosen = args.models or ([] if args.members else list(MODELS))
+    members = [key for key, name in MEMBER_MODELS.items() if args.members and name in ("llava", *args.members)]
     if case.work == "second-question":
         chosen = [name for name in chosen if name in ("saisa", WITHOUT_IMAGE)]
     if case.trained in ("projectors", "lora"):
         chosen = [name for name in chosen if name in ("saisa", "llava")]
+    chosen = [*chosen, *members]
     if args.llava_up_to and case.batch * case.visual > args.llava_up_to:
-        chosen = [name for name in chosen if name != "llava"]
+        chosen = [name for name in chosen if name not in ("llava", REFERENCE)]
     return chosen
 
 
 def _measured(args: argparse.Namespace) -> dict:
     """`results` of the cases that the options ask for, and their `slopes`."""
     todo = cases(args)
-    every = args.cross_every if any("flamingo" in names_for(case, args) for case in todo) else None
-    models = build(args, every)
+    taking_part = {name for case in todo for name in names_for(case, args)}
+    every = args.cross_every if "flamingo" in taking_part else None
+    models = build(args, every, [name for key, name in MEMBER_MODELS.items() if key in taking_part])
     results = [measure_case(models, names_for(case, args), case, args) for case in todo]
     return {"results": results, "slopes": slopes(results, args.clock)}
 

@@ -2,8 +2,8 @@
 """What is measured: for each kind of work a call per model, and its FLOPs.
 
 All models get the same text and features. Where the encoder is not part of the work, a stand-in returns its states for
-SAISA and LLaVA, which otherwise run their own forward pass from pixels; the Flamingo takes features. A prefill computes the
-logits of the last position only, as `generate` does.
+SAISA, LLaVA and members of the family, which otherwise run their own forward pass from pixels; the Flamingo takes features. A
+prefill computes the logits of the last position only, as `generate` does.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from transformers import IdeficsForVisionText2Text
 
 from ..common.extras import needs
 from ..compat_saisa import CACHE
+from ..configuration_saisa import SaisaConfig
 from ..costs.flops import Step, encoder_flops, step_flops, training_flops
-from ..training.stages import LORA_TARGETS
+from ..training.stages import LORA_TARGETS, SHARED_PROJECTOR
 from .models import GivenFeatures, Models, draw_text, visual_tokens
-from .names import WITHOUT_IMAGE
+from .names import MEMBER_MODELS, WITHOUT_IMAGE
 
 
 RANK = 64  # of the adapters
@@ -64,12 +65,14 @@ class Task:
         uncached: the same without keeping keys and values, if it makes any: all that it holds are activations.
         flops: of a call, by `saisa_hf.costs.flops`.
         held: bytes of the tensors besides the model that it needs between calls.
+        cache: makes the cache behind the prompt, if the work has one.
     """
 
     call: Callable
     flops: int
     uncached: Callable | None = None
     held: Callable[[], int] = field(default=lambda: 0)
+    cache: Callable | None = None
 
 
 class Inputs:
@@ -96,12 +99,12 @@ class Inputs:
 
     def tokens(self, name: str) -> torch.Tensor:
         """Token ids, with placeholders for the models that have images in the text."""
-        return self.ids if name in ("saisa", "llava") else self.text_ids
+        return self.ids if _reads_placeholders(name) else self.text_ids
 
     def labels(self, name: str) -> torch.Tensor:
         """The same with -100 up to the end of the image."""
         labels = self.tokens(name).clone()
-        labels[:, : self.ids.shape[1] - self.text_ids.shape[1] + 1 if name in ("saisa", "llava") else 1] = -100
+        labels[:, : self.ids.shape[1] - self.text_ids.shape[1] + 1 if _reads_placeholders(name) else 1] = -100
         return labels
 
     def features(self, name: str) -> dict:
@@ -125,8 +128,14 @@ class Inputs:
         return {"pixel_values": self.pixels}
 
 
+def _reads_placeholders(name: str) -> bool:
+    return name not in ("flamingo", WITHOUT_IMAGE)
+
+
 def model_of(models: Models, name: str) -> torch.nn.Module:
-    """The model called `name` in `MODELS`."""
+    """The model called `name` in `MODELS` or `MEMBER_MODELS`."""
+    if name in MEMBER_MODELS:
+        return models.members[MEMBER_MODELS[name]]
     return models.bare if name == WITHOUT_IMAGE else getattr(models, name)
 
 
@@ -136,24 +145,28 @@ def tasks(
 ) -> Iterator[dict[str, Task]]:
     """The work of `case` by each of the models `names`, to be done inside. Afterwards the models are as before, except for
     weights that training has changed."""
-    inputs, config = Inputs(case, args), models.saisa.config
+    inputs = Inputs(case, args)
     step = Step(case.text, case.visual, batch=case.batch)
     if case.work == "train":
         with _training(models, names, case) as trained:
-            yield {
-                name: _training_task(trained[name], name, models, inputs, case, config, cross_every) for name in names
-            }
+            yield {name: _training_task(trained[name], name, models, inputs, case, cross_every) for name in names}
         return
     make = {"prefill": _prefill, "first-token": _first_token, "second-question": _second_question, "decode": _decode}
     with torch.inference_mode():
         made = {name: make[case.work](models, name, inputs, case) for name in names}
         for name, task in made.items():
-            task.flops = _flops(name, step, inputs, case, config, cross_every)
+            task.flops = _flops(models, name, step, inputs, case, cross_every)
         yield made
 
 
-def _flops(name, step, inputs, case, config, cross_every) -> int:
+def counted_as(models: Models, name: str) -> tuple[SaisaConfig, str]:
+    """The configuration and the architecture by which `saisa_hf.costs.flops` counts the model called `name`."""
+    return (model_of(models, name).config, "saisa") if name in MEMBER_MODELS else (models.saisa.config, name)
+
+
+def _flops(models, name, step, inputs, case, cross_every) -> int:
     """FLOPs of a call of any work except training."""
+    config, architecture = counted_as(models, name)
     steps = [step]
     if name == "flamingo":
         if not IDEFICS_KEEPS_LOGITS:
@@ -161,13 +174,19 @@ def _flops(name, step, inputs, case, config, cross_every) -> int:
         # from pixels, it also attends to the class tokens
         images = 0 if inputs.pixels is None else len(inputs.pixels) // case.batch
         steps = [replace(step, visual=step.visual + images)]
-    if case.work == "second-question" and name == "saisa":
+    if case.work == "second-question" and _keeps_states(models, name):
         steps = [replace(step, visual=0, cached_visual=step.visual)]
     if case.work == "decode":
         steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
     encoder = inputs.pixels is not None and name != WITHOUT_IMAGE
     total = len(inputs.pixels) * encoder_flops(config) if encoder else 0
-    return total + sum(sum(step_flops(config, name, one, cross_every).values()) for one in steps)
+    return total + sum(sum(step_flops(config, architecture, one, cross_every).values()) for one in steps)
+
+
+def _keeps_states(models: Models, name: str) -> bool:
+    """Whether a second question finds keys and values of the image, which the first has left."""
+    config, architecture = counted_as(models, name)
+    return architecture == "saisa" and not config.in_embedding_space
 
 
 def _prefill(models, name, inputs, case) -> Task:
@@ -177,7 +196,7 @@ def _prefill(models, name, inputs, case) -> Task:
         with models.encoded_by(inputs.encoder):
             return model(input_ids=ids, use_cache=use_cache, logits_to_keep=1, **inputs.features(name))
 
-    return Task(call, 0, lambda: call(use_cache=False))
+    return Task(call, 0, lambda: call(use_cache=False), cache=lambda: call()[CACHE])
 
 
 def _first_token(models, name, inputs, case) -> Task:
@@ -187,20 +206,21 @@ def _first_token(models, name, inputs, case) -> Task:
         outputs = model(input_ids=ids, use_cache=True, logits_to_keep=1, **inputs.images(name))
         return outputs.logits[:, -1].argmax(-1)
 
-    return Task(call, 0)
+    return Task(call, 0, cache=_prefill(models, name, inputs, case).cache)
 
 
 def _second_question(models, name, inputs, case) -> Task:
-    if name != "saisa":
+    if not _keeps_states(models, name):
         return _prefill(models, name, inputs, case)
+    model = model_of(models, name)
     with models.encoded_by(inputs.encoder):
-        states = models.saisa.get_visual_states(inputs.nothing)
+        states = model.get_visual_states(inputs.nothing)
 
     def call():
         with models.encoded_by(inputs.encoder):  # the states are checked to be of this encoder
-            return models.saisa(input_ids=inputs.ids, visual_states=states, use_cache=True, logits_to_keep=1)
+            return model(input_ids=inputs.ids, visual_states=states, use_cache=True, logits_to_keep=1)
 
-    return Task(call, 0, held=lambda: states.nbytes)
+    return Task(call, 0, held=lambda: states.nbytes, cache=lambda: call()[CACHE])
 
 
 def _decode(models, name, inputs, case) -> Task:
@@ -215,7 +235,7 @@ def _decode(models, name, inputs, case) -> Task:
             model(input_ids=token, use_cache=True, logits_to_keep=1, **{CACHE: cache}, **images)
         cache.crop(-case.tokens)
 
-    return Task(call, 0)
+    return Task(call, 0, cache=lambda: cache)
 
 
 @contextmanager
@@ -244,17 +264,18 @@ def _training(models: Models, names: list[str], case: Case) -> Iterator[dict]:
 
 def _with_adapters(model):
     peft = needs("peft", "training adapters", extra="lora")
-    targets = rf"({LORA_TARGETS}|.*multi_modal_projector\.linear_\d)"
+    targets = rf"({LORA_TARGETS}|{SHARED_PROJECTOR}|.*multi_modal_projector\.linear_\d)"
     config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=targets)
     return peft.get_peft_model(model, config)
 
 
-def _training_task(model, name, models, inputs, case, config, cross_every) -> Task:
+def _training_task(model, name, models, inputs, case, cross_every) -> Task:
+    config, architecture = counted_as(models, name)
     weights = [p for p in model.parameters() if p.requires_grad]
     device = inputs.ids.device.type
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True)  # as in `Trainer`
     ids, labels = inputs.tokens(name), inputs.labels(name)
-    options = {"skip_logits": True} if name == "saisa" else {}  # as in `saisa train`
+    options = {"skip_logits": True} if architecture == "saisa" else {}  # as in `saisa train`
     dtype = inputs.nothing.dtype
     precision = nullcontext() if dtype == torch.float32 else torch.autocast(device, dtype)
 
@@ -269,7 +290,7 @@ def _training_task(model, name, models, inputs, case, config, cross_every) -> Ta
         states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor)]
         return sum(x.numel() * x.element_size() for x in (*model.parameters(), *states))
 
-    # the token before the image predicts nothing, and in SAISA no token of the image does
-    rows = {"saisa": case.text - 2}.get(name)
+    # the token before the image predicts nothing, and of the image only the last one does, where it has an output
+    rows = case.text - 2 + config.in_embedding_space if architecture == "saisa" else None
     step = Step(case.text, case.visual, batch=case.batch, logits=rows)
-    return Task(call, training_flops(config, name, step, case.trained, RANK, cross_every), held=held)
+    return Task(call, training_flops(config, architecture, step, case.trained, RANK, cross_every), held=held)

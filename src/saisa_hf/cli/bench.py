@@ -15,6 +15,7 @@ model on the text alone, which is the lower bound.
   saisa bench --batch 1 8
   saisa bench --curve --llava-up-to 8192 --plot curve.png --json curve.json
   saisa bench --preset vicuna-7b --device cuda --dtype bfloat16 --batch 1 8 32
+  saisa bench --family --models llava
 
 In each round all models take turns. Prints medians with quartiles, ratios first, each beside the ratio of FLOPs, which
 is its limit.
