@@ -1,6 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The console script `saisa`, and the arithmetic and text of the model card it writes."""
 
+import itertools
 import json
 import os
 import re
@@ -15,10 +16,13 @@ import pytest
 import yaml
 from test_convert import authors_checkpoint
 
-from saisa_hf import SaisaConfig, vision_saisa
+from saisa_hf import SaisaConfig, SaisaProcessor, vision_saisa
+from saisa_hf.checkpoints.check import check
 from saisa_hf.checkpoints.model_card import flops, licence_in_card, model_card, parameter_counts, write_model_card
 from saisa_hf.cli import main
 from saisa_hf.cli.options import REDUCTIONS
+from saisa_hf.common.loading import check_saisa
+from saisa_hf.common.sources import reading
 from saisa_hf.demo import CHECKPOINT
 
 
@@ -286,6 +290,30 @@ BROKEN = {
     "template": ("chat_template.jinja", lambda content: b"{% if %}"),
     "encoding": ("chat_template.jinja", lambda content: b"\xff\xfe"),
 }
+
+
+def test_of_a_folder_the_file_that_holds_no_object_is_named(tmp_path):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "broken")
+    for name, content in itertools.product(
+        ("processor_config", "preprocessor_config", "tokenizer"), ("{", "null", "[]")
+    ):
+        file = folder / f"{name}.json"
+        whole = file.read_bytes()
+        file.write_text(content)
+        said = f"{file}.*(valid JSON|expected an object)"  # or transformers says it
+        with pytest.raises((ValueError, OSError), match=said), reading(folder):
+            SaisaProcessor.from_pretrained(folder)
+        file.write_bytes(whole)
+    (folder / "tokenizer_config.json").write_text("null")
+    named = [one.text for one in check(folder, log=lambda line: None) if one.kind == "problem"]
+    assert f"{folder}/tokenizer_config.json holds a NoneType, expected an object." in named
+    for content in ("{", "null", "[]"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=f"^{folder}/config.json .*(not valid JSON|expected an object)"):
+            check_saisa("MODEL", str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"^{folder}/config.json is missing"):
+        check_saisa("MODEL", str(folder))
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from ..common.sources import check_local, first_line, reading
+from ..common.sources import check_local, first_line, read_json, reading
 from ..configuration_saisa import SaisaConfig
 from ..modeling_saisa import SaisaForConditionalGeneration, SaisaModel
 from ..processing_saisa import SaisaProcessor
 from ..visual_states_saisa import FORMAT, SaisaVisualStates
 from .names import as_saved
 from .upgrade import plan_upgrade
-from .weight_files import DTYPES, STORED_DTYPES, WeightFiles, check_layers, listed_files, read_json, tensors_of
+from .weight_files import DTYPES, STORED_DTYPES, WeightFiles, check_layers, listed_files, tensors_of
 
 
 MOST = 20  # findings of one kind that are listed one by one
@@ -246,7 +246,8 @@ def _processor(folder: Path, config: SaisaConfig | None) -> Iterator[tuple[str, 
     if not any((folder / f"{name}.json").exists() for name in ("processor_config", "preprocessor_config", "tokenizer")):
         yield "note", "there is none: AutoProcessor cannot read this folder."
         return
-    processor = SaisaProcessor.from_pretrained(folder)
+    with reading(folder):
+        processor = SaisaProcessor.from_pretrained(folder)
     token, tokenizer, sound = processor.image_token, processor.tokenizer, True
     index = tokenizer.convert_tokens_to_ids(token)
     for said in [] if config is None else _unlike(processor, config, index):

@@ -27,7 +27,7 @@ from transformers import (
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import chat_template_names, read_chat_template
 from ..common.destination import Destination, size_in_bytes
-from ..common.sources import first_line, local_folder, reading
+from ..common.sources import first_line, local_folder, read_json, reading
 from ..configuration_saisa import SaisaConfig
 from ..processing_saisa import SaisaProcessor, add_image_token
 from .authors_layout import (
@@ -40,7 +40,7 @@ from .authors_layout import (
 )
 from .model_card import licence_in_card, write_model_card
 from .padding import prepare_padding
-from .weight_files import DTYPES, WeightFiles, check_layers, read_json
+from .weight_files import DTYPES, WeightFiles, check_layers
 from .weight_writing import weight_shards, write_weights
 
 

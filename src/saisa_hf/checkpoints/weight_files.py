@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..common.sources import first_line
+from ..common.sources import first_line, read_json
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,24 +23,6 @@ STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF
 
 _PIECE = 32 * 2**20  # bytes read, converted, hashed and written at a time
 _CORRUPT = "It is truncated or not a weight file; download or copy it again."
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # deep nesting
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object.")
-    return content
 
 
 def check_layers(config: Any, most: int, file: Path) -> None:

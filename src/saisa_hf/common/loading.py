@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..images_saisa import load_image
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor
-from .sources import check_local, first_line, reading
+from .sources import check_local, first_line, read_json, reading
 
 
 @contextlib.contextmanager
@@ -72,9 +72,11 @@ def check_saisa(name: str, checkpoint: str) -> str:
         OSError: no such folder or repository.
         ValueError: it is not a SAISA.
     """
-    checkpoint = str(check_local(name, checkpoint) or checkpoint)
-    with reading(f"{checkpoint}/config.json" if os.path.isdir(checkpoint) else checkpoint):
-        config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    if (folder := check_local(name, checkpoint)) is None:
+        with reading(checkpoint):
+            config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    else:
+        checkpoint, config = str(folder), read_json(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else config
     if found != "saisa":
         raise ValueError(f"{name} {checkpoint!r} has model_type {found!r:.80}: expected 'saisa'.")

@@ -2,6 +2,7 @@
 """What a command reads, given by name: a folder or a file, or a repository on the hub."""
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -13,6 +14,9 @@ _ENDINGS = (
     ".json .jsonl .parquet .csv .arrow .txt .yaml .yml .jinja .safetensors .bin .pt .pth .gguf .zip .tar .gz .png .jpg"
 )
 FILE_ENDINGS = tuple(_ENDINGS.split())
+
+# of a checkpoint: each holds an object
+_SETTINGS = ("config", "generation_config", "processor_config", "preprocessor_config", "tokenizer_config", "tokenizer")
 
 
 def check_local(name: str, value: str | os.PathLike, files: bool = False, presets: Collection[str] = ()) -> Path | None:
@@ -67,20 +71,41 @@ def local_folder(source: str | os.PathLike, role: str) -> Path | None:
 def first_line(error: BaseException) -> str:
     """What an error of another library says, without its explanations; its type if it says nothing."""
     first, *others = str(error).strip().split("\n")
-    if first.endswith(":") and others:
-        first = f"{first} {others[0].strip()}"
+    if first.rstrip().endswith(":") and others:
+        first = f"{first.rstrip()} {others[0].strip()}"
     return first[:500] or type(error).__name__
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or not an object.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # deep nesting
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, expected an object.")
+    return content
 
 
 @contextlib.contextmanager
 def reading(source: str | os.PathLike) -> Iterator[None]:
     """Inside, whatever other libraries raise for what `source` holds becomes an error that names it: an OSError remains one,
-    everything else is a ValueError."""
+    everything else is a ValueError. Of a folder, it names the JSON file that holds no object, if there is one."""
     try:
         yield
     except (MemoryError, ImportError):  # not for want of something in it
         raise
     except Exception as error:
+        for file in (Path(source, f"{name}.json") for name in _SETTINGS):
+            if file.is_file():
+                read_json(file)
         if isinstance(error, (OSError, ValueError)) and str(source) in str(error):
             raise
         said = first_line(error) if str(error) and not isinstance(error, KeyError) else repr(error)
