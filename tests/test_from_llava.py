@@ -429,7 +429,7 @@ def test_the_command_writes_a_model_a_processor_and_a_report(checkpoint, tmp_pat
 
 def test_defaults_of_the_command_are_those_of_the_settings():
     given = vars(make_parser().parse_args(["build", "--from-llava", "a", "b"]))
-    for name in ("pictures", "held_out", "steps", "projector_hidden_size", "seed"):
+    for name in ("pictures", "held_out", "steps", "projector_hidden_size", "seed", "visual_layers", "choose_on"):
         assert given[name] == getattr(Fit(), name), name
     assert given["distill"] == Fit().distill_steps
 

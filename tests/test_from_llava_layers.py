@@ -263,6 +263,7 @@ def test_the_option_serves_both_ways_and_leaves_paths_alone():
         (["--visual-layers", "1", "1"], "visual_layers=[1, 1]: expected a list of distinct layers"),
         (["--visual-layers", "vica-7b"], "expected a list of distinct layers between 0 and 4"),
         (["--visual-layers", "0,,2"], "expected layers like 0,1,7, or auto:8, or vica-7b, vica-13b, vica-2.7b, got '0,,2'"),
+        (["--choose-on", 3, "--visual-layers", "1"], "--choose-on only goes with --visual-layers auto:8"),
         (["--visual-layers", "most"], "or vica-7b, vica-13b, vica-2.7b, got 'most'"),
         (["--visual-layers", "auto:2", "--pictures", 2], "2 of the images can be read, and at least 3 are needed: one to "
          "fit on, one to choose layers on, one to measure on"),

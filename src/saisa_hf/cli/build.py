@@ -165,6 +165,8 @@ def _check(arguments: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} {rule}")
     if not from_llava and isinstance(arguments.visual_layers, str):
         parser.error(f"--visual-layers {arguments.visual_layers} only goes with --from-llava")
+    if arguments.choose_on != parser.get_default("choose_on") and not isinstance(arguments.visual_layers, str):
+        parser.error("--choose-on only goes with --visual-layers auto:8, or another number")
     if images:
         parser.error("--from-llava needs --images FOLDER, images to fit the projectors on")
 

@@ -203,7 +203,7 @@ def processor_from_llava(llava_processor: ProcessorMixin, config: SaisaConfig) -
             do_center_crop=False,
             **colour_settings(image_processor),
         )
-    if isinstance(llava_processor, SaisaProcessor):
+    if hasattr(llava_processor, "tokenize_whole"):  # a SaisaProcessor, of this package or of a checkpoint's own code
         if no_tiles:
             llava_processor = copy.copy(llava_processor)
             llava_processor.image_processor, llava_processor.vision_aspect_ratio = image_processor, None
