@@ -25,6 +25,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -42,8 +43,8 @@ COVERED = 0.6  # of a picture's opaque pixels, by the colour that one would name
 HUES = {
     "red": (345, 371),
     "orange": (18, 37),
-    "yellow": (44, 64),
-    "green": (75, 165),
+    "yellow": (44, 63),
+    "green": (68, 165),
     "blue": (187, 245),
     "purple": (255, 290),
 }
@@ -108,7 +109,8 @@ class Thing:
     Attributes:
         code: its code point, in hexadecimal.
         name: what one calls it, in lower case; no two things share one.
-        plural: what one calls several; None: the name has no plural that differs from it, or the picture shows several.
+        article: "a" or "an"; "" before a name that takes none, "grapes".
+        plural: what one calls several; None: no scene shows several.
         category: what a child would call its kind, "animal"; None if nobody would.
         colours: artist -> the one of `COLOURS` that this artist's picture has nearly everywhere; None if one cannot say.
         files: artist -> picture, a PNG with transparency.
@@ -116,15 +118,28 @@ class Thing:
 
     code: str
     name: str
+    article: str
     plural: str | None
     category: str | None
     colours: dict[str, str | None]
     files: dict[str, Path]
 
+    def __hash__(self) -> int:
+        return hash(self.code)
+
+    @property
+    def one(self) -> str:
+        """The name with its article."""
+        return f"{self.article} {self.name}".strip()
+
+    @property
+    def verb(self) -> str:
+        return "are" if not self.article and (self.name.endswith("s") or " and " in self.name) else "is"
+
 
 @lru_cache
-def listed() -> tuple[tuple[tuple[str, str, bool, str], ...], dict[str, frozenset[str]]]:
-    """What `drawings.txt` holds: (code, name, whether it has a plural, category) of each thing, and name -> the names of the
+def listed() -> tuple[tuple[tuple[str, str, str, str], ...], dict[str, frozenset[str]]]:
+    """What `drawings.txt` holds: (code, name, its mark, category) of each thing, and name -> the names of the
     things that it could be taken for."""
     things, alike = [], defaultdict(set)
     for line in LIST.read_text(encoding="utf-8").splitlines():
@@ -139,7 +154,8 @@ def listed() -> tuple[tuple[tuple[str, str, bool, str], ...], dict[str, frozense
         else:
             for entry in rest.split(", "):
                 code, _, name = entry.partition(" ")
-                things.append((code, name.removesuffix("*"), not name.endswith("*"), kind))
+                bare = name.rstrip("*~")
+                things.append((code, bare, name[len(bare) :], kind))
     return tuple(things), {name: frozenset(others) for name, others in alike.items()}
 
 
@@ -177,13 +193,11 @@ def install(folder: str | os.PathLike) -> None:
         made = Path(work) / "made"
         for artist, package in PACKAGES.items():
             unpack(loaded(package, Path(work)), artist, package, made / artist)
-        things = [
-            {"code": code, "name": name, "plural": plural(name) if several else None, "category": category}
-            | {"colours": {artist: colour_of(made / artist / f"{code}.png") for artist in ARTISTS}}
-            for code, name, several, category in listed()[0]
-        ]
+        colours = {
+            code: {artist: colour_of(made / artist / f"{code}.png") for artist in ARTISTS} for code, *_ in listed()[0]
+        }
+        (made / DONE).write_text(json.dumps(wanted | {"colours": colours}))
         (made / "LICENCES.txt").write_text("".join(f"{a}: {p.notice} (npm {p.name})\n" for a, p in PACKAGES.items()))
-        (made / DONE).write_text(json.dumps(wanted | {"things": things}, indent=1))
         if folder.is_dir():
             folder.rmdir()  # empty
         os.rename(made, folder)
@@ -240,14 +254,17 @@ def read(folder: str | os.PathLike) -> list[Thing]:
     folder = Path(folder).expanduser()
     if not (folder / DONE).is_file():
         raise FileNotFoundError(f"{folder} has no drawings: run python benchmarks/drawings.py {folder}")
-    things = []
-    for found in json.loads((folder / DONE).read_text())["things"]:
-        found["category"] = None if found["category"] == "other" else found["category"]
-        things.append(Thing(**found, files={artist: folder / artist / f"{found['code']}.png" for artist in ARTISTS}))
+    things, colours = [], json.loads((folder / DONE).read_text())["colours"]
+    for code, name, mark, category in listed()[0]:
+        vowel = name == "hourglass" or (name[0] in "aeiou" and name != "unicorn")
+        article = "" if mark == "~" else "an" if vowel else "a"
+        files = {artist: folder / artist / f"{code}.png" for artist in ARTISTS}
+        several, kind = None if mark else plural(name), None if category == "other" else category
+        things.append(Thing(code, name, article, several, kind, colours[code], files))
     return things
 
 
-def is_unseen(things: list[Thing]) -> dict[str, bool]:
+def is_unseen(things: Iterable[Thing]) -> dict[str, bool]:
     """name -> whether a thing is kept from training: `UNSEEN` of each category, chosen by a hash of the names."""
     by_category = defaultdict(list)
     for thing in things:
@@ -280,11 +297,11 @@ def named_colour(red: int, green: int, blue: int) -> str | None:
 
 def colour_of(path: Path) -> str | None:
     """The colour that covers `COVERED` of a picture's opaque pixels, three times as many as any other; None if none does.
-    Black that covers less than half is taken for outlines and not counted."""
+    Black that covers less than a third is taken for outlines and not counted."""
     picture = np.asarray(Image.open(path).convert("RGBA").resize((48, 48), Image.Resampling.BOX))
     opaque = picture[picture[..., 3] > 200][:, :3]
     counts = Counter(named_colour(*pixel) for pixel in opaque.tolist())
-    if counts["black"] * 2 < len(opaque):
+    if counts["black"] * 3 < len(opaque):
         del counts["black"]
     total = sum(counts.values())
     (name, most), *others = [*counts.most_common(2), (None, 0)]
