@@ -134,7 +134,7 @@ class Thing:
 
     @property
     def verb(self) -> str:
-        return "are" if not self.article and (self.name.endswith("s") or " and " in self.name) else "is"
+        return "are" if not self.article and self.name.endswith("s") else "is"
 
 
 @lru_cache
@@ -265,14 +265,18 @@ def read(folder: str | os.PathLike) -> list[Thing]:
 
 
 def is_unseen(things: Iterable[Thing]) -> dict[str, bool]:
-    """name -> whether a thing is kept from training: `UNSEEN` of each category, chosen by a hash of the names."""
+    """name -> whether a thing is kept from training: `UNSEEN` of each category, chosen by a hash of the names among those
+    that are no part of another name."""
+    parts = Counter(word for thing in things for word in set(thing.name.split())) + Counter(COLOURS)
     by_category = defaultdict(list)
     for thing in things:
         by_category[thing.category].append(thing.name)
     unseen = {}
     for names in by_category.values():
-        names.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-        unseen |= {name: index < round(UNSEEN * len(names)) for index, name in enumerate(names)}
+        free = [name for name in names if parts[name] < 2]
+        free.sort(key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+        chosen = set(free[: round(UNSEEN * len(names))])
+        unseen |= {name: name in chosen for name in names}
     return unseen
 
 

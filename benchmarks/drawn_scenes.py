@@ -16,7 +16,7 @@ counts and positions can, and questions refer to things by their category where 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 SPLITS = ("train", "valid", "artist", "unseen")
 SIZE = 224  # pixels, of a picture
 TURNS = 4
+ATTEMPTS = 12  # at a question of one kind, before another kind is asked
 KINDS = ("name", "category", "colour", "count", "position", "relation", "presence", "reading", "chart")
 SHARES = {"single": 0.3, "scene": 0.46, "sign": 0.12, "chart": 0.12}
 ASKED = {
@@ -179,15 +180,21 @@ class Maker:
 
     def make(self, kind: str) -> Sample:
         layout, picture, caption = getattr(self, f"{kind}_picture")()
-        turns = {}
-        ask: dict[str, Callable] = {name: getattr(self, f"ask_{name}") for name in ASKED[kind]}
+        turns: dict[tuple, Turn] = {}
         while len(turns) < TURNS:
-            name = str(self.rng.choice(list(ask), p=list(ASKED[kind].values())))
-            found = ask[name](layout)
-            if found is not None:
-                about, turn = found
-                turns.setdefault((name, about), turn)
+            name = str(self.rng.choice(list(ASKED[kind]), p=list(ASKED[kind].values())))
+            for _ in range(ATTEMPTS):
+                about, turn = getattr(self, f"ask_{name}")(layout) or (None, None)
+                if turn is not None and about not in turns and self.balanced(turn, turns.values()):
+                    turns[about] = turn
+                    break
         return Sample(kind, picture, caption, list(turns.values()), layout)
+
+    def balanced(self, turn: Turn, others: Iterable[Turn]) -> bool:
+        """Whether a sample's answers of a kind stay about as often Yes as No with one more turn."""
+        sign = {"Yes": 1, "No": -1}
+        before = sum(sign.get(other.answer, 0) for other in others if other.kind == turn.kind)
+        return turn.answer not in sign or abs(before + sign[turn.answer]) <= 1
 
     # Small choices.
 
@@ -203,7 +210,7 @@ class Maker:
 
     def turn(self, kind: str, form: str, answer: str | bool, about=None, **given: str):
         answer = {True: "Yes", False: "No"}.get(answer, answer)
-        return (form, about), Turn(kind, self.phrase(form, **given), answer)
+        return (kind, form, about), Turn(kind, self.phrase(form, **given), answer)
 
     def background(self, white: bool) -> tuple[int, int, int]:
         """White or a pale colour; a stronger one behind things that are white themselves."""
@@ -417,8 +424,14 @@ class Maker:
         return self.turn("relation", "is beside", answer, about, **given)
 
     def ask_presence(self, layout):
-        answer = self.yes()
-        found = self.one_of(layout).thing
+        answer, found = self.yes(), self.one_of(layout).thing
+        if self.yes(0.3):
+            category = found.category if answer else self.one_of(list(COUNTED))
+            there = any(other.thing.category == category for other in layout)
+            if category not in COUNTED or there != answer or not (there or unmistakable(layout, category)):
+                return None
+            one = f"{'an' if category[0] in 'aeiou' else 'a'} {category}"
+            return self.turn("presence", "presence", answer, category, one=one)
         if answer:
             return self.turn("presence", "presence", True, found.name, one=found.one)
         hard = [thing for thing in self.things if thing.category == found.category] if self.yes(0.6) else self.things

@@ -58,7 +58,7 @@ PHRASES = {
         | What is shown {side} the {thing}? / What can be seen {side} the {thing}?""",
     "is beside": """{Verb} the {one} {side} the {other}? / Do you see the {one} {side} the {other}? /
         In the picture, {verb} the {one} {side} the {other}? / Would you find the {one} {side} the {other}?
-        | {Verb} the {one} shown {side} the {other}? / Can the {one} be seen {side} the {other}?""",
+        | Can the {one} be seen {side} the {other}?""",
     "presence": """Do you see {one}? / Does the picture show {one}? / Can you find {one}? /
         Does the picture have {one} in it? / Can you see {one} here?
         | Does the image contain {one}? / Could you point at {one} in the image?""",
