@@ -139,11 +139,13 @@ def test_answers_are_what_the_picture_shows(things, samples):
     longest_first = sorted(map(re.escape, called), key=len, reverse=True)  # where a name is part of another
     pattern = re.compile(rf"\b({'|'.join(longest_first)})\b")
     checked = dict.fromkeys(("count", "position", "relation", "presence", "category"), 0)
-    for sample, turn in every_turn([sample for split in SPLITS for sample in samples[split]]):
-        if sample.type != "scene" or turn.kind not in checked:
-            continue
-        shown, grid = seen(sample, things), sample.layout[0].grid
+    scenes = [sample for split in SPLITS for sample in samples[split] if sample.type == "scene"]
+    shown_in = {id(sample): seen(sample, things) for sample in scenes}
+    for sample, turn in every_turn(scenes):
+        shown, grid = shown_in[id(sample)], sample.layout[0].grid
         assert {(found.row, found.column): found.thing for found in sample.layout} == shown
+        if turn.kind not in checked:
+            continue
         names, right = pattern.findall(turn.question.lower()), turn.answer
         checked[turn.kind] += 1
         if turn.kind == "count":
