@@ -1,7 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """Pictures of some six hundred things, each drawn by four artists, from packages of npm. None is in this repository.
 
-    python benchmarks/drawings.py FOLDER        installs them, 160 MB to load, 20 MB on disk
+    python benchmarks/drawings.py FOLDER        installs them, 160 MB to load, 33 MB on disk
 
     artist     drawn how                              licence of the pictures
     noto       shaded, Google's Noto Emoji            Apache 2.0
