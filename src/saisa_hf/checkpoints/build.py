@@ -27,10 +27,11 @@ from transformers import (
 from ..chat.templates import chat_template as named_chat_template
 from ..chat.templates import read_chat_template, with_pictures
 from ..common.destination import Destination, size_in_bytes
-from ..common.sources import local_folder, reading
+from ..common.sources import check_local, reading
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token
 from ..vision_saisa import image_size
+from .gguf import GGUF, gguf_file, gguf_tokenizer
 from .model_card import licence_in_card, write_model_card
 from .names import as_saved
 from .padding import prepare_padding
@@ -62,7 +63,8 @@ def build(
     """Builds an untrained SAISA from parts into the folder `destination`.
 
     Args:
-        language_model: folder or hub id of a language model with its tokenizer.
+        language_model: folder or hub id of a language model with its tokenizer; or a folder with one GGUF file, or that file
+            (see `gguf`).
         vision_model: folder or hub id of a vision encoder with its image processor; CLIP and SigLIP may bring a text tower.
         destination: folder to make. An existing one must be empty, or `overwrite` must be True.
         image_token: the text that stands for an image. None: the one that the tokenizer has (`KNOWN_IMAGE_TOKENS`), else
@@ -94,11 +96,12 @@ def build(
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
     place = Destination(destination, overwrite, push_to_hub, private, log)
     for part in (language_model, vision_model):
-        if os.path.isdir(part):
+        if os.path.exists(part):
             place.check_outside(Path(part))
 
+    file = gguf_file(language_model)
     with reading(f"the tokenizer of {language_model}"):
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
+        tokenizer = gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
     template = _chat_template(chat_template, tokenizer, image_token)
     with reading(f"the image processor of {vision_model}"):
@@ -127,7 +130,7 @@ def build(
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         processor.save_pretrained(partial)
         count = _compare(partial, model)
-        repositories = [str(part) for part in (language_model, vision_model) if not os.path.isdir(part)]
+        repositories = [str(part) for part in (language_model, vision_model) if not os.path.exists(part)]
         write_model_card(
             partial,
             model.config,
@@ -271,8 +274,8 @@ def _compare(folder: Path, model: SaisaForConditionalGeneration) -> int:
 
 
 def _source(part: str | os.PathLike, role: str) -> str:
-    """A folder's absolute path, or the hub id as it is."""
-    folder = local_folder(part, role)
+    """The absolute path of a folder or GGUF file, or the hub id as it is."""
+    folder = check_local(role, part, files=str(part).endswith(GGUF))
     return str(part) if folder is None else str(folder.absolute())
 
 

@@ -15,6 +15,7 @@ from ..compat_saisa import model_class_of, needed
 from ..language_models_saisa import FAMILIES
 from ..modeling_saisa import SaisaVisualProjector
 from ..vision_saisa import SaisaVisualResampler, as_vision_tower
+from .gguf import gguf_file, gguf_model
 from .names import checkpoint_state_dict
 
 
@@ -29,8 +30,8 @@ def assemble(model_class, text_model, vision_model, **arguments):
 
     Args:
         model_class: the class that `from_parts` was called on.
-        text_model: folder or hub id of a language model of a supported family, or a model of transformers with its head.
-            The tensors of a model are shared, not copied.
+        text_model: folder or hub id of a language model of a supported family, a folder with a GGUF file (see `gguf`), or a
+            model of transformers with its head. The tensors of a model are shared, not copied.
         vision_model: folder or hub id of a vision encoder, also of a CLIP or SigLIP with a text tower, or an encoder of
             transformers, which becomes the vision tower itself.
         arguments: of `SaisaConfig` (`vision_feature_layer`, `visual_layers`, `projector_hidden_size` ...), and
@@ -122,6 +123,8 @@ def _language_model(text_model, dtype) -> PreTrainedModel:
         raise ValueError(
             f"text_model is a {type(text_model).__name__}: expected a model of transformers, path or hub id."
         )
+    if (file := gguf_file(text_model)) is not None:
+        return gguf_model(file, dtype)
     auto_class = needed("from_parts with a language model by its path", "transformers", "AutoModelForCausalLM")
     return auto_class.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
 
