@@ -15,10 +15,18 @@ from saisa_hf.cli import main
 FORKS = multiprocessing.get_context("forkserver")
 
 
+def take_locks_of_its_own(kind=tqdm):
+    """Gives progress bars of every class locks of this process: the usual ones are shared by processes, and whoever is
+    killed with one stops all others."""
+    kind.set_lock(threading.RLock())
+    for one in kind.__subclasses__():
+        take_locks_of_its_own(one)
+
+
 def run_command(command, calls, last, counted):
     """Runs `saisa` with the arguments `command` and ends the process; kills it at number `last` of its calls of the functions
     `counted` of `os`, which are counted in `calls`."""
-    tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
+    take_locks_of_its_own()
     for name in counted:
         setattr(os, name, _counting(getattr(os, name), calls, last))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):

@@ -17,10 +17,10 @@ import pytest
 import torch
 import transformers
 from apart import succeeds
+from killing import take_locks_of_its_own
 from test_convert_faults import names, small_disk, state
 from test_from_llava import PROMPTS, draw, make_llava, make_processor
 from test_upgrade import DEMO, current_code, generation, old_checkpoint
-from tqdm import tqdm
 
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration, SaisaProcessor, saving_saisa
 from saisa_hf.checkpoints.from_llava import Fit, from_llava
@@ -40,7 +40,7 @@ def in_a_process(run) -> tuple[int, int]:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        tqdm.set_lock(threading.RLock())  # processes share the usual one: whoever is killed with it stops all others
+        take_locks_of_its_own()
         os.write(writer, b"begun ")
         try:
             said = run()
