@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
-from .compat_saisa import encoder_names_of_all_releases
+from .compat_saisa import encoder_names_of_all_releases, warn_once
 from .hardware_saisa import check_backend, check_device_map, check_tensor_parallelism, settle, with_precise_modules
 from .language_models_saisa import choose_attention, initialize
 from .saving_saisa import check_finished, saved_together
@@ -131,6 +131,11 @@ class SaisaCheckpoint:
             raise ValueError(fault)
         settle(model)
         _check_complete(model, info, pretrained_model_name_or_path)
+        if getattr(model.config, "fold_projectors", False):
+            try:
+                model.fold_projectors()
+            except ImportError as error:
+                warn_once(f"{error} Until then nothing is folded.")
         return (model, info) if wants_info else model
 
     def __init__(self, config, *args, **kwargs):
@@ -182,6 +187,7 @@ class UnsharesProjectors:
         if (space, mode) != ("input_space", "shared"):
             problem = f"alignment is {space!r}, projector_sharing {mode!r}, expected 'shared' in input space"
             raise ValueError(f"unshare_projectors: {problem}. Load a checkpoint of the first stage.")
+        self.unfold_projectors()
         seeing = [layer for layer in self.language_model.layers if layer.sees_image]
         for layer in seeing:
             layer.visual_projector = copy.deepcopy(self.visual_projector).to(next(layer.self_attn.parameters()).device)

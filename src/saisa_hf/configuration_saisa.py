@@ -48,7 +48,7 @@ DEFAULT_VISION_CONFIG |= {"num_hidden_layers": 24, "num_attention_heads": 16}
 DEFAULT_TEXT_CONFIG = {"model_type": "llama", "vocab_size": 32064}
 REDUCTION_SETTINGS = ("visual_token_reduction", "reduced_visual_tokens")
 CHECKED_SETTINGS = ("alignment", "visual_attention", "visual_feed_forward", *REDUCTION_SETTINGS)
-CHECKED_SETTINGS += ("image_grid_pinpoints", "vision_aspect_ratio")
+CHECKED_SETTINGS += ("image_grid_pinpoints", "vision_aspect_ratio", "fold_projectors")
 
 MOST_LAYERS, LARGEST_HEAD = 1000, 2**16  # a check of a config makes lists, and tables for heads, of that length
 SIZES, COUNTS, ANY_COUNT, BOOL = (1, 2**31 - 1), (1, MOST_LAYERS), (0, MOST_LAYERS), [True, False]
@@ -67,7 +67,7 @@ FIELDS = (
     ("layer_scale_init_value initializer_factor", (0.0, 1e6)),
     ("embedding_multiplier attention_multiplier residual_multiplier layerscale_value", (-1e6, 1e6)),
     ("attention_bias mlp_bias qkv_bias norm_topk_prob use_sliding_window use_swiglu_ffn", BOOL),
-    ("tie_word_embeddings projector_bias leading_text_skips_attention", BOOL),
+    ("tie_word_embeddings projector_bias leading_text_skips_attention fold_projectors", BOOL),
     ("hidden_act hidden_activation", list(ACT2FN) if "quick_gelu" in ACT2FN else str),  # not in a stand-in's list
     ("projector_hidden_act", list(ACT2FN)),
     ("full_attention sliding_attention", dict),
@@ -107,6 +107,7 @@ class SaisaConfig(PretrainedConfig):
         vision_feature_select_strategy: `"default"` drops the class token, where the encoder has one; `"full"` keeps it.
         projector_hidden_act, projector_bias: activation between the projector's two linear maps; whether these have biases.
         projector_hidden_size: width between them. `None`: the language model's hidden size.
+        fold_projectors: whether `from_pretrained` calls `SaisaModel.fold_projectors`, for narrow projectors.
         projector_sharing: `"per_layer"`: each decoder layer has a projector of its own (the SAISA model). `"shared"`: one
             serves all layers (the paper's pre-training stage, and always in embedding space).
         visual_layers: the decoder layers that see the image. `None`: all of them, as always in embedding space.
@@ -160,6 +161,7 @@ class SaisaConfig(PretrainedConfig):
         vision_aspect_ratio: str | None = None,
         images_at_once: int = 32,
         leading_text_skips_attention: bool = False,
+        fold_projectors: bool = False,
         **kwargs,
     ):
         known_types = tuple(optional("transformers", "CONFIG_MAPPING", ()))
@@ -180,7 +182,7 @@ class SaisaConfig(PretrainedConfig):
         self.image_grid_pinpoints = _listed(image_grid_pinpoints)
         self.vision_aspect_ratio = vision_aspect_ratio
         self.images_at_once = images_at_once
-        self.leading_text_skips_attention = leading_text_skips_attention
+        self.leading_text_skips_attention, self.fold_projectors = leading_text_skips_attention, fold_projectors
         if tie_word_embeddings is None:
             tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         _check_fields("", {"tie_word_embeddings": tie_word_embeddings})
@@ -247,6 +249,17 @@ class SaisaConfig(PretrainedConfig):
     def visual_tokens_are_fed(self, layer_idx: int) -> bool:
         """Whether visual tokens pass the feed-forward network of decoder layer `layer_idx`."""
         return self.in_embedding_space and _of_layer(self.visual_feed_forward, layer_idx)
+
+    @property
+    def folded_width(self) -> int:
+        """Columns of folded projectors: `projector_hidden_size`, one for a bias, one for newlines, and up to a multiple of
+        eight, as kernels like it. Raises ValueError where folding saves nothing."""
+        size, space, inner = self.text_config.hidden_size, self.alignment, self.projector_hidden_size
+        width = -(-((inner or size) + 1 + (self.image_grid_pinpoints is not None)) // 8) * 8
+        if width >= size or self.in_embedding_space:
+            fix = f"needs projector_hidden_size below {size}, in input space, to save anything"
+            raise ValueError(f"fold_projectors {fix}: it is {inner}, in {space!r}.")
+        return width
 
     @property
     def features_are_projected(self) -> bool:
@@ -331,7 +344,7 @@ class SaisaConfig(PretrainedConfig):
         have changed."""
         text, names = self.text_config, ("vision_feature_select_strategy", "image_seq_length", "alignment")
         names += ("projector_hidden_act", "projector_bias", "projector_hidden_size", "projector_sharing")
-        names += ("leading_text_skips_attention", "images_at_once")
+        names += ("leading_text_skips_attention", "images_at_once", "fold_projectors")
         _check_fields("", {name: getattr(self, name) for name in names}, complete=True)
         _check_text(text)
         if not _is_integer(self.image_token_id, 0, text.vocab_size):
@@ -342,6 +355,7 @@ class SaisaConfig(PretrainedConfig):
         check_reduction(self)
         check_tiles(self)
         self._check_alignment(text.num_hidden_layers)
+        _ = self.fold_projectors and self.folded_width
 
     def _check_vision_feature_layer(self):
         vision, given = self.vision_config, shown(self.vision_feature_layer)

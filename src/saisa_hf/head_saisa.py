@@ -120,6 +120,8 @@ class AnswersAboutImages:
 
     vision_tower = property(lambda self: self.model.vision_tower)
     language_model = property(lambda self: self.model.language_model)
+    fold_projectors = property(lambda self: self.model.fold_projectors)
+    unfold_projectors = property(lambda self: self.model.unfold_projectors)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs):
         """See `SaisaModel.get_image_features`."""

@@ -109,15 +109,17 @@ class SaisaVisualProjector(nn.Module):
         has_newlines = config.image_grid_pinpoints is not None
         self.image_newline = nn.Parameter(torch.randn(size) * size**-0.5) if has_newlines else None
 
-    def forward(self, features_VC: Tensor) -> Tensor:
-        """(V, C) -> (V, D), in the projector's own dtype; weights that are quantized to integers accept any."""
-        dtype = self.linear_1.weight.dtype
+    def forward(self, features_VC: Tensor, last=None, newline: Tensor | None = None) -> Tensor:
+        """(V, C) -> (V, D), in the projector's own dtype; weights that are quantized to integers accept any. `last` and
+        `newline` take the places of `linear_2` and of the learned row."""
+        last, dtype = self.linear_2 if last is None else last, self.linear_1.weight.dtype
         features_VC = features_VC.to(dtype) if dtype.is_floating_point else features_VC
         if self.image_newline is None:
-            return self.linear_2(self.act(self.linear_1(features_VC)))
+            return last(self.act(self.linear_1(features_VC)))
         is_newline_V1 = (features_VC == NEWLINE).all(-1, keepdim=True)
-        projected_VD = self.linear_2(self.act(self.linear_1(features_VC.masked_fill(is_newline_V1, 0))))
-        return torch.where(is_newline_V1, self.image_newline.to(projected_VD.dtype), projected_VD)
+        projected_VD = last(self.act(self.linear_1(features_VC.masked_fill(is_newline_V1, 0))))
+        newline = self.image_newline if newline is None else newline
+        return torch.where(is_newline_V1, newline.to(projected_VD.dtype), projected_VD)
 
 
 class NaavitAttention(nn.Module):
@@ -220,9 +222,12 @@ class NaavitAttention(nn.Module):
             query_BTX, key_BTX, value_BTX = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
         return self._heads(query_BTX, "q_norm"), self._heads(key_BTX, "k_norm"), self._heads(value_BTX)
 
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input rows (..., D) of visual tokens -> their keys before rotation and their values, (..., K, H)."""
-        if hasattr(self, "qkv_proj"):
+    def keys_and_values(self, x: Tensor, project=None) -> tuple[Tensor, Tensor]:
+        """Input rows (..., D) of visual tokens -> their keys before rotation and their values, (..., K, H). `project` makes
+        both of other rows."""
+        if project is not None:
+            key, value = project(x).chunk(2, dim=-1)
+        elif hasattr(self, "qkv_proj"):
             _, key, value = self.qkv_proj(x).split(self.sizes, dim=-1)
         else:
             key, value = self.k_proj(x), self.v_proj(x)
@@ -255,6 +260,7 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
             self.add_module(name, family.norm(text.hidden_size))
         self.add_module(self.feed_forward_name, family.feed_forward(layer_idx))
         self.residual_multiplier = family.residual_multiplier
+        self.folded = None  # see `SaisaModel.fold_projectors`
 
     def forward(self, text_BTD: Tensor, visual, layout: TokenLayout, **attention_arguments):
         """(B, T, D) hidden states and (B, N, T, L) attention probabilities or None. `visual` are features as in
@@ -272,6 +278,8 @@ class SaisaDecoderLayer(GradientCheckpointingLayer):
         modules get (B, S, ...)."""
 
         def of(features):
+            if self.folded is not None and (rows := self.folded.rows_for(self, features)) is not None:
+                return self.self_attn.keys_and_values(rows, self.folded)
             visual = self.visual_projector(features) if hasattr(self, "visual_projector") else features
             normed = self._normed(self.norms.before_attention, visual.to(self._first_norm.weight.dtype))
             return self.self_attn.keys_and_values(normed)
@@ -445,6 +453,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
         self.vision_tower = build_vision_tower(config.vision_config)
         if config.projector_sharing == "shared":
             self.visual_projector = SaisaVisualProjector(config)
+        self.folded = None
         if config.visual_token_reduction == "resampler":
             self.visual_resampler = SaisaVisualResampler(config)
         self.language_model = (EmbeddingSpaceLanguageModel if config.in_embedding_space else SaisaLanguageModel)(config)

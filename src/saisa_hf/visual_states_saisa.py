@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from .checkpoint_saisa import from_package
 from .compat_saisa import warn_once
 from .hardware_saisa import weights_fingerprint, with_all_heads
 from .saving_saisa import hidden_folder, sweep
@@ -275,7 +276,23 @@ class GivenImages(NamedTuple):
 
 
 class UsesVisualStates:
-    """The part of `SaisaModel` that makes `SaisaVisualStates` and takes them."""
+    """The part of `SaisaModel` that makes `SaisaVisualStates` and takes them, and that has projectors folded."""
+
+    def fold_projectors(self) -> None:
+        """For projectors narrower than the hidden size: on visual rows, one matrix takes the place of `linear_2`, norm,
+        `k_proj` and `v_proj` of a layer. The model computes the same with less work, and is saved as it was. Weights
+        that change are folded again at the next image; while they learn, or hooks watch their modules, these run themselves.
+        Needs the package saisa_hf.
+
+        Raises:
+            ValueError: it would save nothing, or weights are quantized, adapted, sharded or offloaded.
+        """
+        from_package("fold_projectors", "checkpoints.folding", "fold")(self)
+
+    def unfold_projectors(self) -> None:
+        """Undoes `fold_projectors`."""
+        for owner in (self, *self.language_model.layers):
+            owner.folded = None
 
     @torch.no_grad()
     def get_visual_states(self, pixel_values: Tensor, store: str | None = None, **kwargs) -> SaisaVisualStates:
@@ -297,6 +314,8 @@ class UsesVisualStates:
         dtype = self.get_input_embeddings().weight.dtype
         features, keys_values = torch.cat(images).to(dtype), None
         if store == "keys_values":
+            if self.folded is not None:
+                self.folded.follow(self)
             visual, features = self.for_layers(features), None
             keys_values = tuple(
                 with_all_heads(layer.visual_keys_and_values(visual), layer.self_attn) if layer.sees_image else None
@@ -327,14 +346,20 @@ class UsesVisualStates:
             settings += [config.image_grid_pinpoints, config.vision_aspect_ratio]
         if hasattr(self, "visual_resampler"):
             parts["visual_resampler"] = self.visual_resampler
-        if config.features_are_projected or (store == "keys_values" and config.projector_sharing == "shared"):
+        if config.features_are_projected:
             parts["visual_projector"] = self.visual_projector
         if store == "keys_values":
             settings += [config.projector_hidden_act, config.text_config.rms_norm_eps, config.visual_layers]
-            for index, layer in enumerate(self.language_model.layers):
-                if layer.sees_image:
-                    parts.update({f"{index}.{name}": module for name, module in layer.visual_modules().items()})
+            parts |= self.visual_modules()
         return weights_fingerprint(self, store, parts, settings)
+
+    def visual_modules(self) -> dict[str, nn.Module]:
+        """The modules between features and the keys and values of the layers."""
+        parts = {"visual_projector": self.visual_projector} if hasattr(self, "visual_projector") else {}
+        for index, layer in enumerate(self.language_model.layers):
+            if layer.sees_image:
+                parts |= {f"{index}.{name}": module for name, module in layer.visual_modules().items()}
+        return parts
 
     def check_visual_states(self, states: SaisaVisualStates) -> None:
         """Raises ValueError, or TypeError, if `states` are not what this model's `get_visual_states` makes."""
@@ -401,6 +426,8 @@ class UsesVisualStates:
     @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
     def layout_of(self, images: GivenImages, input_ids, inputs_embeds, attention_mask, position_ids) -> TokenLayout:
         """Where `images` are in an input. Raises ValueError if they do not fill its placeholders."""
+        if self.folded is not None and not isinstance(images.stored, tuple):
+            self.folded.follow(self)
         visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
         self.check_visual_tokens(images.name, images.lengths, int(visual_BS.sum()))
         if not images.lengths:
@@ -436,14 +463,14 @@ class UsesVisualStates:
         features = features.to(self.get_input_embeddings().weight.dtype)
         if self.config.projector_sharing != "shared" or self.config.features_are_projected:
             return features
+        projector = self.visual_projector if self.folded is None else self.folded.projector_of(self)
         if layout is None or layout.visual_BS is None or not tells_samples_apart([self.visual_projector]):
-            return in_pieces(self.visual_projector, features)
-        return layout.visual(self.visual_projector(layout.in_input_order(features)))
+            return in_pieces(projector, features)
+        return layout.visual(projector(layout.in_input_order(features)))
 
     def tells_samples_apart(self) -> bool:
         """Whether a hook of a module on the visual path wants to know which sample a row belongs to."""
-        modules = [module for layer in self.language_model.layers for module in layer.visual_modules().values()]
-        return tells_samples_apart([*modules, *([self.visual_projector] if hasattr(self, "visual_projector") else [])])
+        return tells_samples_apart(self.visual_modules().values())
 
     def check_visual_tokens(self, name: str, lengths: list[int], placeholders: int):
         """Raises ValueError if images of `lengths` visual tokens, the argument `name`, do not fill `placeholders`."""

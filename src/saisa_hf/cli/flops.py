@@ -17,6 +17,7 @@ LLaVA and a Flamingo (gated cross-attention before every few layers) with the sa
   saisa flops vicuna-7b --text 64 --visual 576
   saisa flops ./saisa-vicuna --images 4 --generate 128 --json
   saisa flops vicuna-7b --family
+  saisa flops vicuna-7b --projector-hidden-size 1024 --folded
 
 MODEL is a preset ({", ".join(LANGUAGE_MODELS)}),
 or the folder or hub id of a SAISA, of a LLaVA, or of a language model of a supported family, which is counted with
@@ -45,6 +46,10 @@ def add_to(commands: Commands) -> None:
     )
     add("--train", choices=("full", "projectors", "lora"), default="full", help=trained)
     add_reduction(command, "count MODEL with this reduction of its visual tokens (default: its own)")
+    inner = "width between the two linear maps of MODEL's projectors (default: its own)"
+    add("--projector-hidden-size", metavar="N", type=positive, help=inner)
+    folded = "count MODEL after fold_projectors(): narrow projectors are folded into the maps behind them"
+    add("--folded", action="store_true", help=folded)
     members = command.add_mutually_exclusive_group()
     add_member(members)
     members.add_argument("--family", action="store_true", help="one line for each member in place of the report")
@@ -58,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.visual is not None and arguments.image_size is not None:
         arguments.parser.error("--image-size does not go with --visual, which says how many tokens there are")
-    config = _reduced(read_config(arguments.model), arguments)
+    config = _projected(_reduced(read_config(arguments.model), arguments), arguments)
     if arguments.member is not None:
         config = member(config, arguments.member)
     image = image_of(config, None if arguments.image_size is None else tuple(arguments.image_size))
@@ -105,3 +110,17 @@ def _reduced(config, arguments: argparse.Namespace):
         return config
     changes = {"visual_token_reduction": reduction, "reduced_visual_tokens": number, "image_seq_length": None}
     return type(config).from_dict(config.to_dict() | changes)
+
+
+def _projected(config, arguments: argparse.Namespace):
+    """`config` with the projectors that the options ask for."""
+    if (arguments.folded or arguments.projector_hidden_size) and (arguments.family or arguments.member):
+        arguments.parser.error(
+            "--folded and --projector-hidden-size are for MODEL itself, not for --family or --member"
+        )
+    changes = {}
+    if arguments.projector_hidden_size is not None:
+        changes["projector_hidden_size"] = arguments.projector_hidden_size
+    if arguments.folded:
+        changes["fold_projectors"] = True
+    return type(config).from_dict(config.to_dict() | changes) if changes else config

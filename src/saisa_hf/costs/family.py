@@ -14,6 +14,7 @@ SHORTV_LAYERS = [31, 29, 30, 28, 0, 26, 27, 25, 24, 22, 23, 21, 2, 3, 20, 18, 17
 SHORTV_DEPTH = 32
 VICA_DEPTHS = {32: "vica-7b", 40: "vica-13b", 24: "vica-2.7b"}
 _ALIGNED = ("projector_sharing", "projector_hidden_size", "visual_layers", "leading_text_skips_attention")
+_ALIGNED += ("fold_projectors",)
 _IN_EMBEDDING_SPACE = ("visual_attention", "visual_feed_forward")
 
 

@@ -48,7 +48,7 @@ def step_flops(config: SaisaConfig, architecture: str, step: Step, cross_every: 
     """FLOPs of one forward pass by part. Of the encoder only a resampler behind it is counted.
 
     Args:
-        config: of the SAISA, from which the other architectures take their sizes.
+        config: of the SAISA, from which the other architectures take their sizes. With `fold_projectors` it is folded.
         architecture: one of `ARCHITECTURES`; `"language_model"` reads the text alone.
         step: the tokens of the pass.
         cross_every: the Flamingo has gated cross-attention before every so many layers.
@@ -57,7 +57,7 @@ def step_flops(config: SaisaConfig, architecture: str, step: Step, cross_every: 
         ValueError: there is no such architecture.
     """
     counts = dict.fromkeys(PARTS, 0)
-    for product in products(config, architecture, step, cross_every):
+    for product in products(config, architecture, step, cross_every, config.fold_projectors):
         counts[product.part] += product.flops
     return counts
 

@@ -17,7 +17,7 @@ from ..hardware_saisa import KEPT_PRECISE
 from ..modeling_saisa import SaisaForConditionalGeneration
 from .images import image_of
 from .products import Step
-from .sizes import activation_bytes, cache_bytes
+from .sizes import activation_bytes, cache_bytes, folded_numbers
 
 
 # dtype of what is not quantized, and the quantization of the decoder layers' linear maps
@@ -56,8 +56,13 @@ class Weight(NamedTuple):
 
 
 def weight_bytes(config: SaisaConfig, way: str) -> int:
-    """Bytes of the weights of a model of `config`, loaded in one of `WAYS`."""
-    return _stored_bytes(_weights(config), way)
+    """Bytes of the weights of a model of `config`, loaded in one of `WAYS`; of folded ones, which are not quantized, too."""
+    return _stored_bytes(_weights(config), way) + _folded_bytes(config, way)
+
+
+def _folded_bytes(config: SaisaConfig, way: str) -> int:
+    dtype, quantization = WAYS[way]
+    return folded_numbers(config) * dtype.itemsize if quantization is None else 0
 
 
 def _weights(config: SaisaConfig) -> list[Weight]:
@@ -123,7 +128,8 @@ def fit(
     has enough positions for prompt and answer (`in_context`), and the largest `text` with this number of images and the
     largest number of `images` with this much text (None: none fits)."""
     parameters = _weights(config)
-    return [_fit(config, way, _stored_bytes(parameters, way), memory, text, images, generated, batch) for way in WAYS]
+    weights = {way: _stored_bytes(parameters, way) + _folded_bytes(config, way) for way in WAYS}
+    return [_fit(config, way, weights[way], memory, text, images, generated, batch) for way in WAYS]
 
 
 def _fit(

@@ -63,8 +63,11 @@ class Product:
     of: str = "text"
 
 
-def products(config: SaisaConfig, architecture: str, step: Step, cross_every: int) -> Iterator[Product]:
-    """The matrix products of one forward pass, one by one (see `step_flops`)."""
+def products(
+    config: SaisaConfig, architecture: str, step: Step, cross_every: int, folded: bool = False
+) -> Iterator[Product]:
+    """The matrix products of one forward pass, one by one (see `step_flops`), of a SAISA whose projectors are `folded` or
+    not."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture={architecture!r}: expected one of {', '.join(map(repr, ARCHITECTURES))}.")
     text, family, batch = config.text_config, language_model_family(config.text_config), step.batch
@@ -77,9 +80,12 @@ def products(config: SaisaConfig, architecture: str, step: Step, cross_every: in
     def linear(part: str, rows: int, inputs: int, outputs: int, layer: int | None = None, of: str = "text") -> Product:
         return Product(part, 2 * batch * rows * inputs * outputs, (batch * rows, inputs, outputs), layer, of)
 
-    def projector(inner: int, layer: int | None = None) -> Iterator[Product]:
+    def projector(inner: int, layer: int | None = None, folded: bool = False) -> Iterator[Product]:
         yield linear("projectors", visual, c, inner, layer, "features")
-        yield linear("projectors", visual, inner, h, layer, "visual")
+        if not folded:
+            yield linear("projectors", visual, inner, h, layer, "visual")
+        elif family.norms.before_attention is not None:
+            yield linear("projectors", visual, config.folded_width, config.folded_width, layer, "visual")
 
     def attention(queries: int, keys: int, layer: int) -> Product:
         return Product("attention scores", 4 * batch * q * queries * keys, layer=layer)
@@ -93,7 +99,7 @@ def products(config: SaisaConfig, architecture: str, step: Step, cross_every: in
     if architecture == "llava":
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
-        yield from projector(p)
+        yield from projector(p, folded=folded)
     for layer, inner in enumerate(feed_forward_sizes(family)):
         attend, fed = visual_rows(config, architecture, layer)
         rows, fed_rows = step.text + visual * attend, step.text + visual * fed
@@ -106,10 +112,11 @@ def products(config: SaisaConfig, architecture: str, step: Step, cross_every: in
             yield from feed_forward(step.text, text.intermediate_size, layer)
         if architecture == "saisa" and config.sees_image(layer) and not attend:
             if config.projector_sharing == "per_layer":
-                yield from projector(p, layer)
+                yield from projector(p, layer, folded)
             # one matrix for queries, keys and values computes queries as well, which nothing uses
-            for outputs in (q, k, k) if family.fused_projection else (k, k):
-                yield linear("attention projections", visual, h, outputs, layer, "visual")
+            for outputs in (q, k, k) if family.fused_projection and not folded else (k, k):
+                inputs = config.folded_width if folded else h
+                yield linear("attention projections", visual, inputs, outputs, layer, "visual")
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
         new = step.text + visual * keeps_visual(config, architecture, layer)

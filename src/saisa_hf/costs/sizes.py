@@ -48,8 +48,20 @@ def activation_bytes(config: SaisaConfig, architecture: str, step: Step, itemsiz
         held += 0 if travel else 2 * v * c
         feed_forward += 2 * v * k  # a layer keeps its visual keys and values until its end
         attention += 2 * v * k + 2 * (t + v) * k  # and joins them with the text's
-        norm = v * h * (3 if itemsize == 4 else 1 + 8 // itemsize)
+        normed = config.folded_width if config.fold_projectors else h
+        norm = v * normed * (3 if itemsize == 4 else 1 + 8 // itemsize)
     return step.batch * itemsize * (held + max(feed_forward, attention, norm))
+
+
+def folded_numbers(config: SaisaConfig) -> int:
+    """How many numbers folded weights are, beside the parameters; 0 without `fold_projectors`."""
+    if not config.fold_projectors:
+        return 0
+    text, family, width = config.text_config, language_model_family(config.text_config), config.folded_width
+    k = text.num_key_value_heads * family.head_dim
+    has_norm, has_bias = family.norms.before_attention is not None, family.qkv_bias
+    seeing = sum(config.sees_image(layer) for layer in range(text.num_hidden_layers))
+    return seeing * (2 * k * (width + has_bias) + width * width * has_norm)
 
 
 def parameters(config: SaisaConfig, architecture: str, cross_every: int = 4) -> dict[str, int]:
