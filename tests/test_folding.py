@@ -140,28 +140,25 @@ def test_rounding_costs_no_more_than_it_does_unfolded(text, dtype):
 
 
 def test_the_mean_square_is_no_difference_of_large_numbers():
-    """A quadratic form x^T G x would be: of inner numbers to which `linear_2` hardly answers, it is negative in bfloat16."""
+    """A quadratic form x^T G x would be: of inner numbers to which `linear_2` hardly answers, it is far off in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
     model = narrow("llama", projector_bias=False)
-    projector, layer = model.language_model.layers[0].visual_projector, model.language_model.layers[0]
-    features = torch.randn(200, model.config.vision_feature_size, generator=torch.Generator().manual_seed(0))
+    layer = model.language_model.layers[0]
+    projector, weight = layer.visual_projector, layer.visual_projector.linear_2.weight
+    projector.linear_1, projector.act = nn.Linear(INNER, INNER, bias=False), nn.Identity()
     with torch.no_grad():
-        projector.act = nn.Identity()
-        inner = torch.rand(INNER) + 1
-        projector.linear_1.weight.mul_(0.01).add_(inner[:, None] * features.mean(0) / features.mean(0).square().sum())
-        weight = projector.linear_2.weight
-        weight.sub_(0.99 * torch.outer(weight @ inner, inner) / inner.square().sum())
-        features = 0.05 * features + features.mean(0)
+        nn.init.eye_(projector.linear_1.weight)
+        mean = torch.rand(INNER, generator=generator) + 1
+        weight.sub_(0.99 * torch.outer(weight @ mean, mean) / mean.square().sum())
         model = model.to(torch.bfloat16)
-        features = features.to(torch.bfloat16)
-        layer.input_layernorm.weight.fill_(1)
-        exact = projector(features).double().square().mean(-1)
-        rows = folded(model) and layer.folded.rows(projector, features)[:, :INNER]
-        x = projector.linear_1(features)
+        x = (mean + 0.02 * torch.randn(200, INNER, generator=generator)).to(torch.bfloat16)
+        exact = (x.double() @ weight.double().T).square().mean(-1)
+        rows = folded(model) and layer.folded.rows(projector, x)[:, :INNER]
     found = (x.double().norm(dim=-1) / rows.double().norm(dim=-1)).square()
-    form = weight.double().T @ weight.double() / len(weight)
-    quadratic = (x @ form.to(torch.bfloat16) * x).float().sum(-1)
-    assert ((found / exact - 1).abs() < 0.1).all()
-    assert ((quadratic.double() / exact - 1).abs() > 0.5).any()
+    form = (weight.double().T @ weight.double() / len(weight)).to(torch.bfloat16)
+    quadratic = ((x @ form).float() * x.float()).sum(-1).double()
+    assert ((found / exact - 1).abs() < 0.15).all(), (found / exact - 1).abs().max()
+    assert ((quadratic / exact - 1).abs() > 0.5).any()
 
 
 def test_visual_states_of_either_serve_both():

@@ -118,8 +118,8 @@ class SaisaVisualProjector(nn.Module):
             return last(self.act(self.linear_1(features_VC)))
         is_newline_V1 = (features_VC == NEWLINE).all(-1, keepdim=True)
         projected_VD = last(self.act(self.linear_1(features_VC.masked_fill(is_newline_V1, 0))))
-        newline = self.image_newline if newline is None else newline
-        return torch.where(is_newline_V1, newline.to(projected_VD.dtype), projected_VD)
+        newline = (self.image_newline if newline is None else newline).to(projected_VD.dtype)
+        return torch.where(is_newline_V1, newline, projected_VD)
 
 
 class NaavitAttention(nn.Module):
@@ -453,7 +453,6 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
         self.vision_tower = build_vision_tower(config.vision_config)
         if config.projector_sharing == "shared":
             self.visual_projector = SaisaVisualProjector(config)
-        self.folded = None
         if config.visual_token_reduction == "resampler":
             self.visual_resampler = SaisaVisualResampler(config)
         self.language_model = (EmbeddingSpaceLanguageModel if config.in_embedding_space else SaisaLanguageModel)(config)

@@ -278,6 +278,8 @@ class GivenImages(NamedTuple):
 class UsesVisualStates:
     """The part of `SaisaModel` that makes `SaisaVisualStates` and takes them, and that has projectors folded."""
 
+    folded = None  # what knows of it (`checkpoints/folding.py`)
+
     def fold_projectors(self) -> None:
         """For projectors narrower than the hidden size: on visual rows, one matrix takes the place of `linear_2`, norm,
         `k_proj` and `v_proj` of a layer. The model computes the same with less work, and is saved as it was. Weights
