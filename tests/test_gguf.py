@@ -27,9 +27,9 @@ TEMPLATE = (
 )
 
 
-def write_gguf(path):
-    """A Llama of two layers, its matrices quantized to 8 bits, with a tokenizer of bytes."""
-    rng = np.random.default_rng(0)
+def write_gguf(path, seed=0, tied=True, adds_bos=None, without=()):
+    """A Llama of two layers, its matrices quantized to 8 bits, with a tokenizer of bytes; `without` some tensors."""
+    rng = np.random.default_rng(seed)
     tokens = [*SPECIAL, *sorted(ByteLevel.alphabet()), "ab", "abc"]
     width, inner, layers = SIZES["embedding_length"], SIZES["feed_forward_length"], SIZES["block_count"]
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -53,7 +53,11 @@ def write_gguf(path):
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
+    if adds_bos is not None:
+        writer.add_add_bos_token(adds_bos)
     shapes = {"token_embd": (len(tokens), width), "output_norm": (width,)}
+    if not tied:
+        shapes["output"] = (len(tokens), width)
     for layer in range(layers):
         shapes |= {f"blk.{layer}.{name}": (width,) for name in ("attn_norm", "ffn_norm")}
         shapes |= {f"blk.{layer}.{name}": (width, width) for name in ("attn_q", "attn_output")}
@@ -61,6 +65,8 @@ def write_gguf(path):
         shapes |= {f"blk.{layer}.{name}": (inner, width) for name in ("ffn_gate", "ffn_up")}
         shapes[f"blk.{layer}.ffn_down"] = (width, inner)
     for name, shape in shapes.items():
+        if name in without:
+            continue
         values = rng.normal(size=shape).astype(np.float32) * 0.5
         kind = gguf.GGMLQuantizationType.Q8_0 if len(shape) == 2 else gguf.GGMLQuantizationType.F32
         writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
@@ -132,7 +138,7 @@ def test_what_cannot_be_meant_is_refused(parts, tmp_path, monkeypatch):
         quietly(tmp_path, parts[1], tmp_path / "out")
     (tmp_path / "b.gguf").unlink()
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + b"\1" * 40)
-    with pytest.raises(ValueError, match=r"a\.gguf|" + tmp_path.name):
+    with pytest.raises(ValueError, match=r"^/.*/a\.gguf(: | is )"):
         quietly(tmp_path, parts[1], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf"):
         quietly(tmp_path / "missing.gguf", parts[1], tmp_path / "out")
@@ -140,6 +146,67 @@ def test_what_cannot_be_meant_is_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"reading tiny\.Q8_0\.gguf needs gguf: pip install gguf"):
         gguf_tokenizer(parts[0] / "tiny.Q8_0.gguf")
     assert not (tmp_path / "out").exists()
+
+
+def same_weights(one, other):
+    return all(torch.equal(x, y) for x, y in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_the_file_is_read_whatever_has_its_name_or_lies_beside_it(parts, tmp_path, monkeypatch):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    file, same_name = Path(shutil.copy(parts[0] / "tiny.Q8_0.gguf", tmp_path)), theirs / "tiny.Q8_0.gguf"
+    wanted, tokenizer = gguf_model(file), gguf_tokenizer(file)
+    write_gguf(same_name, seed=1)
+    assert not same_weights(gguf_model(same_name), wanted)
+    monkeypatch.chdir(theirs)  # where transformers would find a file of that name first
+    assert same_weights(gguf_model(file), wanted)
+    other = gguf_tokenizer(same_name)
+    other.chat_template = "of another tokenizer"
+    other.add_tokens(["another"])
+    other.save_pretrained(tmp_path)
+    found = gguf_tokenizer(file)
+    assert len(found) == len(tokenizer) and found.chat_template == TEMPLATE
+    assert same_weights(gguf_model(Path("tiny.Q8_0.gguf")), gguf_model(same_name))
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_head_and_the_first_token_are_as_the_file_says(parts, tmp_path, adds_bos):
+    file = write_gguf(tmp_path / "UNTIED.GGUF", tied=False, adds_bos=adds_bos)
+    model, tokenizer = gguf_model(file), gguf_tokenizer(file)
+    assert not model.config.tie_word_embeddings and not torch.equal(
+        model.lm_head.weight, model.model.embed_tokens.weight
+    )
+    assert tokenizer("abc")["input_ids"][:-1] == [1] * adds_bos
+    if adds_bos:
+        return
+    for number, source in enumerate((file, tmp_path)):  # the ending may be in capitals
+        built = quietly(source, parts[1], tmp_path / f"out-{number}")
+        saisa = SaisaForConditionalGeneration.from_pretrained(built)
+        assert torch.equal(saisa.lm_head.weight[: len(model.lm_head.weight)], model.lm_head.weight)
+        assert SaisaProcessor.from_pretrained(built).tokenizer("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+
+
+def test_a_file_that_lacks_tensors_is_never_filled_with_random_ones(parts, tmp_path):
+    file = write_gguf(tmp_path / "half.gguf", without=("blk.1.ffn_up", "blk.0.attn_q"))
+    with pytest.raises(
+        ValueError, match=r"half\.gguf lacks 2 of the tensors of a llama: model\.layers\.0\.self_attn\.q"
+    ):
+        quietly(file, parts[1], tmp_path / "out")
+    (tmp_path / "split").mkdir()
+    for number in (1, 2):
+        part = Path(shutil.copy(parts[0] / "tiny.Q8_0.gguf", tmp_path / f"split/m-0000{number}-of-00002.gguf"))
+    for source in (part, part.parent):
+        with pytest.raises(ValueError, match=r"-of-00002\.gguf is one part of several.*llama-gguf-split --merge"):
+            quietly(source, parts[1], tmp_path / "out")
+    for given in (None, b"x", tmp_path / "no.gguf"):
+        message = (
+            "text_model is a (NoneType|bytes): expected" if not isinstance(given, Path) else r"no\.gguf is missing"
+        )
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            SaisaForConditionalGeneration.from_parts(given, parts[1])
+    with pytest.raises(FileNotFoundError, match=r"VISION_MODEL .*half\.gguf' is a file: expected a folder"):
+        quietly(parts[0], file, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from ..common.sources import check_local, reading
 from ..modeling_saisa import SaisaForConditionalGeneration
 from ..processing_saisa import SaisaProcessor, add_image_token
 from ..vision_saisa import image_size
-from .gguf import GGUF, gguf_file, gguf_tokenizer
+from .gguf import gguf_file, gguf_tokenizer, is_gguf
 from .model_card import licence_in_card, write_model_card
 from .names import as_saved
 from .padding import prepare_padding
@@ -99,9 +99,11 @@ def build(
         if os.path.exists(part):
             place.check_outside(Path(part))
 
-    file = gguf_file(language_model)
-    with reading(f"the tokenizer of {language_model}"):
-        tokenizer = gguf_tokenizer(file) if file else AutoTokenizer.from_pretrained(language_model)
+    if (file := gguf_file(language_model)) is not None:
+        tokenizer = gguf_tokenizer(file)
+    else:
+        with reading(f"the tokenizer of {language_model}"):
+            tokenizer = AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
     template = _chat_template(chat_template, tokenizer, image_token)
     with reading(f"the image processor of {vision_model}"):
@@ -275,7 +277,7 @@ def _compare(folder: Path, model: SaisaForConditionalGeneration) -> int:
 
 def _source(part: str | os.PathLike, role: str) -> str:
     """The absolute path of a folder or GGUF file, or the hub id as it is."""
-    folder = check_local(role, part, files=str(part).endswith(GGUF))
+    folder = check_local(role, part, files=role == "LANGUAGE_MODEL" and is_gguf(part))
     return str(part) if folder is None else str(folder.absolute())
 
 

@@ -5,33 +5,67 @@ The file's weights are usually quantized; transformers makes ordinary tensors of
 """
 
 import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..common.extras import needs
+from ..common.sources import reading
 
 
 GGUF = ".gguf"
+_PART = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of the name of a part, as llama.cpp splits files
+
+
+def is_gguf(source: str | os.PathLike) -> bool:
+    """Whether something is named like a GGUF file."""
+    return os.fspath(source).lower().endswith(GGUF)
 
 
 def gguf_file(source: str | os.PathLike) -> Path | None:
     """The GGUF file that `source` is, or that a folder without config.json holds; None for everything else.
 
     Raises:
-        ValueError: such a folder holds several.
+        FileNotFoundError: it is named like one, and is not there.
+        ValueError: such a folder holds several, or the file is one part of several.
     """
     path = Path(source).expanduser()
-    if path.suffix == GGUF and path.is_file():
-        return path
-    if not path.is_dir() or (path / "config.json").exists():
+    if not path.is_dir():
+        if is_gguf(path) and not path.is_file():
+            raise FileNotFoundError(f"{path} is missing.")
+        return _whole(path) if is_gguf(path) else None
+    if (path / "config.json").exists():
         return None
-    files = sorted(path.glob(f"*{GGUF}"))
-    if len(files) > 1:
+    files = sorted(file for file in path.iterdir() if is_gguf(file))
+    whole = [file for file in files if not _PART.search(file.stem)]
+    if len(whole) > 1:
         names = ", ".join(file.name for file in files)
         raise ValueError(f"{path} holds {len(files)} GGUF files, {names}: expected one, or the path of one of them.")
-    return files[0] if files else None
+    return _whole((whole or files)[0]) if files else None
+
+
+def _whole(file: Path) -> Path:
+    if _PART.search(file.stem):
+        raise ValueError(
+            f"{file} is one part of several, which transformers does not put together: join them with llama.cpp's "
+            "'llama-gguf-split --merge'."
+        )
+    return file
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[dict[str, str]]:
+    """Inside, the arguments of `from_pretrained` for `file` and nothing else: given a name, transformers would prefer a file
+    of that name in the working directory, and a tokenizer beside the file to the one in it."""
+    needs("gguf", f"reading {file.name}", extra="gguf")
+    with tempfile.TemporaryDirectory() as empty, reading(file):
+        yield {"pretrained_model_name_or_path": empty, "gguf_file": str(file.absolute())}
 
 
 def gguf_model(file: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -39,10 +73,16 @@ def gguf_model(file: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError, OSError: transformers cannot read the file.
+        ValueError, OSError: transformers cannot read the file, or it lacks tensors of its model.
     """
-    needs("gguf", f"reading {file.name}", extra="gguf")
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype or torch.float32)
+    with _alone(file) as source:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype or torch.float32, output_loading_info=True
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{file} lacks {len(missing)} of the tensors of a {model.config.model_type}: {', '.join(missing[:4])}."
+        )
     # its weights are ordinary tensors; what releases from 5.x on note about the file would make it count as quantized
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):
@@ -52,12 +92,23 @@ def gguf_model(file: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
 
 
 def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `file`. Its special tokens are those whose ids the file names, which transformers 4.57 mistakes."""
-    needs("gguf", f"reading {file.name}", extra="gguf")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    """The tokenizer in `file`. Its special tokens are those whose ids the file names, and it puts them around a text as the
+    file says; transformers 4.57 mistakes both."""
+    with _alone(file) as source:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        config = AutoConfig.from_pretrained(**source)
+        adds = {name: _field(file, f"tokenizer.ggml.{name}") for name in ("add_bos_token", "add_eos_token")}
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         index = getattr(config, f"{name}_id", None)
         if isinstance(index, int) and 0 <= index < len(tokenizer):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    for name, value in adds.items():
+        if value is not None and hasattr(tokenizer, name):
+            setattr(tokenizer, name, bool(value))
     return tokenizer
+
+
+def _field(file: Path, name: str) -> Any:
+    """A number or truth value of the file's description; None if it has none of that name."""
+    field = needs("gguf", f"reading {file.name}", extra="gguf").GGUFReader(file).fields.get(name)
+    return None if field is None else field.parts[field.data[0]][0]

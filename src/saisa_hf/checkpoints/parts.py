@@ -6,6 +6,7 @@ projectors, and rows of embedding and head for an image token that the language 
 """
 
 import copy
+import os
 
 import torch
 from torch import nn
@@ -30,8 +31,8 @@ def assemble(model_class, text_model, vision_model, **arguments):
 
     Args:
         model_class: the class that `from_parts` was called on.
-        text_model: folder or hub id of a language model of a supported family, a folder with a GGUF file (see `gguf`), or a
-            model of transformers with its head. The tensors of a model are shared, not copied.
+        text_model: folder or hub id of a language model of a supported family, a GGUF file or a folder with one (see
+            `gguf`), or a model of transformers with its head. The tensors of a model are shared, not copied.
         vision_model: folder or hub id of a vision encoder, also of a CLIP or SigLIP with a text tower, or an encoder of
             transformers, which becomes the vision tower itself.
         arguments: of `SaisaConfig` (`vision_feature_layer`, `visual_layers`, `projector_hidden_size` ...), and
@@ -119,7 +120,7 @@ def assemble(model_class, text_model, vision_model, **arguments):
 def _language_model(text_model, dtype) -> PreTrainedModel:
     if isinstance(text_model, PreTrainedModel):
         return text_model
-    if isinstance(text_model, nn.Module):
+    if not isinstance(text_model, (str, os.PathLike)):
         raise ValueError(
             f"text_model is a {type(text_model).__name__}: expected a model of transformers, path or hub id."
         )
