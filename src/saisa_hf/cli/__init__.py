@@ -18,6 +18,7 @@ from . import (
     build,
     chat,
     check,
+    compress,
     convert,
     data,
     demo,
@@ -32,7 +33,8 @@ from . import (
 
 
 COMMANDS = (
-    *(demo, convert, build, upgrade, check, chat, ask, eval, attend, train, flops, fit, redundancy, bench, serve, data),
+    *(demo, convert, build, compress, upgrade, check, chat, ask, eval, attend),
+    *(train, flops, fit, redundancy, bench, serve, data),
 )
 
 # arguments that name the model a command reads, by what its help calls them; and all that name what it reads

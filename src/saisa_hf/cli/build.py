@@ -13,9 +13,10 @@ from .options import (
     Options,
     add_chat_template,
     add_command,
-    add_device,
+    add_fit,
     add_reduction,
     add_result,
+    fit_of,
     layers,
     result,
 )
@@ -95,7 +96,6 @@ def _add_parts(group: Options) -> None:
 
 
 def _add_llava(group: Options) -> None:
-    # the defaults are those of `saisa_hf.checkpoints.from_llava.Fit`
     add = group.add_argument
     source = (
         "folder, or hub id, of a LLaVA, LLaVA-NeXT or LLaVA-OneVision in transformers' layout, or of a SAISA in embedding "
@@ -103,25 +103,13 @@ def _add_llava(group: Options) -> None:
     )
     add("--from-llava", metavar="MODEL", help=source)
     add("--images", metavar="FOLDER", help="images to fit the projectors on; no other data is needed")
-    number = "use at most N of them (default: %(default)s)"
-    add("--pictures", metavar="N", type=positive, default=2000, help=number)
-    held_out = "keep N of these to measure on (default: %(default)s)"
-    add("--held-out", metavar="N", type=positive, default=64, help=held_out)
+    add_fit(group)
     choose_on = "with --visual-layers auto:8, keep N of them to choose layers on (default: %(default)s)"
     add("--choose-on", metavar="N", type=positive, default=16, help=choose_on)
-    steps = "gradient steps for each layer (default: %(default)s)"
-    add("--steps", metavar="N", type=count, default=500, help=steps)
     distill = "then train the projectors for STEPS steps on MODEL's own answers to the prompts (default: %(default)s)"
     add("--distill", metavar="STEPS", type=count, default=0, help=distill)
     tiles = "read the whole image alone, without the tiles of a LLaVA-NeXT or LLaVA-OneVision"
     add("--no-tiles", action="store_true", help=tiles)
-    prompts = "generic prompts, one per line, to measure and distill with (default: four)"
-    add("--prompts", metavar="FILE", help=prompts)
-    form = "how to ask MODEL, for instance 'USER: <image>\\n{prompt} ASSISTANT:' (default: its chat template)"
-    add("--prompt-format", metavar="TEXT", help=form)
-    work = "keep features, states and finished layers there (default: a folder beside DST, removed at the end)"
-    add("--work-folder", metavar="DIR", help=work)
-    add_device(group)
 
 
 class VisualLayers(argparse.Action):
@@ -183,28 +171,9 @@ def _from_parts(arguments: argparse.Namespace) -> None:
 
 
 def _from_llava(arguments: argparse.Namespace) -> None:
-    from ..checkpoints.from_llava import PROMPTS, Fit, from_llava, read_prompts
-    from ..common.loading import device_named
+    from ..checkpoints.from_llava import from_llava
 
-    form = arguments.prompt_format
-    from_llava(
-        arguments.from_llava,
-        arguments.images,
-        *arguments.paths,
-        fit=Fit(
-            pictures=arguments.pictures,
-            held_out=arguments.held_out,
-            steps=arguments.steps,
-            projector_hidden_size=arguments.projector_hidden_size,
-            distill_steps=arguments.distill,
-            seed=arguments.seed,
-            visual_layers=arguments.visual_layers,
-            choose_on=arguments.choose_on,
-            tiles=not arguments.no_tiles,
-        ),
-        prompts=PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),
-        prompt_format=None if form is None else form.replace("\\n", "\n"),
-        work_folder=arguments.work_folder,
-        device=device_named(arguments.device),
-        **result(arguments),
-    )
+    settings: dict[str, Any] = {"distill_steps": arguments.distill, "tiles": not arguments.no_tiles}
+    settings |= {name: getattr(arguments, name) for name in ("projector_hidden_size", "visual_layers", "choose_on")}
+    how = fit_of(arguments, **settings) | result(arguments)
+    from_llava(arguments.from_llava, arguments.images, *arguments.paths, **how)

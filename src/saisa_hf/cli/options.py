@@ -101,6 +101,41 @@ def result(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names}
 
 
+def add_fit(options: Options) -> None:
+    """How projectors are fitted, beside `--images` and `--seed`; the defaults are those of
+    `saisa_hf.checkpoints.from_llava.Fit`."""
+    add = options.add_argument
+    number = "use at most N of the images (default: %(default)s)"
+    add("--pictures", metavar="N", type=positive, default=2000, help=number)
+    held_out = "keep N of these to measure on (default: %(default)s)"
+    add("--held-out", metavar="N", type=positive, default=64, help=held_out)
+    steps = "gradient steps for each layer (default: %(default)s)"
+    add("--steps", metavar="N", type=count, default=500, help=steps)
+    prompts = "generic prompts, one per line, to measure with (default: four)"
+    add("--prompts", metavar="FILE", help=prompts)
+    form = "how to ask the model, for instance 'USER: <image>\\n{prompt} ASSISTANT:' (default: its chat template)"
+    add("--prompt-format", metavar="TEXT", help=form)
+    work = "keep features, states and finished layers there (default: a folder beside DST, removed at the end)"
+    add("--work-folder", metavar="DIR", help=work)
+    add_device(options)
+
+
+def fit_of(arguments: argparse.Namespace, **settings: Any) -> dict[str, Any]:
+    """What `add_fit` has read, and further `settings` of `Fit`, as arguments of a function."""
+    from ..checkpoints.from_llava import PROMPTS, Fit, read_prompts
+    from ..common.loading import device_named
+
+    form = arguments.prompt_format
+    own = {name: getattr(arguments, name) for name in ("pictures", "held_out", "steps", "seed")}
+    return {
+        "fit": Fit(**own, **settings),
+        "prompts": PROMPTS if arguments.prompts is None else read_prompts(arguments.prompts),
+        "prompt_format": None if form is None else form.replace("\\n", "\n"),
+        "work_folder": arguments.work_folder,
+        "device": device_named(arguments.device),
+    }
+
+
 def add_chat_template(options: Options, default: str) -> None:
     """--chat-template."""
     template = f"vicuna, llama_3, chatml, plain, or a .jinja file (default: {default})"

@@ -3,18 +3,26 @@
 
 import json
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
 from .reporting import show_progress
-from .teacher import Teacher
 from .work_folder import Workbench, write_json
 
 
 ROWS_AT_ONCE = 16
 
 
-def answered(bench: Workbench, teacher: Teacher, pictures: range, name: str) -> list[dict]:
+class Asked(Protocol):
+    """Whose answers and logits are compared with: see `Teacher`."""
+
+    def answers(self, input_ids: torch.Tensor, features: torch.Tensor, tokens: int) -> list[list[int]]: ...
+
+    def logits(self, input_ids: torch.Tensor, features: torch.Tensor, keep: int) -> torch.Tensor: ...
+
+
+def answered(bench: Workbench, teacher: Asked, pictures: range, name: str) -> list[dict]:
     """For each image of `pictures` one of the prompts, in turn, and the LLaVA's greedy answer to it:
     `{"picture", "prompt", "answer": ids}`. Kept in the work folder as `name`."""
     path = bench.folder / name
@@ -30,13 +38,13 @@ def answered(bench: Workbench, teacher: Teacher, pictures: range, name: str) -> 
             rows += [{"picture": image, "prompt": prompt, "answer": answer} for image, answer in zip(batch, answers)]
             write_json(path, rows)
             last = len(rows) == len(pictures)
-            show_progress(bench.log, f"LLaVA has answered {len(rows)} of {len(pictures)} prompts", last)
+            show_progress(bench.log, f"answered {len(rows)} of {len(pictures)} prompts", last)
     wanted = set(pictures)
     return [row for row in rows if row["picture"] in wanted]
 
 
 @torch.no_grad()
-def agreement(bench: Workbench, teacher: Teacher, rows: list[dict]) -> dict:
+def agreement(bench: Workbench, teacher: Asked, rows: list[dict]) -> dict:
     """How well the model's next-token distributions agree with the LLaVA's along the answers in `rows` (see `answered`).
 
     Returns:
@@ -58,7 +66,7 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return (theirs.exp() * (theirs - ours)).sum(-1)
 
 
-def both_logits(bench: Workbench, teacher: Teacher, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+def both_logits(bench: Workbench, teacher: Asked, rows: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (R, X) of SAISA and LLaVA for the tokens of the LLaVA's own answers, `rows` being a batch of one prompt."""
     ids, keep, counts = teacher_forced(bench, rows)
     images = [row["picture"] for row in rows]

@@ -5,7 +5,8 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
@@ -33,26 +34,28 @@ def fit_projectors(bench: Workbench, teacher: Teacher) -> list[dict]:
     exact = copied.linear_1.out_features >= teacher.projector_width
     states, report, source = VisualStates(bench, teacher), [], copied
     for index, own in projectors.items():
-        done, record = folder / f"projector-{index}.safetensors", folder / f"layer-{index}.json"
-        if not record.exists():
-            start = time.perf_counter()
-            work = LayerFit(bench, index, states.at(index))
-            before = work.errors(copied)
-            projector = copy.deepcopy(source).float()
-            if index or not exact:
-                work.fit_projector(projector)
-            own.load_state_dict(projector.state_dict())
-            after = work.errors(own)
-            del work  # its states are not needed while the next layer's are computed
-            write_tensors(done, own.state_dict())
-            seconds = round(time.perf_counter() - start, 2)
-            write_json(record, {"layer": index, "copied": before, "fitted": after, "seconds": seconds})
-        own.load_state_dict(load_file(done))
+
+        def fit(index=index, source=source, own=own) -> dict[str, dict]:
+            work = LayerFit(bench, index, states.at(index))  # let go before the states of the next layer are computed
+            return {"copied": work.errors(copied)} | work.fitted(own, source, bool(index) or not exact)
+
+        report.append(kept_layer(folder, index, own, fit))
         source = own if bench.fit.start == "previous" else copied
-        report.append(json.loads(record.read_text(encoding="utf-8")))
         bench.log(layer_line(report[-1], bench.model.config.text_config.num_hidden_layers))
     states.remove()
     return report
+
+
+def kept_layer(folder: Path, index: int, projector: nn.Module, fit: Callable[[], dict]) -> dict:
+    """What `fit()` returns, which fits `projector`, the one of layer `index`, in place: done once, and kept in `folder`."""
+    done, record = folder / f"projector-{index}.safetensors", folder / f"layer-{index}.json"
+    if not record.exists():
+        start = time.perf_counter()
+        errors = fit()
+        write_tensors(done, projector.state_dict())
+        write_json(record, {"layer": index, **errors, "seconds": round(time.perf_counter() - start, 2)})
+    projector.load_state_dict(load_file(done))
+    return json.loads(record.read_text(encoding="utf-8"))
 
 
 class LayerFit:
@@ -78,6 +81,14 @@ class LayerFit:
         """All of `images`, batch by batch."""
         for first in range(images.start, images.stop, self.per_step):
             yield self.rows(range(first, min(first + self.per_step, images.stop)))
+
+    def fitted(self, projector: nn.Module, source: nn.Module, fit: bool = True) -> dict[str, dict]:
+        """Gives `projector` the weights of `source`, fitted if `fit`, and returns its errors as `{"fitted": ...}`."""
+        precise = copy.deepcopy(source).float()
+        if fit:
+            self.fit_projector(precise)
+        projector.load_state_dict(precise.state_dict())
+        return {"fitted": self.errors(projector)}
 
     def fit_projector(self, projector: nn.Module) -> None:
         """`solve`, then `descend`. If descent makes the error on fitted images larger, it is tried again at a quarter of the
@@ -124,8 +135,8 @@ class LayerFit:
             projector.image_newline.copy_(newline[:-1] / newline[-1])
 
     def targets(self, states_RD: torch.Tensor) -> torch.Tensor:
-        """What the projector is to put out; only the direction counts, unless `space` is `"hidden"`."""
-        if self.fit.space == "hidden":
+        """What the projector is to put out; only the direction counts, unless `space` is `"hidden"` or no norm follows."""
+        if self.fit.space == "hidden" or isinstance(self.space.norm, nn.Identity):
             return states_RD
         return states_RD * states_RD.square().mean(1, keepdim=True).add(1e-6).rsqrt()
 
@@ -160,10 +171,12 @@ class LayerFit:
 
 
 class Space:
-    """Where a decoder layer's visual input counts: behind its norm, as keys before rotation, and as values. In float32."""
+    """Where a decoder layer's visual input counts: behind its norm, if it has one there, as keys before rotation, and as
+    values. In float32."""
 
-    def __init__(self, layer: nn.Module):
-        self.norm = copy.deepcopy(getattr(layer, layer.norms.before_attention)).float()
+    def __init__(self, layer):
+        name = layer.norms.before_attention
+        self.norm = nn.Identity() if name is None else copy.deepcopy(getattr(layer, name)).float()
         self.attention = copy.copy(layer.self_attn)
         parts = ("k_proj", "v_proj", "qkv_proj", "k_norm")
         own = layer.self_attn._modules

@@ -160,7 +160,7 @@ def _share_weights(model: SaisaForConditionalGeneration, llava: PreTrainedModel)
 def _copy_projector(model: SaisaForConditionalGeneration, llava: PreTrainedModel, seed: int) -> None:
     embedding, projector = model.get_input_embeddings().weight, projector_of(llava)
     width = model.config.projector_hidden_size or projector.linear_1.out_features
-    weights = _widened(projector, width, seed)
+    weights = with_inner_units(projector, width, seed)
     if model.config.image_grid_pinpoints is not None:
         weights["image_newline"] = newline_of(llava)
     for index, empty in projectors_of(model).items():
@@ -169,7 +169,7 @@ def _copy_projector(model: SaisaForConditionalGeneration, llava: PreTrainedModel
         model.model.language_model.layers[index].visual_projector = own
 
 
-def _widened(projector: nn.Module, width: int, seed: int) -> dict[str, torch.Tensor]:
+def with_inner_units(projector: nn.Module, width: int, seed: int) -> dict[str, torch.Tensor]:
     """The state dict of `projector` with `width` inner units: with more of them, which have no effect yet, or with fewer."""
     weights = {name: tensor.detach() for name, tensor in projector.state_dict().items() if name.startswith("linear")}
     inner = projector.linear_1.out_features

@@ -65,35 +65,30 @@ class Teacher:
     @torch.no_grad()
     def answers(self, input_ids: torch.Tensor, features: torch.Tensor, tokens: int) -> list[list[int]]:
         """The LLaVA's greedy answers to `n` prompts of one length, of at most `tokens` tokens, each with its end token."""
-        ends = self.model.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        embeds = self.embeds(input_ids, features)
-        mask = torch.ones_like(input_ids)
-        # an image token in an answer would stand for an image
-        never = [*(self.model.generation_config.suppress_tokens or []), self.model.config.image_token_id]
-        greedy = {
-            "suppress_tokens": never,
-            "do_sample": False,
-            "num_beams": 1,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
-        pad = self.model.generation_config.pad_token_id
-        pad = pad if pad is not None else ends[0] if ends else 0
-        made = self.model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=tokens, pad_token_id=pad, **greedy
-        )
-        rows = []
-        for row in made.tolist():
-            end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
-            rows.append(row[: end + 1])
-        return rows
+        inputs = {"inputs_embeds": self.embeds(input_ids, features), "attention_mask": torch.ones_like(input_ids)}
+        return greedy_answers(self.model, tokens, **inputs)
 
     def advance(self, index: int, states: torch.Tensor) -> torch.Tensor:
         """Runs layer `index` alone: (n, S, D) hidden states at its input -> those at the next layer's input."""
         alone = part_of(self.model.model.language_model, index, index + 1, normed=False)
         return alone(inputs_embeds=states, use_cache=False).last_hidden_state
+
+
+def greedy_answers(model: SaisaForConditionalGeneration, tokens: int, **inputs: Any) -> list[list[int]]:
+    """What `model` answers to prompts of one length, at most `tokens` tokens each, up to the first that ends an answer."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    # an image token in an answer would stand for an image
+    never = [*(model.generation_config.suppress_tokens or []), model.config.image_token_id]
+    greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    pad = model.generation_config.pad_token_id
+    pad = pad if pad is not None else ends[0] if ends else 0
+    made = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=pad, suppress_tokens=never, **greedy)
+    rows = []
+    for row in made[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row) - 1)
+        rows.append(row[: end + 1])
+    return rows
 
 
 def part_of(decoder: nn.Module, first: int, end: int, normed: bool) -> nn.Module:

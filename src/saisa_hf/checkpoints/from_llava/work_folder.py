@@ -23,7 +23,6 @@ from ...images_saisa import load_image
 from ...modeling_saisa import SaisaForConditionalGeneration
 from ...processing_saisa import SaisaProcessor
 from ...vision_saisa import image_size
-from .model import projectors_of
 from .reporting import show_progress
 from .settings import Fit
 
@@ -98,7 +97,7 @@ class Workbench:
 
     def _warn_of_few_images(self) -> None:
         rows = sum(self.lengths[image] for image in self.fitted)
-        inner = next(iter(projectors_of(self.model).values())).linear_1.out_features
+        inner = self.model.config.projector_hidden_size or self.model.config.text_config.hidden_size
         if rows < 10 * inner:
             enough = math.ceil(10 * inner * len(self.fitted) / max(rows, 1))
             self.log(
@@ -277,7 +276,7 @@ def _expanded_ids(processor: SaisaProcessor, prompt: str, prompt_format: str | N
         return list(processor(images=blank, text=prompt_format.replace("{prompt}", prompt))["input_ids"][0])
     if processor.chat_template is None:
         raise ValueError(
-            "this LLaVA has no chat template: give the text around a prompt, for instance --prompt-format "
+            "this model has no chat template: give the text around a prompt, for instance --prompt-format "
             '"USER: <image>\\n{prompt} ASSISTANT:".'
         )
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
