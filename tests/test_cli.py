@@ -52,6 +52,7 @@ def test_help_lists_exactly_the_commands_that_run(capsys):
         "demo",
         "convert",
         "build",
+        "compress",
         "upgrade",
         "check",
         "chat",

@@ -19,7 +19,7 @@ from saisa_hf.cli import main
 
 
 DEMO = Path(saisa_hf.__file__).parent / "demo" / "checkpoint"
-QUICK = Fit(pictures=60, held_out=10, steps=20, batch_tokens=720, answer_tokens=4)
+QUICK = Fit(pictures=30, held_out=6, steps=8, batch_tokens=720, answer_tokens=4)
 PROMPTS = ["list all digits."]
 
 
@@ -50,7 +50,7 @@ def test_a_command_makes_the_demos_projectors_narrow(folder, tmp_path, capsys):
         "--projector-hidden-size",
         "48",
     ]
-    command += ["--pictures", "60", "--held-out", "10", "--steps", "20", "--dtype", "float32"]
+    command += ["--pictures", "30", "--held-out", "6", "--steps", "4", "--dtype", "float32"]
     assert main(command) == 0
     assert "KL from original" in capsys.readouterr().out
     report = json.loads((tmp_path / "narrow" / REPORT).read_text())
@@ -65,7 +65,7 @@ def test_a_command_makes_the_demos_projectors_narrow(folder, tmp_path, capsys):
     processor = SaisaProcessor.from_pretrained(tmp_path / "narrow")
     images = sorted(path.name for path in folder.iterdir())
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
-    held_out = [Image.open(folder / images[index]) for index in order[:10]]
+    held_out = [Image.open(folder / images[index]) for index in order[:6]]
     with torch.no_grad():
         pixels = processor(images=held_out, return_tensors="pt")["pixel_values"]
         ours, theirs = (one.get_visual_states(pixels).stored.keys_values for one in (model, source))
