@@ -77,10 +77,10 @@ def interleaved_by_clock(calls: dict[str, Callable], repeats: int, device: str) 
     for _ in progress(range(repeats + 1), "timing"):
         gc.collect()  # rather than during a call
         for name, call in calls.items():
-            _wait(device)
+            wait(device)
             start = {clock: now() for clock, now in CLOCKS.items()}
             result = call()
-            _wait(device)
+            wait(device)
             for clock, now in CLOCKS.items():
                 seconds[clock][name].append(now() - start[clock])
             del result
@@ -159,6 +159,7 @@ def write_json(path: str | Path, result: dict) -> None:
     part.replace(path)
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

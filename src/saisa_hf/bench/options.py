@@ -52,6 +52,8 @@ def _add_measurement(group: argparse._ArgumentGroup) -> None:
     clock = "clock for ratios: wall, or processor (all threads of the process), which is less affected by other load"
     add("--clock", choices=tuple(CLOCKS), default="wall", help=clock + " (default: wall; the JSON has both)")
     add("--threads", type=started, metavar="N", help="PyTorch's threads on a CPU (default: PyTorch's choice)")
+    roof = "also measure what the machine allows at the shapes that occur, and the share of it that is reached"
+    add("--roof", action="store_true", help=roof + " (not in training)")
     keep = "make the C library (glibc) keep freed memory, so that no model waits for the system to clear pages"
     add("--keep-memory", action="store_true", help=keep)
     memory = "also measure peak memory (default: yes)"

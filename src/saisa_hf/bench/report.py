@@ -9,6 +9,7 @@ from ..common.plots import drawing
 from ..common.tables import table
 from .measure import quartiles
 from .names import LABELS, MEMBER_MODELS, MODELS, REFERENCE
+from .roof import BOUNDS
 
 
 FAMILY_NOTE = """\
@@ -16,6 +17,11 @@ time: a member's over that of the member llava, and over that of transformers' L
 peak, activations: over those of the member llava. cache: keys and values behind the prompt\
 """
 RATIO_NOTE = "ratio: SAISA's time over the other's in the same round; median (quartiles)"
+ROOF_NOTE = """\
+roof: what products, attention and bytes take at the best rates that this machine was seen to reach at the same shapes, in
+milliseconds (saisa bench --help says what is counted); reached: roof / ms. by weights, by FLOPs: products that wait for their
+weights or for arithmetic; by bytes: norms, residuals, activations, rotations and the cache\
+"""
 NOTES = """\
 {repeats} rounds, in which all take turns
 FLOPs: the ratio of matrix products, the lowest possible ratio of times if only they took time; over: ratio of times / FLOPs
@@ -32,8 +38,10 @@ def show_ratios(results: list[dict]) -> str:
         for other, ratio in result["ratios"].items():
             row = [f"{result['name']}: SAISA / {MODELS[other]}", *_time_beside_flops(ratio)]
             row += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("peak_bytes", "activation_bytes")]
-            rows.append(row)
-    return table(["", "ratio", "FLOPs", "over", "peak", "activations"], rows)
+            rows.append([*row, f"{ratio['roof']:.3f}"] if "roof" in ratio else row)
+    header = ["", "ratio", "FLOPs", "over", "peak", "activations", "roof"]
+    widest = max(map(len, rows), default=len(header) - 1)
+    return table(header[:widest], [[*row, *[""] * (widest - len(row))] for row in rows])
 
 
 def show_family(results: list[dict]) -> str:
@@ -87,6 +95,43 @@ def show_times(results: list[dict], clock: str) -> str:
             rows.append(row)
     header = ["", "ms", "GFLOPs", "GFLOP/s", "tokens/s", "peak MiB", "activations MiB", "kept MiB", "cache MiB"]
     return table(header, rows)
+
+
+def show_roof(results: list[dict], clock: str) -> str:
+    """A table of each model's time beside its roof, and of what the roof is made of, in milliseconds."""
+    rows = []
+    for result in results:
+        for name, found in result["models"].items():
+            if "roof" in found:
+                roof, mid = found["roof"], quartiles(found["seconds"][clock])[1]
+                times = [mid, *(roof[key] for key in ("seconds", *BOUNDS))]
+                shown = [f"{1e3 * second:.1f}" for second in times]
+                rows.append([f"{result['name']}: {LABELS[name]}", *shown, f"{roof['reached']:.0%}"])
+    return table(["", "ms", "roof", "by weights", "by FLOPs", "by bytes", "reached"], rows)
+
+
+def show_rates(results: list[dict]) -> str:
+    """Tables of the rates that the roofs of `results` are made of, each the best of all cases, and a line about memory."""
+    measured = [result["rates"] for result in results if "rates" in result]
+    products = {tuple(one["sizes"]): one for rates in measured for one in _by_rate(rates["products"])}
+    rows = [
+        ["{:,} x {:,} x {:,}".format(*sizes), f"{one['flops_per_second'] / 1e9:,.0f}", one["bound"]]
+        for sizes, one in sorted(products.items())
+    ]
+    pairs = {}
+    for one in (one for rates in measured for one in _by_rate(rates["attention"])):
+        what = f"{one['samples'] * one['heads']:,} heads: {one['queries']:,} queries, {one['keys']:,} keys"
+        pairs[what] = max(one["flops_per_second"], pairs.get(what, 0.0))
+    rows += [[what, f"{rate / 1e9:,.0f}", ""] for what, rate in pairs.items()]
+    memory = max(rates["memory_bytes_per_second"] for rates in measured) / 1e9
+    cache = measured[0]["cache_bytes"] / 2**20
+    line = f"memory: {memory:.1f} GB/s, of more than the cache holds ({cache:,.0f} MiB)"
+    return f"{table(['rows x inputs x outputs', 'GFLOP/s', 'bound by'], rows)}\n\n{line}"
+
+
+def _by_rate(rates: list[dict]) -> list[dict]:
+    """The best last, where it replaces others."""
+    return sorted(rates, key=operator.itemgetter("flops_per_second"))
 
 
 def show_slopes(slopes: list[dict]) -> str:

@@ -4,22 +4,35 @@
 import argparse
 import math
 
+import torch
+
 from . import measure
 from .models import Models
-from .names import LABELS, MEMBER_MODELS, REFERENCE, WITHOUT_IMAGE
-from .work import Case, tasks
+from .names import CLOCKS, LABELS, MEMBER_MODELS, REFERENCE, WITHOUT_IMAGE
+from .rates import Meter
+from .roof import roof
+from .work import Case, Task, tasks
 
 
 def measure_case(models: Models, names: list[str], case: Case, args: argparse.Namespace) -> dict:
-    """One case: seconds by clock, FLOPs and bytes of each model, the ratios of SAISA to the others, and those of members of
-    the family to their LLaVA and to transformers'."""
+    """One case: seconds by clock, FLOPs and bytes of each model, and with `args.roof` its roof and the rates that it is made
+    of; the ratios of SAISA to the others, and those of members of the family to their LLaVA and to transformers'."""
     with tasks(models, names, case, args, args.cross_every) as todo:
+        meter = _meter(todo, args)
         calls = {name: task.call for name, task in todo.items()}
+        if meter is not None:
+            meter.measure()
         clocks = measure.interleaved_by_clock(calls, args.repeats, args.device)
-        found = {}
+        if meter is not None:
+            meter.measure()  # again: the machine may have been busier before
+        found: dict[str, dict] = {}
         for name, task in todo.items():
             seconds = {clock: clocks[clock][name] for clock in clocks}
             found[name] = {"seconds": seconds, "flops": task.flops, "held_bytes": task.held()}
+            if meter is not None:
+                found[name]["roof"] = roof(task.passes, meter.rates)
+                mid = measure.quartiles(seconds[args.clock])[1]
+                found[name]["roof"]["reached"] = found[name]["roof"]["seconds"] / mid
             if args.memory:
                 found[name]["peak_bytes"] = measure.peak_memory(task.call, args.device)
                 if task.uncached is not None:
@@ -30,6 +43,8 @@ def measure_case(models: Models, names: list[str], case: Case, args: argparse.Na
     others = [name for name in names if name not in ("saisa", *members)] if "saisa" in names else []
     ratios = {name: _ratio(found["saisa"], found[name], args.clock) for name in others}
     result = {**vars(case), "name": case.name, "models": found, "ratios": ratios}
+    if meter is not None:
+        result["rates"] = meter.described()
     if members:
         against = [name for name in (REFERENCE, "llava") if name in names]
         result["member_ratios"] = {
@@ -44,7 +59,17 @@ def _ratio(one: dict, other: dict, clock: str) -> dict:
     ratio = {"time": measure.quartiles(rounds), "flops": one["flops"] / other["flops"]}
     sizes = ("peak_bytes", "activation_bytes", "cache_bytes")
     ratio |= {key: one[key] / other[key] for key in sizes if key in one and other.get(key)}
+    if "roof" in one and "roof" in other:
+        ratio["roof"] = one["roof"]["seconds"] / other["roof"]["seconds"]
     return ratio
+
+
+def _meter(todo: dict[str, Task], args: argparse.Namespace) -> Meter | None:
+    """What measures the rates that bound these tasks, if the roof is asked for and they are not training."""
+    passes = [one for task in todo.values() for one in task.passes]
+    if not args.roof or not passes:
+        return None
+    return Meter(passes, args.device, getattr(torch, args.dtype), CLOCKS[args.clock])
 
 
 def median(result: dict, name: str, clock: str) -> float:

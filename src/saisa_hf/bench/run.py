@@ -14,7 +14,19 @@ from . import measure
 from .models import build
 from .names import CURVE, MEMBER_MODELS, MODELS, PRESETS, REFERENCE, WITHOUT_IMAGE
 from .options import with_sizes
-from .report import FAMILY_NOTE, NOTES, RATIO_NOTE, plot, show_family, show_ratios, show_slopes, show_times
+from .report import (
+    FAMILY_NOTE,
+    NOTES,
+    RATIO_NOTE,
+    ROOF_NOTE,
+    plot,
+    show_family,
+    show_rates,
+    show_ratios,
+    show_roof,
+    show_slopes,
+    show_times,
+)
 from .results import measure_case, slopes
 from .targets import run_targets, show_targets
 from .work import Case
@@ -39,7 +51,10 @@ def bench(args: argparse.Namespace) -> dict:
     tables, notes = ([show_family(found)], [FAMILY_NOTE]) if args.members else ([], [])
     if not args.members or any(one["ratios"] for one in found):
         tables, notes = [*tables, show_ratios(found)], [*notes, RATIO_NOTE]
-    print("\n" + "\n\n".join([*tables, show_times(found, args.clock)]) + "\n")
+    tables.append(show_times(found, args.clock))
+    if any("rates" in one for one in found):
+        tables, notes = [*tables, show_roof(found, args.clock), show_rates(found)], [*notes, ROOF_NOTE]
+    print("\n" + "\n\n".join(tables) + "\n")
     if result["slopes"]:
         print(show_slopes(result["slopes"]) + "\n")
     peak = measure.PEAK_MEMORY[torch.device(args.device).type]

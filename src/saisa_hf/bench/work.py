@@ -19,10 +19,14 @@ from transformers import IdeficsForVisionText2Text
 from ..common.extras import needs
 from ..compat_saisa import CACHE
 from ..configuration_saisa import SaisaConfig
+from ..costs.encoder import clip_products
 from ..costs.flops import Step, encoder_flops, step_flops, training_flops
+from ..costs.products import products
+from ..costs.traffic import traffic
 from ..training.stages import LORA_TARGETS, SHARED_PROJECTOR
 from .models import GivenFeatures, Models, draw_text, visual_tokens
 from .names import MEMBER_MODELS, WITHOUT_IMAGE
+from .roof import Work
 
 
 RANK = 64  # of the adapters
@@ -64,6 +68,7 @@ class Task:
         call: does it once.
         uncached: the same without keeping keys and values, if it makes any: all that it holds are activations.
         flops: of a call, by `saisa_hf.costs.flops`.
+        passes: what its forward passes multiply and move; empty in training.
         held: bytes of the tensors besides the model that it needs between calls.
         cache: makes the cache behind the prompt, if the work has one.
     """
@@ -73,6 +78,7 @@ class Task:
     uncached: Callable | None = None
     held: Callable[[], int] = field(default=lambda: 0)
     cache: Callable | None = None
+    passes: list[Work] = field(default_factory=list)
 
 
 class Inputs:
@@ -155,7 +161,9 @@ def tasks(
     with torch.inference_mode():
         made = {name: make[case.work](models, name, inputs, case) for name in names}
         for name, task in made.items():
-            task.flops = _flops(models, name, step, inputs, case, cross_every)
+            steps, images = _steps(models, name, step, inputs, case), _images(name, inputs)
+            task.flops = _flops(models, name, steps, images, cross_every)
+            task.passes = _passes(models, name, steps, images, case, args, cross_every)
         yield made
 
 
@@ -164,9 +172,8 @@ def counted_as(models: Models, name: str) -> tuple[SaisaConfig, str]:
     return (model_of(models, name).config, "saisa") if name in MEMBER_MODELS else (models.saisa.config, name)
 
 
-def _flops(models, name, step, inputs, case, cross_every) -> int:
-    """FLOPs of a call of any work except training."""
-    config, architecture = counted_as(models, name)
+def _steps(models, name, step, inputs, case) -> list[Step]:
+    """The forward passes of the language model in a call of any work except training."""
     steps = [step]
     if name == "flamingo":
         if not IDEFICS_KEEPS_LOGITS:
@@ -178,9 +185,32 @@ def _flops(models, name, step, inputs, case, cross_every) -> int:
         steps = [replace(step, visual=0, cached_visual=step.visual)]
     if case.work == "decode":
         steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
-    encoder = inputs.pixels is not None and name != WITHOUT_IMAGE
-    total = len(inputs.pixels) * encoder_flops(config) if encoder else 0
+    return steps
+
+
+def _images(name, inputs) -> int:
+    """How many images the encoder reads in a call."""
+    return 0 if inputs.pixels is None or name == WITHOUT_IMAGE else len(inputs.pixels)
+
+
+def _flops(models, name, steps, images, cross_every) -> int:
+    config, architecture = counted_as(models, name)
+    total = images * encoder_flops(config) if images else 0
     return total + sum(sum(step_flops(config, architecture, one, cross_every).values()) for one in steps)
+
+
+def _passes(models, name, steps, images, case, args, cross_every) -> list[Work]:
+    """What each of the forward passes multiplies and moves; the encoder belongs to the first."""
+    config, architecture = counted_as(models, name)
+    itemsize = getattr(torch, args.dtype).itemsize
+    placed = case.visual if case.work == "second-question" and _keeps_states(models, name) else 0
+    passes = []
+    for one in steps:
+        multiplied = list(products(config, architecture, one, cross_every))
+        if images and not passes:
+            multiplied += clip_products(config, images)
+        passes.append(Work.of(multiplied, traffic(config, architecture, one, cross_every, placed), itemsize))
+    return passes
 
 
 def _keeps_states(models: Models, name: str) -> bool:

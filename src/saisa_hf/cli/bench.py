@@ -16,9 +16,17 @@ model on the text alone, which is the lower bound.
   saisa bench --curve --llava-up-to 8192 --plot curve.png --json curve.json
   saisa bench --preset vicuna-7b --device cuda --dtype bfloat16 --batch 1 8 32
   saisa bench --family --models llava
+  saisa bench --work prefill second-question --roof
 
 In each round all models take turns. Prints medians with quartiles, ratios first, each beside the ratio of FLOPs, which
 is its limit.
+
+--roof measures, without a model, what the machine can do: matrix products and attention at each shape that occurs, with
+weights as cold as a model's, and moves of bytes. Beside each time it prints the roof: what all products of the pass take at
+these rates (those of the encoder too), attention over the pairs that the causal mask leaves, one pass over the tensors of
+norms, residuals, activations, rotations and embedding, and keys and values written into the cache. It does not count the
+encoder's own norms and activations, softmax, masks, sampling, memory given back to the system and cleared again, copies that
+a model could do without (such as a dynamic cache that grows), and the time in which Python and PyTorch start operations.
 """
 
 

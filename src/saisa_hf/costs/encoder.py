@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from ..configuration_saisa import SaisaConfig
 from ..vision_saisa import has_choice_of_attention, image_size
+from .products import Pairs, Product
 
 
 def encoder_flops(config: SaisaConfig) -> int:
@@ -23,6 +25,25 @@ def encoder_flops(config: SaisaConfig) -> int:
         c, tokens = config.vision_config.hidden_size, config.encoder_tokens_per_image + config.dropped_vision_tokens
         flops += 2 * (1 + tokens) * c * c + 2 * tokens * c
     return flops
+
+
+def clip_products(config: SaisaConfig, images: int) -> Iterator[Product]:
+    """The matrix products of a CLIP encoder that reads so many images, one by one. Its convolution is one of them."""
+    vision, (height, width) = config.vision_config, image_size(config.vision_config)
+    h, heads = vision.hidden_size, vision.num_attention_heads
+    patches = (height // vision.patch_size) * (width // vision.patch_size)
+
+    def linear(tokens: int, inputs: int, outputs: int) -> Product:
+        sizes = (images * tokens, inputs, outputs)
+        return Product("encoder", 2 * math.prod(sizes), sizes)
+
+    yield linear(patches, vision.num_channels * vision.patch_size**2, h)
+    pairs = Pairs(images, patches + 1, patches + 1, heads, heads, h // heads, causal=False)
+    for _ in range(vision.num_hidden_layers):
+        yield from (linear(patches + 1, h, h) for _ in ("queries", "keys", "values", "output"))
+        yield Product("encoder", pairs.flops, pairs=pairs)
+        yield linear(patches + 1, h, vision.intermediate_size)
+        yield linear(patches + 1, vision.intermediate_size, h)
 
 
 def _image_size(config: SaisaConfig) -> tuple[int, int]:

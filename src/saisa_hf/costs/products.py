@@ -44,6 +44,38 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Pairs:
+    """The queries and keys of an attention.
+
+    Attributes:
+        samples, queries, keys: each sample has so many queries and keys.
+        heads, key_heads, size: heads of the queries, heads of the keys, width of a head.
+        cached: of the keys, those that are in the cache already.
+        causal: whether a query sees no key behind it. The last key is that of the last query.
+    """
+
+    samples: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    size: int
+    cached: int = 0
+    causal: bool = True
+
+    @property
+    def flops(self) -> int:
+        """Of the products with keys and with values, of all pairs."""
+        return 4 * self.samples * self.heads * self.size * self.queries * self.keys
+
+    @property
+    def visible_flops(self) -> int:
+        """The same of the pairs in which the query sees the key."""
+        hidden = self.queries * (self.queries - 1) // 2 if self.causal else 0
+        return self.flops - 4 * self.samples * self.heads * self.size * hidden
+
+
+@dataclass(frozen=True)
 class Product:
     """Matrix products of one kind in the forward pass.
 
@@ -54,6 +86,7 @@ class Product:
         layer: of the decoder; None outside.
         of: what is multiplied: the `"features"` that projectors read, `"visual"` tokens on the way from a projector, the
             `"text"` that enters a layer, what is `"attended"`, that is behind its attention, or `"normed"`, in a resampler.
+        pairs: queries and keys that are multiplied without a weight, in a decoder.
     """
 
     part: str
@@ -61,6 +94,7 @@ class Product:
     sizes: tuple[int, int, int] | None = None
     layer: int | None = None
     of: str = "text"
+    pairs: Pairs | None = None
 
 
 def products(
@@ -87,8 +121,10 @@ def products(
         elif family.norms.before_attention is not None:
             yield linear("projectors", visual, config.folded_width, config.folded_width, layer, "visual")
 
-    def attention(queries: int, keys: int, layer: int) -> Product:
-        return Product("attention scores", 4 * batch * q * queries * keys, layer=layer)
+    def attention(queries: int, new: int, layer: int, cached: int = 0, causal: bool = True) -> Product:
+        heads = (text.num_attention_heads, text.num_key_value_heads, family.head_dim)
+        pairs = Pairs(batch, queries, new + cached, *heads, cached, causal)
+        return Product("attention scores", pairs.flops, pairs=pairs, layer=layer)
 
     def feed_forward(rows: int, inner: int, layer: int) -> Iterator[Product]:
         for inputs, outputs in ((h, inner), (h, inner), (inner, h)):
@@ -107,7 +143,7 @@ def products(
             yield linear("attention projections", step.text, h, q, layer)
             for _ in ("keys", "values"):  # transformers' Idefics computes those of the image again in each step
                 yield linear("attention projections", seen, c, k, layer, "features")
-            yield attention(step.text, seen, layer)
+            yield attention(step.text, seen, layer, causal=False)
             yield linear("attention projections", step.text, q, h, layer, "attended")
             yield from feed_forward(step.text, text.intermediate_size, layer)
         if architecture == "saisa" and config.sees_image(layer) and not attend:
@@ -120,7 +156,7 @@ def products(
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
         new = step.text + visual * keeps_visual(config, architecture, layer)
-        yield attention(rows, new + cached_tokens(config, architecture, layer, step), layer)
+        yield attention(rows, new, layer, cached_tokens(config, architecture, layer, step))
         yield linear("attention projections", rows, q, h, layer, "attended")
         yield from feed_forward(fed_rows, inner, layer)
         yield linear("feed-forward", fed_rows, h, experts(family, layer), layer, "attended")
