@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from saisa_hf.bench import measure
-from saisa_hf.bench.report import show_family, show_ratios, show_slopes
+from saisa_hf.bench.report import show_family, show_rates, show_ratios, show_roof, show_slopes
 from saisa_hf.bench.targets import show_targets
 from saisa_hf.common.tables import fill_blocks
 
@@ -31,13 +31,15 @@ def machine(result: dict) -> str:
 
 
 def block(result: dict) -> str:
-    """The text of a block: the machine, the table of targets or of members of the family or else that of ratios, and the
-    exponents."""
+    """The text of a block: the machine, the table of targets or of members of the family or else that of ratios, the roofs and
+    what they are made of, and the exponents."""
     parts = [machine(result)]
     if "targets" in result:
         parts.append(show_targets(result["targets"]))
     else:
         parts.append((show_family if result["settings"].get("members") else show_ratios)(result["results"]))
+    if any("rates" in one for one in result["results"]):
+        parts += [show_roof(result["results"], result["settings"]["clock"]), show_rates(result["results"])]
     if result["slopes"]:
         first, *lines = show_slopes(result["slopes"]).splitlines()
         parts.append("\n".join([first.capitalize(), "", *(f"- {line}" for line in lines)]))

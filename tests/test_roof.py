@@ -15,6 +15,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saisa_hf.bench import rates as measuring
+from saisa_hf.bench import targets
 from saisa_hf.bench.models import build
 from saisa_hf.bench.names import MEMBER_MODELS, MODELS
 from saisa_hf.bench.options import add_arguments
@@ -392,6 +393,17 @@ def test_the_roof_is_printed_and_written(capsys, tmp_path, monkeypatch):
     ratios = next(line for line in lines if line[1:3] == ["ratio", "FLOPs"])
     assert ratios[-1] == "roof" and {len(line) for line in lines if " / " in line[0]} == {len(ratios)}
     assert "memory: " in printed and "\nroof: " in printed
+
+
+def test_the_share_that_is_reached_is_one_of_the_targets(monkeypatch):
+    ratio = {"time": (0.3, 0.4, 0.5), "flops": 0.4}
+    result = {"name": "x", "ratios": {"llava": ratio}, "models": {"saisa": {"roof": {"reached": 0.91}}}}
+    monkeypatch.setattr(targets, "build", lambda args: None)
+    monkeypatch.setattr(targets, "measure_case", lambda *_: result)
+    for options, expected in (([], [None]), (["--roof"], [None, 0.90])):
+        _, rows = next(targets._cpu_rows(arguments(*options)))
+        assert [row["target"] if row["at_least"] else None for row in rows] == expected
+        assert all(row["met"] for row in rows)
 
 
 def test_without_the_option_nothing_is_measured_for_it(capsys, tmp_path, monkeypatch):
