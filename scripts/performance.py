@@ -31,8 +31,8 @@ def machine(result: dict) -> str:
 
 
 def block(result: dict) -> str:
-    """The text of a block: the machine, the table of targets or of members of the family or else that of ratios, the roofs and
-    what they are made of, and the exponents."""
+    """The text of a block: the machine, the table of targets or of members of the family or else that of ratios, the roofs
+    and the rates that they are made of, and the exponents."""
     parts = [machine(result)]
     if "targets" in result:
         parts.append(show_targets(result["targets"]))

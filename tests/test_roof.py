@@ -12,6 +12,7 @@ from itertools import count, pairwise
 import pytest
 import torch
 import transformers
+from tiny_models import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saisa_hf.bench import rates as measuring
@@ -410,6 +411,14 @@ def test_without_the_option_nothing_is_measured_for_it(capsys, tmp_path, monkeyp
     monkeypatch.setattr(Meter, "measure", None)
     printed, result = bench(capsys, tmp_path, "--work", "prefill")
     assert "roof" not in printed and "rates" not in result["results"][0]
+
+
+def test_folded_projectors_are_normed_at_their_own_width():
+    config = tiny_config(projector_hidden_size=4, fold_projectors=True)
+    moved = Counter(one for one in traffic(config, "saisa", Step(TEXT, VISUAL), 4) if one.rows == VISUAL)
+    layers, width = config.text_config.num_hidden_layers, config.folded_width
+    assert width < config.text_config.hidden_size
+    assert moved == {Traffic("activations", VISUAL, 4, 2): layers, Traffic("norms", VISUAL, width, 2): layers}
 
 
 def test_traffic_is_of_rows_that_are_there(models):

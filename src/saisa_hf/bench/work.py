@@ -206,7 +206,7 @@ def _passes(models, name, steps, images, case, args, cross_every) -> list[Work]:
     placed = case.visual if case.work == "second-question" and _keeps_states(models, name) else 0
     passes = []
     for one in steps:
-        multiplied = list(products(config, architecture, one, cross_every))
+        multiplied = list(products(config, architecture, one, cross_every, config.fold_projectors))
         if images and not passes:
             multiplied += clip_products(config, images)
         passes.append(Work.of(multiplied, traffic(config, architecture, one, cross_every, placed), itemsize))

@@ -64,7 +64,9 @@ def traffic(config: SaisaConfig, architecture: str, step: Step, cross_every: int
         norms = family.norms
         if norms.before_attention:
             yield from moved("norms", rows, h)
-            yield from moved("norms", visual * (sees and not attend), h)
+            yield from moved(
+                "norms", visual * (sees and not attend), config.folded_width if config.fold_projectors else h
+            )
         yield from moved("rotation", rows, q)
         kept = step.text + (visual + placed) * keeps_visual(config, architecture, layer)
         yield from moved("cache", kept, k, 4)
