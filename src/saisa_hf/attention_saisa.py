@@ -207,6 +207,8 @@ def attend(attention, query_BNTH, key_BKLH, value_BKLH, mask, options: dict):
     inputs = (attention, query_BNTH, key_BKLH, value_BKLH)
     if isinstance(mask, Runs):
         return mask.attend(implementation, *inputs, **options), None
+    if isinstance(mask, Apart):
+        return mask.attend(*inputs, options["scaling"]), None
     # a chunk of visual tokens alone has no query, which fused kernels do not expect
     if implementation == "eager" or query_BNTH.shape[2] == 0:
         return eager_attention(*inputs, mask, **options)
@@ -257,6 +259,7 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
     """What the layers' attention implementations take as masks, by kind of layer. Without a mask and a cache, a packed sample
     begins wherever `position_ids` do not go up by one."""
     masks, documents, prepared = {}, None, isinstance(attention_mask, dict)
+    held_by_layer = getattr(cache, "layers", ())
     if position_ids is None:
         position_ids = slots[None]
     elif attention_mask is None and cache is None:
@@ -273,9 +276,14 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
             mask = partial(_mask, decoder.config, layer, visibility, queries, cache, position_ids, prepared)
             if holds_text_alone(layer, index, cache):
                 held = None if cache is None else cache.layers[index]
-                masks[layer.mask_kind] = _of_text_alone(layer.self_attn, visibility, queries, held, mask)
+                made = _of_text_alone(layer.self_attn, visibility, queries, held, mask)
+                mask = made._replace(mask=_apart(layer.self_attn, made.mask, queries, held_by_layer))
             else:
-                masks[layer.mask_kind] = mask()
+                mask = _apart(layer.self_attn, mask(), queries, held_by_layer)
+            masks[layer.mask_kind] = mask
+        if index < len(held_by_layer) and isinstance(held_by_layer[index], Behind):
+            mask = masks[layer.mask_kind]
+            held_by_layer[index].apart = isinstance(mask.mask if isinstance(mask, OfTextAlone) else mask, Apart)
     return masks
 
 
@@ -307,12 +315,33 @@ def _mask(config, layer, visibility: Visibility, text_BTD, cache, position_ids, 
 # --- layers that do not see the image ---------------------------------------------------------------------------------
 
 
-class TextLayer(DynamicLayer or object):
-    """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the
-    sample with most of it has. It counts all tokens."""
+def _cropped(length: int, tokens: int) -> int:
+    """What `crop(tokens)` leaves of `length` tokens; what a positive number means, the installed release says."""
+    return tokens if tokens > 0 or not (tokens or CROP_REMOVES) else length + tokens
+
+
+class Grown:
+    """A part of layers of a cache that are looked after column by column."""
 
     keys: Tensor | None
     values: Tensor | None
+
+    def grow(self, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with new ones behind them."""
+        held = zip((self.keys, self.values), new)
+        self.keys, self.values = (x.contiguous() if old is None else torch.cat([old, x], dim=2) for old, x in held)
+        return self.keys, self.values
+
+    def cut(self, columns: int) -> None:
+        """Drops keys and values behind so many columns."""
+        if self.keys is not None:
+            self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
+
+
+class TextLayer(Grown, DynamicLayer or object):
+    """What a cache has of a decoder layer that does not see the image: text alone, at the end of as many columns as the
+    sample with most of it has. It counts all tokens."""
+
     length = 0  # of the input, visual tokens included
     place_BL: Tensor | None = None  # where in the input a column's text stands; -1: nowhere, in front of a shorter text
     is_text = True  # whether there are no visual tokens in the input
@@ -320,9 +349,7 @@ class TextLayer(DynamicLayer or object):
     def append(self, key_BKTH: Tensor, value_BKTH: Tensor, place_BL: Tensor, length: int, is_text: bool):
         """Keys and values of all text, (B, K, L, H) each."""
         self.place_BL, self.length, self.is_text, self.is_initialized = place_BL, length, is_text, True
-        new = ((self.keys, key_BKTH), (self.values, value_BKTH))
-        self.keys, self.values = (x.contiguous() if old is None else torch.cat([old, x], dim=2) for old, x in new)
-        return self.keys, self.values
+        return self.grow(key_BKTH, value_BKTH)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -333,13 +360,13 @@ class TextLayer(DynamicLayer or object):
 
     def crop(self, tokens: int) -> None:
         """To so many tokens of the input, or by so many where `tokens` is negative or the installed release says so."""
-        length = tokens if tokens > 0 or not (tokens or CROP_REMOVES) else self.length + tokens
+        length = _cropped(self.length, tokens)
         if self.place_BL is None or length >= self.length:
             return
         is_kept_BL = (self.place_BL >= 0) & (self.place_BL < length)
         columns = int((is_kept_BL.any(0).nonzero().flatten()[-1:] + 1).sum())  # up to the last that a sample keeps
-        self.place_BL = self.place_BL.masked_fill(~is_kept_BL, -1)[:, :columns]
-        self.keys, self.values, self.length = self.keys[:, :, :columns], self.values[:, :, :columns], length
+        self.place_BL, self.length = self.place_BL.masked_fill(~is_kept_BL, -1)[:, :columns], length
+        self.cut(columns)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -400,7 +427,7 @@ def _of_text_alone(attention, visibility: Visibility, text_BTD: Tensor, held, te
     if layout.visual_BS is not None:
         place_BL = slots[layout.query_position_BT].masked_fill(~layout.is_text_BT, -1)
     if held is not None and held.place_BL is not None:
-        place_BL = torch.cat([held.place_BL.to(slots.device), place_BL], 1)
+        place_BL = torch.cat([held.place_BL.to(slots.device).expand(len(place_BL), -1), place_BL], 1)
     is_text = layout.visual_BS is None and (held is None or held.is_text)
     rest = (place_BL, visibility.key_range[0], is_text)
     if is_text:
@@ -443,3 +470,113 @@ def hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout: TokenLayout, 
     attention_mask = attention_mask[..., : marked_B11L.shape[-1]]
     hidden = False if attention_mask.dtype == torch.bool else torch.finfo(attention_mask.dtype).min
     return attention_mask.masked_fill(marked_B11L, hidden)
+
+
+# --- layers of a cache behind a beginning -----------------------------------------------------------------------------
+
+
+class Behind(Grown):
+    """The part of a cache's layer that continues a `SaisaBeginning`: it holds keys and values of what stands behind that
+    alone. Those of the beginning are `shared`, (1, K, P, H) each, by all samples and all caches, and never change."""
+
+    shared: tuple[Tensor, Tensor]
+    apart = False  # whether attention takes the two parts apart (see `Apart`)
+
+    def grow(self, *new: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of both parts, joined for this one layer; or those behind the beginning, where `apart`."""
+        own = super().grow(*new)
+        if self.apart:
+            return own
+        return tuple(torch.cat([x.expand(len(y), -1, -1, -1), y], dim=2) for x, y in zip(self.shared, own))
+
+    def cut(self, columns: int) -> None:
+        super().cut(max(columns - self.shared[0].shape[2], 0))
+        self.shared = tuple(x[:, :, :columns] for x in self.shared)
+
+    def reset(self) -> None:
+        self.cut(0)
+        self.keys = self.values = self.place_BL = None
+        self.length, self.is_text = 0, True
+
+
+class LayerBehind(Behind, DynamicLayer or object):
+    """Of a decoder layer that sees the image, or counts its window in places of the input."""
+
+    def __init__(self, shared: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.shared, self.is_initialized, self.device = shared, True, shared[0].device
+
+    def update(self, key_BKTH: Tensor, value_BKTH: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return self.grow(key_BKTH, value_BKTH)
+
+    def get_seq_length(self) -> int:
+        return self.shared[0].shape[2] + (0 if self.keys is None else self.keys.shape[2])
+
+    def crop(self, tokens: int) -> None:
+        self.cut(_cropped(self.get_seq_length(), tokens))
+
+
+class TextLayerBehind(Behind, TextLayer):
+    """Of a decoder layer that does not see the image, behind text at the `places` (P,) of `length` tokens."""
+
+    def __init__(self, shared: tuple[Tensor, Tensor], places: Tensor, length: int):
+        super().__init__()
+        self.shared, self.place_BL, self.length = shared, places[None].to(shared[0].device), length
+        self.is_initialized, self.is_text = True, len(places) == length
+
+
+def continued(cache, model):
+    """`cache`, or in place of a `SaisaBeginning` a new cache that continues it, without a copy of it. Raises ValueError if it
+    is of another `SaisaModel` than `model`, or of other weights."""
+    if not hasattr(cache, "keys_values"):
+        return cache
+    cache.check(model)
+    behind = hold_text_alone(DynamicCache(), model.language_model.layers)
+    for index, (held, shared) in enumerate(zip(behind.layers, cache.keys_values)):
+        of_text = isinstance(held, TextLayer)
+        made = TextLayerBehind(shared, cache.text_places, len(cache)) if of_text else LayerBehind(shared)
+        behind.layers[index] = made
+    return behind
+
+
+class Apart:
+    """In place of a mask: all queries see all of a beginning, whose keys stay where they are, once for all samples; `mask`
+    (B, 1, T, L), or None, tells what they see behind it. Attention to both parts is joined by their sums of exponentials."""
+
+    def __init__(self, mask: Tensor | None, layers: list):
+        self.layers, self.bias = layers, None
+        if mask is not None:
+            self.bias = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+    def attend(self, attention, query_BNTH, key_BKLH, value_BKLH, scaling: float) -> Tensor:
+        """(B, T, N, H)."""
+        # the kernel of `sdpa` on CPUs, which also returns the logarithm of the sums
+        kernel = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=scaling)
+        groups = attention.num_key_value_groups
+        query_KGBTH = query_BNTH.unflatten(1, (-1, groups)).permute(1, 2, 0, 3, 4)
+        shape, of_one_sample = query_KGBTH.shape[:4], query_KGBTH.flatten(1, 3)[None]
+        parts = kernel(of_one_sample, *self.layers[attention.layer_idx].shared)
+        parts = (x[0].unflatten(1, shape[1:]).permute(2, 0, 1, *range(3, x.ndim + 1)).flatten(1, 2) for x in parts)
+        first_BNTH, first_BNT = parts
+        if groups > 1:
+            key_BKLH, value_BKLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
+        bias = None if self.bias is None else self.bias.to(query_BNTH.dtype)
+        second_BNTH, second_BNT = kernel(query_BNTH, key_BKLH, value_BKLH, attn_mask=bias)
+        share_BNT1 = torch.sigmoid(first_BNT - second_BNT)[..., None]
+        joined_BNTH = torch.lerp(second_BNTH.to(share_BNT1.dtype), first_BNTH.to(share_BNT1.dtype), share_BNT1)
+        return joined_BNTH.to(query_BNTH.dtype).transpose(1, 2)
+
+
+def _apart(attention, mask, queries_BTX: Tensor, layers):
+    """`mask`, or `Apart` where a layer of a cache continues a beginning that is seen whole and the kernel is there for it."""
+    held = layers[attention.layer_idx] if attention.layer_idx < len(layers) else None
+    if not isinstance(held, Behind) or not all(one.shared[0].is_cpu for one in layers):
+        return mask
+    columns, queries = held.shared[0].shape[2], queries_BTX.shape[1]
+    is_plain = implementation_of(attention) == "sdpa" and attention.window is None and attention.softcap is None
+    if not is_plain or not columns or not queries or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return mask
+    if mask is None:
+        return Apart(None, layers) if queries == 1 else mask
+    sees_all = isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask[..., :columns].all())
+    return Apart(mask[..., columns:], layers) if sees_all else mask

@@ -226,7 +226,7 @@ SAMPLED_FROM = 2**26  # bytes
 
 def _state(weights: list[tuple]) -> list:
     """What changes when `weights` do: identities and versions; and contents, as PyTorch counts no writes through `.data`, but
-    of a large encoder on a CPU only a sample, which costs less than a question."""
+    of a large encoder on a CPU, or of a whole language model, only a sample, which costs less than a question."""
     found, groups = [], {}
     for name, module, x in weights:
         found.append((name, x) if isinstance(x, str) else name)
@@ -236,7 +236,8 @@ def _state(weights: list[tuple]) -> list:
             found.append((id(x), 0 if x.is_inference() else x._version))
         if not hasattr(type(x), "full_tensor"):  # processes that share one out have to come to the same result
             as_it_is = type(x) in (Tensor, nn.Parameter) or getattr(x, "quant_state", None) is not None
-            group = groups.setdefault((x.device, x.is_cpu and name.startswith("vision_tower.")), [])
+            may_sample = name.startswith("language_model.") or (x.is_cpu and name.startswith("vision_tower."))
+            group = groups.setdefault((x.device, may_sample), [])
             group += [x] if as_it_is else _stored_tensors(x, module, name)
     for (device, may_sample), tensors in groups.items():
         is_sampled = may_sample and sum(x.nbytes for x in tensors) > SAMPLED_FROM

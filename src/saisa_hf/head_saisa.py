@@ -11,8 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
 
-from .attention_saisa import hold_text_alone
+from .attention_saisa import continued, hold_text_alone
+from .checkpoint_saisa import from_package
 from .compat_saisa import CACHE, decoding_masks, one_cache
 from .tiles_saisa import visual_inputs
 from .vision_saisa import frame_lengths, reduced_length
@@ -131,6 +133,18 @@ class AnswersAboutImages:
         """See `SaisaModel.get_visual_states`."""
         return self.model.get_visual_states(pixel_values, store, **kwargs)
 
+    def keep(self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, **images):
+        """What stands in front of questions, read once: a `saisa_hf.SaisaBeginning`, which `generate` and `forward` take as
+        their cache any number of times. Arguments as in `forward`, of one prompt. Raises ValueError if there are several, or
+        none; ImportError where the package saisa_hf is not installed."""
+        return from_package("Keeping a beginning", "common.beginnings", "keep")(self, input_ids, attention_mask, images)
+
+    def new_cache(self, beginning=None):
+        """A cache that holds all keys, so that it can be cropped anywhere: an empty one, or behind a `SaisaBeginning`."""
+        if beginning is None:
+            return hold_text_alone(DynamicCache(), self.language_model.layers)
+        return continued(beginning, self.model)
+
     def unshare_projectors(self) -> None:
         """See `SaisaModel.unshare_projectors`."""
         self.model.unshare_projectors()
@@ -140,6 +154,8 @@ class AnswersAboutImages:
     def generate(self, inputs=None, generation_config=None, logits_processor=None, *args, **kwargs):
         """transformers' own, but it never writes the image token, and reads a prompt with images at once, not in chunks."""
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if hasattr(cache, "keys_values"):  # a `SaisaBeginning`
+            return cache.generate(self, inputs, generation_config, logits_processor, *args, **kwargs)
         if cache is not None:
             kwargs[CACHE] = cache
         if "tokenizer" in kwargs:  # `transformers serve` hands over the processor, which cannot look for stop strings

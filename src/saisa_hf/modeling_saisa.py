@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_saisa import OfTextAlone, attend, attention_masks, cache_of_pass, hide_marked_keys, mark_hidden
+from .attention_saisa import OfTextAlone, attend, attention_masks, cache_of_pass, continued, hide_marked_keys, mark_hidden
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import (
     ACT2FN,
@@ -491,7 +491,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
             attention_mask: (B, past + S), 0 at padding; or (B, 1, S, L), or a dict of such by attention type, as `generate`
                 makes them.
             position_ids: (B, S), counted over text and visual tokens. None: they continue after the cached tokens.
-            past_key_values, cache: any transformers `Cache`, under one of its two names.
+            past_key_values, cache: any transformers `Cache`, under one of its two names; or a `SaisaBeginning`.
             inputs_embeds: (B, S, D) in place of `input_ids`; visual positions are where the image token's embedding is.
             use_cache, output_attentions, output_hidden_states: whether to return these. None: as the config says.
             pixel_attention_mask, spatial_shapes: (images, patches) and (images, 2), from SigLIP 2's image processor, with
@@ -518,7 +518,7 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
         visual = None if images is None else self.read_by_layers(images, layout)
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
-        asked |= {"cache": one_cache(past_key_values, cache), "use_cache": use_cache, "return_dict": True}
+        asked |= {"cache": continued(one_cache(past_key_values, cache), self), "use_cache": use_cache, "return_dict": True}
         outputs = self.language_model(**text, layout=layout, visual=visual, **asked, **kwargs)
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=images and images.features)
 

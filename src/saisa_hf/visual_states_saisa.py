@@ -12,7 +12,7 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -156,44 +156,20 @@ class SaisaVisualStates:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file, each image once. An interrupted write leaves what was there before, and what a killed
         one left beside it goes with the next. Raises ValueError if a number is NaN or infinite."""
-        path, compact = Path(path), self.compact()
+        compact = self.compact()
         # a view would write all of what it is a view of
         tensors = {name: x.contiguous().cpu() for name, x in compact.stored.tensors().items()}
-        _check_finite(path, tensors)
         described = {"layers": self.num_layers, "lengths": compact.stored.lengths, "order": compact.order}
         if self.store == "keys_values":
             described["image_layers"] = [i for i, pair in enumerate(compact.stored.keys_values) if pair is not None]
         metadata = {name: json.dumps(value) for name, value in described.items()}
         metadata |= {"format": FORMAT, "fingerprint": self.fingerprint}
-        hidden = (path.parent, f".{path.name}.", ".partial")
-        sweep(*hidden)
-        with hidden_folder(*hidden) as folder:
-            (part := folder / path.name).touch()
-            mode = part.stat().st_mode
-            save_file(tensors, part, metadata=metadata)
-            part.chmod(mode)  # safetensors lets nobody else read it
-            os.replace(part, path)
+        write_tensors(path, tensors, metadata)
 
     @staticmethod
     def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> "SaisaVisualStates":
         """Reads what `save` has written. Raises FileNotFoundError, or ValueError if the file is something else or damaged."""
-        expected = "Expected a file that SaisaVisualStates.save has written."
-        if not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file. {expected}")
-        if not Path(path).is_file():
-            raise ValueError(f"{path} is a folder or a device. {expected}")
-        device = torch.empty(0, device=device).device  # so that an error about it is not one about the file
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                slices = {name: file.get_slice(name) for name in list(file.keys())}
-                found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
-                lengths, order, layers, fingerprint = _described(file.metadata() or {}, found)
-                tensors = {name: file.get_tensor(name) for name in found}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file ({error}). {expected}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} {error}. {expected}") from None
-        _check_finite(path, tensors)
+        (lengths, order, layers, fingerprint), tensors = read_tensors(path, device, _described, "SaisaVisualStates")
         pairs = [(tensors.get(f"keys.{index}"), tensors.get(f"values.{index}")) for index in range(layers or 0)]
         keys_values = None if layers is None else tuple(None if pair[0] is None else pair for pair in pairs)
         return SaisaVisualStates(VisualStore(lengths, tensors.get("features"), keys_values, fingerprint), order)
@@ -217,6 +193,43 @@ class SaisaVisualStates:
 
         stored = self.stored.map(select, [lengths[image] for image in used])
         return SaisaVisualStates(stored, [used.index(image) for image in self.order])
+
+
+def write_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file in one step. Raises ValueError if a number is NaN or infinite."""
+    _check_finite(path, tensors)
+    path = Path(path)
+    hidden = (path.parent, f".{path.name}.", ".partial")
+    sweep(*hidden)
+    with hidden_folder(*hidden) as folder:
+        (part := folder / path.name).touch()
+        mode = part.stat().st_mode
+        save_file(tensors, part, metadata=metadata)
+        part.chmod(mode)  # safetensors lets nobody else read it
+        os.replace(part, path)
+
+
+def read_tensors(path: str | os.PathLike, device: str | torch.device, described: Callable, kind: str) -> tuple:
+    """What `described` makes of metadata, dtypes and shapes of a file of `kind`, and its tensors. `described` raises
+    ValueError, which says what is wrong. Raises that with the file's name, FileNotFoundError, or ValueError."""
+    expected = f"Expected a file that {kind}.save has written."
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{path}: no such file. {expected}")
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is a folder or a device. {expected}")
+    device = torch.empty(0, device=device).device  # so that an error about it is not one about the file
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+            found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            about = described(file.metadata() or {}, found)
+            tensors = {name: file.get_tensor(name) for name in found}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file ({error}). {expected}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} {error}. {expected}") from None
+    _check_finite(path, tensors)
+    return about, tensors
 
 
 def _described(metadata: dict[str, str], found: dict[str, tuple]) -> tuple:
@@ -256,7 +269,7 @@ def _check_finite(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
         x = x.float() if x.itemsize == 1 else x
         if x.numel() and not torch.stack(x.aminmax()).isfinite().all():
-            raise ValueError(f"{path}: {name} of the visual states holds NaN or infinity. Compute them again.")
+            raise ValueError(f"{path}: {name} holds NaN or infinity. Compute it again.")
 
 
 def check_one_of(pixel_values, visual_states) -> None:
