@@ -14,6 +14,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .auto_classes import AutoModelForVision2Seq
+    from .common.beginnings import SaisaBeginning
     from .configuration_saisa import SaisaConfig
     from .inspection.attention_maps import attend
     from .inspection.naavit import apply_naavit
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AutoModelForVision2Seq",
+    "SaisaBeginning",
     "SaisaConfig",
     "SaisaForConditionalGeneration",
     "SaisaModel",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULE_OF = {
     "AutoModelForVision2Seq": "auto_classes",
+    "SaisaBeginning": "common.beginnings",
     "SaisaConfig": "configuration_saisa",
     "SaisaForConditionalGeneration": "modeling_saisa",
     "SaisaModel": "modeling_saisa",

@@ -259,7 +259,6 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
     """What the layers' attention implementations take as masks, by kind of layer. Without a mask and a cache, a packed sample
     begins wherever `position_ids` do not go up by one."""
     masks, documents, prepared = {}, None, isinstance(attention_mask, dict)
-    held_by_layer = getattr(cache, "layers", ())
     if position_ids is None:
         position_ids = slots[None]
     elif attention_mask is None and cache is None:
@@ -275,15 +274,13 @@ def attention_masks(decoder, layout, text_BTD, slots, attention_mask, cache, pos
             visibility = Visibility(own_layout, slots, key_range, layer.self_attn.window, given, documents)
             mask = partial(_mask, decoder.config, layer, visibility, queries, cache, position_ids, prepared)
             if holds_text_alone(layer, index, cache):
-                held = None if cache is None else cache.layers[index]
-                made = _of_text_alone(layer.self_attn, visibility, queries, held, mask)
-                mask = made._replace(mask=_apart(layer.self_attn, made.mask, queries, held_by_layer))
+                made = _of_text_alone(layer.self_attn, visibility, queries, _held(cache, index), mask)
+                masks[layer.mask_kind] = made._replace(mask=_apart(layer.self_attn, made.mask, queries, cache))
             else:
-                mask = _apart(layer.self_attn, mask(), queries, held_by_layer)
-            masks[layer.mask_kind] = mask
-        if index < len(held_by_layer) and isinstance(held_by_layer[index], Behind):
+                masks[layer.mask_kind] = _apart(layer.self_attn, mask(), queries, cache)
+        if getattr(held := _held(cache, index), "shared", None) is not None:
             mask = masks[layer.mask_kind]
-            held_by_layer[index].apart = isinstance(mask.mask if isinstance(mask, OfTextAlone) else mask, Apart)
+            held.apart = isinstance(getattr(mask, "mask", mask), Apart)  # of text alone, it is in there
     return masks
 
 
@@ -321,21 +318,28 @@ def _cropped(length: int, tokens: int) -> int:
 
 
 class Grown:
-    """A part of layers of a cache that are looked after column by column."""
+    """A part of layers of a cache: what they hold may continue a `SaisaBeginning`."""
 
     keys: Tensor | None
     values: Tensor | None
+    shared: tuple[Tensor, Tensor] | None = None  # of the beginning, (1, K, P, H) each: of all samples and caches
+    apart = False  # whether attention takes these and what is behind them apart (see `Apart`)
 
-    def grow(self, *new: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with new ones behind them."""
+    def grow(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values with new ones behind them; those of a beginning are joined for this one layer, unless `apart`."""
         held = zip((self.keys, self.values), new)
-        self.keys, self.values = (x.contiguous() if old is None else torch.cat([old, x], dim=2) for old, x in held)
-        return self.keys, self.values
+        own = tuple(x.contiguous() if old is None else torch.cat([old, x], dim=2) for old, x in held)
+        self.keys, self.values = own
+        if self.shared is None or self.apart:
+            return own
+        return tuple(torch.cat([x.expand(len(y), -1, -1, -1), y], dim=2) for x, y in zip(self.shared, own))
 
     def cut(self, columns: int) -> None:
         """Drops keys and values behind so many columns."""
+        begun, self.shared = self.shared, self.shared and tuple(x[:, :, :columns] for x in self.shared)
+        own = columns if begun is None else max(columns - begun[0].shape[2], 0)
         if self.keys is not None:
-            self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
+            self.keys, self.values = self.keys[:, :, :own], self.values[:, :, :own]
 
 
 class TextLayer(Grown, DynamicLayer or object):
@@ -355,7 +359,7 @@ class TextLayer(Grown, DynamicLayer or object):
         return self.length
 
     def reset(self) -> None:
-        self.keys = self.values = self.place_BL = None
+        self.keys = self.values = self.place_BL = self.shared = None
         self.length, self.is_initialized, self.is_text = 0, False, True
 
     def crop(self, tokens: int) -> None:
@@ -397,7 +401,12 @@ def holds_text_alone(layer, index: int, cache) -> bool:
     """Whether a decoder layer finds text alone; else it finds visual tokens too, marked as hidden if it must not see them."""
     if cache is None:
         return not layer.sees_image and layer.self_attn.window is None
-    return index < len(layers := getattr(cache, "layers", ())) and isinstance(layers[index], TextLayer)
+    return isinstance(_held(cache, index), TextLayer)
+
+
+def _held(cache, index: int):
+    """What a cache has of a decoder layer, or None."""
+    return layers[index] if index < len(layers := getattr(cache, "layers", ())) else None
 
 
 class OfTextAlone(NamedTuple):
@@ -475,38 +484,10 @@ def hide_marked_keys(attention_mask, key_BKLH, query_BNTH, layout: TokenLayout, 
 # --- layers of a cache behind a beginning -----------------------------------------------------------------------------
 
 
-class Behind(Grown):
-    """The part of a cache's layer that continues a `SaisaBeginning`: it holds keys and values of what stands behind that
-    alone. Those of the beginning are `shared`, (1, K, P, H) each, by all samples and all caches, and never change."""
+class LayerBehind(Grown, DynamicLayer or object):
+    """What a cache has of a decoder layer that sees the image, or has a window, behind a `SaisaBeginning`."""
 
-    shared: tuple[Tensor, Tensor]
-    apart = False  # whether attention takes the two parts apart (see `Apart`)
-
-    def grow(self, *new: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of both parts, joined for this one layer; or those behind the beginning, where `apart`."""
-        own = super().grow(*new)
-        if self.apart:
-            return own
-        return tuple(torch.cat([x.expand(len(y), -1, -1, -1), y], dim=2) for x, y in zip(self.shared, own))
-
-    def cut(self, columns: int) -> None:
-        super().cut(max(columns - self.shared[0].shape[2], 0))
-        self.shared = tuple(x[:, :, :columns] for x in self.shared)
-
-    def reset(self) -> None:
-        self.cut(0)
-        self.keys = self.values = self.place_BL = None
-        self.length, self.is_text = 0, True
-
-
-class LayerBehind(Behind, DynamicLayer or object):
-    """Of a decoder layer that sees the image, or counts its window in places of the input."""
-
-    def __init__(self, shared: tuple[Tensor, Tensor]):
-        super().__init__()
-        self.shared, self.is_initialized, self.device = shared, True, shared[0].device
-
-    def update(self, key_BKTH: Tensor, value_BKTH: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_BKTH: Tensor, value_BKTH: Tensor, *args, **kwargs) -> tuple[Tensor, ...]:
         return self.grow(key_BKTH, value_BKTH)
 
     def get_seq_length(self) -> int:
@@ -515,28 +496,26 @@ class LayerBehind(Behind, DynamicLayer or object):
     def crop(self, tokens: int) -> None:
         self.cut(_cropped(self.get_seq_length(), tokens))
 
-
-class TextLayerBehind(Behind, TextLayer):
-    """Of a decoder layer that does not see the image, behind text at the `places` (P,) of `length` tokens."""
-
-    def __init__(self, shared: tuple[Tensor, Tensor], places: Tensor, length: int):
-        super().__init__()
-        self.shared, self.place_BL, self.length = shared, places[None].to(shared[0].device), length
-        self.is_initialized, self.is_text = True, len(places) == length
+    def reset(self) -> None:
+        self.cut(0)
+        self.keys = self.values = None
 
 
 def continued(cache, model):
     """`cache`, or in place of a `SaisaBeginning` a new cache that continues it, without a copy of it. Raises ValueError if it
     is of another `SaisaModel` than `model`, or of other weights."""
-    if not hasattr(cache, "keys_values"):
+    if not hasattr(beginning := cache, "keys_values"):
         return cache
-    cache.check(model)
-    behind = hold_text_alone(DynamicCache(), model.language_model.layers)
-    for index, (held, shared) in enumerate(zip(behind.layers, cache.keys_values)):
-        of_text = isinstance(held, TextLayer)
-        made = TextLayerBehind(shared, cache.text_places, len(cache)) if of_text else LayerBehind(shared)
-        behind.layers[index] = made
-    return behind
+    beginning.check(model)
+    cache = hold_text_alone(DynamicCache(), model.language_model.layers)
+    for index, shared in enumerate(beginning.keys_values):
+        if isinstance(held := cache.layers[index], TextLayer):
+            held.place_BL, held.length = beginning.text_places[None].to(shared[0].device), len(beginning)
+            held.is_text = held.place_BL.shape[1] == held.length
+        else:
+            held = cache.layers[index] = LayerBehind()
+        held.shared, held.is_initialized = shared, True
+    return cache
 
 
 class Apart:
@@ -553,11 +532,10 @@ class Apart:
         # the kernel of `sdpa` on CPUs, which also returns the logarithm of the sums
         kernel = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=scaling)
         groups = attention.num_key_value_groups
-        query_KGBTH = query_BNTH.unflatten(1, (-1, groups)).permute(1, 2, 0, 3, 4)
-        shape, of_one_sample = query_KGBTH.shape[:4], query_KGBTH.flatten(1, 3)[None]
-        parts = kernel(of_one_sample, *self.layers[attention.layer_idx].shared)
-        parts = (x[0].unflatten(1, shape[1:]).permute(2, 0, 1, *range(3, x.ndim + 1)).flatten(1, 2) for x in parts)
-        first_BNTH, first_BNT = parts
+        query_KGBTH = query_BNTH.unflatten(1, (-1, groups)).permute(1, 2, 0, 3, 4)  # as if of one sample
+        first = kernel(query_KGBTH.flatten(1, 3)[None], *self.layers[attention.layer_idx].shared)
+        first_KGBTH, first_KGBT = (x[0].unflatten(1, query_KGBTH.shape[1:4]) for x in first)
+        first_BNTH, first_BNT = (x.movedim(2, 0).flatten(1, 2) for x in (first_KGBTH, first_KGBT))
         if groups > 1:
             key_BKLH, value_BKLH = (x.repeat_interleave(groups, dim=1) for x in (key_BKLH, value_BKLH))
         bias = None if self.bias is None else self.bias.to(query_BNTH.dtype)
@@ -567,16 +545,15 @@ class Apart:
         return joined_BNTH.to(query_BNTH.dtype).transpose(1, 2)
 
 
-def _apart(attention, mask, queries_BTX: Tensor, layers):
-    """`mask`, or `Apart` where a layer of a cache continues a beginning that is seen whole and the kernel is there for it."""
-    held = layers[attention.layer_idx] if attention.layer_idx < len(layers) else None
-    if not isinstance(held, Behind) or not all(one.shared[0].is_cpu for one in layers):
-        return mask
-    columns, queries = held.shared[0].shape[2], queries_BTX.shape[1]
+def _apart(attention, mask, queries_BTX: Tensor, cache):
+    """`mask`, or `Apart` where a layer of the cache continues a beginning that is seen whole and there is a kernel for it."""
+    held, queries = _held(cache, attention.layer_idx), queries_BTX.shape[1]
+    columns = 0 if getattr(held, "shared", None) is None else held.shared[0].shape[2]
     is_plain = implementation_of(attention) == "sdpa" and attention.window is None and attention.softcap is None
-    if not is_plain or not columns or not queries or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    can_be = is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if not columns or not queries or not can_be or not all(one.shared[0].is_cpu for one in cache.layers):
         return mask
     if mask is None:
-        return Apart(None, layers) if queries == 1 else mask
+        return Apart(None, cache.layers) if queries == 1 else mask
     sees_all = isinstance(mask, Tensor) and mask.dtype == torch.bool and bool(mask[..., :columns].all())
-    return Apart(mask[..., columns:], layers) if sees_all else mask
+    return Apart(mask[..., columns:], cache.layers) if sees_all else mask

@@ -135,15 +135,12 @@ class AnswersAboutImages:
 
     def keep(self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None, **images):
         """What stands in front of questions, read once: a `saisa_hf.SaisaBeginning`, which `generate` and `forward` take as
-        their cache any number of times. Arguments as in `forward`, of one prompt. Raises ValueError if there are several, or
-        none; ImportError where the package saisa_hf is not installed."""
+        their cache. Arguments as in `forward`. Raises ValueError unless `input_ids` is one row."""
         return from_package("Keeping a beginning", "common.beginnings", "keep")(self, input_ids, attention_mask, images)
 
     def new_cache(self, beginning=None):
         """A cache that holds all keys, so that it can be cropped anywhere: an empty one, or behind a `SaisaBeginning`."""
-        if beginning is None:
-            return hold_text_alone(DynamicCache(), self.language_model.layers)
-        return continued(beginning, self.model)
+        return continued(beginning or hold_text_alone(DynamicCache(), self.language_model.layers), self.model)
 
     def unshare_projectors(self) -> None:
         """See `SaisaModel.unshare_projectors`."""

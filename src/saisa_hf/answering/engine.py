@@ -7,12 +7,13 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..compat_saisa import CACHE
 from ..processing_saisa import Video, begins_with_bos
 from .kept_images import KeptImages, opened
 from .questions import Answer, Likelihood, Prompt, Question, image_name, render, text_of
@@ -22,6 +23,7 @@ from .stops import StopTexts
 if TYPE_CHECKING:
     from transformers import BatchFeature
 
+    from ..common.beginnings import SaisaBeginning
     from ..modeling_saisa import SaisaForConditionalGeneration
     from ..processing_saisa import SaisaProcessor
 
@@ -41,8 +43,9 @@ class Answerer:
     """Answers many questions by greedy decoding, in batches.
 
     Questions are read ahead in windows of eight batches, at least 64 questions. In a window they are sorted by length, and an
-    image that several of them are about is opened and encoded once, into visual states that are kept for all of them. Which
-    questions are asked together changes answers by no more than rounding.
+    image that several of them are about is opened and encoded once, into visual states that are kept for all of them. Where
+    questions about the same images fill a batch, these and what stands in front of them are read once, and all continue it
+    (`SaisaBeginning`). Which questions are asked together changes answers by no more than rounding.
 
     Args:
         model: a `SaisaForConditionalGeneration`, on any device or devices. It is put into eval mode.
@@ -78,6 +81,7 @@ class Answerer:
         self.strict = strict
         self.generation = {"max_new_tokens": 64, **generation}
         self._kept = KeptImages(model, processor, state_bytes, batch_size)
+        self._beginning: tuple[list[Hashable], SaisaBeginning] | None = None  # with the names of its images
 
     def answer(self, questions: Iterable[Question], as_they_come: bool = False, **generation: Any) -> Iterator[Answer]:
         """The answers, in the order of the questions, a window at a time; no question is read before it is needed.
@@ -130,11 +134,12 @@ class Answerer:
             yield from self._windows(*how)
         finally:
             self._kept.clear()
+            self._beginning = None
 
     def _windows(
         self,
         prompts: Iterator[Prompt],
-        ask: Callable[[list[Prompt], BatchFeature], list[R]],
+        ask: Callable[[list[Prompt], Mapping[str, Any]], list[R]],
         failed: Callable[..., R],
         as_they_come: bool = False,
     ) -> Iterator[R]:
@@ -146,7 +151,7 @@ class Answerer:
                 asked, inputs = self._inputs(batch)
                 if asked:
                     with torch.no_grad():
-                        results.update(zip(map(id, asked), ask(asked, inputs)))
+                        results.update(zip(map(id, asked), ask(asked, self._behind_beginning(asked, inputs))))
                 if as_they_come:
                     yield from (results.pop(id(prompt)) for prompt in asked)
             for prompt in window:
@@ -179,8 +184,24 @@ class Answerer:
             self._kept.encode(images)
             for prompt in several[:taken]:
                 prompt.error = next((self._kept.errors[n] for n in prompt.images if n in self._kept.errors), None)
-            yield from self._by_length(prompt for prompt in several[:taken] if prompt.error is None)
+            asked = [prompt for prompt in several[:taken] if prompt.error is None]
+            for group in self._about_the_same(asked):
+                yield from self._by_length(group)
+            yield from self._by_length(prompt for prompt in asked if not prompt.shares)
             several = several[taken:]
+
+    def _about_the_same(self, prompts: list[Prompt]) -> list[list[Prompt]]:
+        """Those of `prompts` that fill batches about the same images."""
+        # a window is counted in places, where padding behind a beginning would count
+        if any(layer.self_attn.window is not None for layer in self.model.language_model.layers):
+            return []
+        by_images: dict[tuple, list[Prompt]] = {}
+        for prompt in prompts:
+            by_images.setdefault(tuple(prompt.images), []).append(prompt)
+        groups = [group for group in by_images.values() if len(group) >= max(2, self.batch_size)]
+        for prompt in itertools.chain(*groups):
+            prompt.shares = True
+        return groups
 
     def _may_be_kept(self, prompt: Prompt) -> bool:
         """Whether the images of a prompt are what they are in other prompts."""
@@ -227,9 +248,26 @@ class Answerer:
             return self._inputs(good)
         return batch, inputs.to(self.model.device)
 
+    def _behind_beginning(self, batch: list[Prompt], inputs: BatchFeature) -> Mapping[str, Any]:
+        """`inputs`, or for questions about the same images a beginning in place of these, if the prompts begin alike."""
+        if not all(prompt.shares for prompt in batch) or "visual_states" not in inputs:
+            return inputs
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        rows = [row[real.bool()] for row, real in zip(ids, mask)]
+        end = int((rows[0] == self.model.config.image_token_id).nonzero()[-1]) + 1  # behind the last image
+        own = rows[0][:end]
+        if not all(torch.equal(row[:end], own) for row in rows) or any(len(row) <= end for row in rows):
+            return inputs
+        images, kept = batch[0].images, self._beginning
+        if kept is None or kept[0] != images or not torch.equal(kept[1].tokens, own.cpu()):
+            self._beginning = None  # so that there is one of them at a time
+            states = inputs["visual_states"][: len(images)]
+            self._beginning = kept = images, self.model.keep(own[None], visual_states=states)
+        return {"input_ids": ids, "attention_mask": mask, CACHE: kept[1]}
+
     # --- what the model is asked for ---
 
-    def _generate(self, batch: list[Prompt], inputs: BatchFeature, options: dict[str, Any]) -> list[Answer]:
+    def _generate(self, batch: list[Prompt], inputs: Mapping[str, Any], options: dict[str, Any]) -> list[Answer]:
         tokenizer, length = self.processor.tokenizer, inputs["input_ids"].shape[1]
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         options = {"pad_token_id": pad, **options}
@@ -253,11 +291,14 @@ class Answerer:
             answers.append(Answer(prompt.question.key, text.strip(), len(row), finish))
         return answers
 
-    def _score(self, batch: list[Prompt], inputs: BatchFeature) -> list[Likelihood]:
+    def _score(self, batch: list[Prompt], inputs: Mapping[str, Any]) -> list[Likelihood]:
         counts = [self._own_tokens(prompt) for prompt in batch]
         kept = max(1, *counts) + 1
-        mask = inputs["attention_mask"]
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs, begun = dict(inputs), 0
+        if (beginning := inputs.get(CACHE)) is not None:
+            ids, inputs["attention_mask"] = beginning.arranged(inputs["input_ids"], inputs["attention_mask"])
+            inputs["input_ids"], begun = ids[:, len(beginning) :], len(beginning)
+        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, begun:]
         logits = self.model(**inputs, position_ids=positions, logits_to_keep=kept, use_cache=False).logits
         targets = inputs["input_ids"][:, -(kept - 1) :].to(logits.device)
         return [_likelihood(*row) for row in zip(batch, counts, logits[:, -kept:-1], targets)]

@@ -76,6 +76,7 @@ class Prompt:
     continuation: str | None = None  # of which the likelihood is asked
     images: list[Hashable] = field(default_factory=list)  # their names, see `image_name`
     error: str | None = None
+    shares: bool = False  # whether it is asked beside others about the same images, on one beginning
 
 
 def render(question: Question, processor: SaisaProcessor, chat_template: str | None, system: str | None) -> str:

@@ -12,6 +12,7 @@ WORKS = {
     "prefill": "language model and projectors read a prompt whose images are already encoded",
     "first-token": "from pixels to the first token, with the encoder",
     "second-question": "a prompt about an image whose keys and values are kept",
+    "kept-beginning": "the text behind an image that is in front of all questions and has been read",
     "decode": "one more token, after a prompt in the cache",
     "train": "forward, backward and AdamW step, on encoded images",
 }

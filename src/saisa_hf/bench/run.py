@@ -106,7 +106,7 @@ def names_for(case: Case, args: argparse.Namespace) -> list[str]:
     """The models that take part in a case. Where members of the family do, they are compared with its LLaVA."""
     chosen = args.models or ([] if args.members else list(MODELS))
     members = [key for key, name in MEMBER_MODELS.items() if args.members and name in ("llava", *args.members)]
-    if case.work == "second-question":
+    if case.work in ("second-question", "kept-beginning"):
         chosen = [name for name in chosen if name in ("saisa", WITHOUT_IMAGE)]
     if case.trained in ("projectors", "lora"):
         chosen = [name for name in chosen if name in ("saisa", "llava")]

@@ -157,7 +157,8 @@ def tasks(
         with _training(models, names, case) as trained:
             yield {name: _training_task(trained[name], name, models, inputs, case, cross_every) for name in names}
         return
-    make = {"prefill": _prefill, "first-token": _first_token, "second-question": _second_question, "decode": _decode}
+    make = {"prefill": _prefill, "first-token": _first_token, "decode": _decode}
+    make |= {"second-question": _second_question, "kept-beginning": _kept_beginning}
     with torch.inference_mode():
         made = {name: make[case.work](models, name, inputs, case) for name in names}
         for name, task in made.items():
@@ -183,6 +184,8 @@ def _steps(models, name, step, inputs, case) -> list[Step]:
         steps = [replace(step, visual=step.visual + images)]
     if case.work == "second-question" and _keeps_states(models, name):
         steps = [replace(step, visual=0, cached_visual=step.visual)]
+    if case.work == "kept-beginning" and name != WITHOUT_IMAGE:
+        steps = [replace(step, text=step.text - 1, visual=0, cached_text=1, cached_visual=step.visual)]
     if case.work == "decode":
         steps = list(accumulate(range(case.tokens), lambda behind, _: behind.next_token(), initial=step))[1:]
     return steps
@@ -251,6 +254,21 @@ def _second_question(models, name, inputs, case) -> Task:
             return model(input_ids=inputs.ids, visual_states=states, use_cache=True, logits_to_keep=1)
 
     return Task(call, 0, held=lambda: states.nbytes, cache=lambda: call()[CACHE])
+
+
+def _kept_beginning(models, name, inputs, case) -> Task:
+    if name == WITHOUT_IMAGE:
+        return _prefill(models, name, inputs, case)
+    model, begun = model_of(models, name), 1 + case.visual
+    encoder = GivenFeatures(inputs.encoder.states[:1])  # of one image, that all questions are about
+    with models.encoded_by(encoder):
+        beginning = model.keep(inputs.ids[:1, :begun], pixel_values=inputs.nothing[:1])
+
+    def call():
+        with models.encoded_by(encoder):  # the beginning is checked to be of this encoder
+            return model(input_ids=inputs.ids[:, begun:], use_cache=True, logits_to_keep=1, **{CACHE: beginning})
+
+    return Task(call, 0, held=lambda: beginning.nbytes, cache=lambda: call()[CACHE])
 
 
 def _decode(models, name, inputs, case) -> Task:

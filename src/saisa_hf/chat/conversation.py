@@ -12,9 +12,10 @@ import torch
 from transformers import BatchFeature, DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ..attention_saisa import hold_text_alone
+from ..common.beginnings import SaisaBeginning, marks_of
 from ..common.videos import encoding_progress, read_video
 from ..compat_saisa import CACHE
+from ..head_saisa import IMAGES
 from ..images_saisa import load_image
 
 
@@ -34,6 +35,7 @@ class Conversation:
         processor: its `SaisaProcessor`, with a chat template.
         system: the system message, if the template has one.
         progress: whether to show on stderr how far the encoding of many images and frames is.
+        beginning: what `keep` of this or another conversation returned. A conversation that begins like it reads it no more.
         generation: arguments of `generate` for every answer: one sequence, without beam search. `max_new_tokens` is 512 if
             left out.
 
@@ -43,15 +45,20 @@ class Conversation:
             `"interrupted"`.
     """
 
+    _cached_ids: list[int]
+    _cached_marks: list[tuple[str, int]]  # of its images
+
     def __init__(
         self,
         model: SaisaForConditionalGeneration,
         processor: SaisaProcessor,
         system: str | None = None,
         progress: bool = False,
+        beginning: SaisaBeginning | None = None,
         **generation: Any,
     ):
         self.model = model
+        self.beginning = beginning
         self.progress = progress
         self.processor = processor
         self.system = system
@@ -62,9 +69,27 @@ class Conversation:
 
     def clear(self) -> None:
         """Forgets all turns; the system message stays."""
-        self.messages = [] if self.system is None else [_message("system", self.system)]
+        self.messages = self._opening()
         self.finish_reason: str | None = None
         self._forget_cache()
+
+    def keep(self, images: Iterable = (), videos: Iterable = ()) -> SaisaBeginning:
+        """Reads what stands in front of a first question about `images` and `videos`: the system message and these. They are
+        read once for this conversation, after each `clear` too, and for others that get them as their `beginning`.
+
+        Raises:
+            ValueError, ImportError: see `ask`.
+        """
+        images, videos = list(images), list(videos)
+        inputs, other = (self.inputs([*self._opening(), self.question(text, images, videos)]) for text in "ab")
+        ids = inputs["input_ids"][0].tolist()
+        count = _in_common(ids, other["input_ids"][0].tolist())
+        token = self.model.config.image_token_id
+        # behind an image, which is a token by itself: what words begin with depends on how they go on
+        count = max((place + 1 for place in range(count) if ids[place] == token), default=count)
+        given = {name: inputs[name] for name in IMAGES if name in inputs}
+        self.beginning = self.model.keep(inputs["input_ids"][:, :count], **given)
+        return self.beginning
 
     @property
     def cached_tokens(self) -> int:
@@ -126,8 +151,8 @@ class Conversation:
     def _answer(self, messages: list[dict]) -> Iterator[str]:
         inputs = self.inputs(messages)
         prompt = inputs["input_ids"][0].tolist()
-        pixels = inputs.get("pixel_values")
-        cache = self._take_cache(prompt, pixels)
+        marks = marks_of(inputs)
+        cache = self._take_cache(prompt, marks)
         self._interrupt, tokens, outcome = _Interrupt(), queue.SimpleQueue(), []
         # in another thread, so that the reader of the answer can stop it between two tokens
         arguments = (inputs, cache, self._interrupt, tokens, outcome)
@@ -151,7 +176,7 @@ class Conversation:
                 text = self._decode(answer)
                 self.messages = [*messages, _message("assistant", text.rstrip())]
                 self.finish_reason = self._reason(answer)
-                self._cache, self._cached_pixels = cache, pixels
+                self._cache, self._cached_marks = cache, marks
                 # the last token has not been through the model
                 self._cached_ids = result[0, : cache.get_seq_length()].tolist()
         if not isinstance(result, torch.Tensor):
@@ -202,36 +227,44 @@ class Conversation:
         decoded = self.processor.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return decoded.lstrip()  # templates put the space in front of an answer themselves
 
+    def _opening(self) -> list[dict]:
+        return [] if self.system is None else [_message("system", self.system)]
+
     def _forget_cache(self) -> None:
         # all layers keep all keys, even with a sliding window: only such a cache can be cropped anywhere
-        self._cache = hold_text_alone(DynamicCache(), self.model.language_model.layers)
-        self._cached_ids, self._cached_pixels = [], None
+        self._cache = self.model.new_cache()
+        self._cached_ids, self._cached_marks = [], []
 
-    def _take_cache(self, prompt: list[int], pixels: torch.Tensor | None) -> DynamicCache:
-        """The cache, cropped to what it has in common with `prompt`, whose last token has to be computed in any case. The
-        conversation is left with an empty one, because an answer that fails may leave the cache in any state."""
-        cache, cached_ids, cached_pixels = self._cache, self._cached_ids, self._cached_pixels
+    def _take_cache(self, prompt: list[int], marks: list[tuple[str, int]]) -> DynamicCache:
+        """The cache, or one behind the beginning, cropped to what it has in common with `prompt`, whose last token has to be
+        computed in any case. The conversation is left with an empty one, because an answer that fails may leave the cache in
+        any state."""
+        cache, cached_ids, cached_marks = self._cache, self._cached_ids, self._cached_marks
         self._forget_cache()
-        kept = min(len(cached_ids), len(prompt) - 1)
-        kept = next((i for i in range(kept) if cached_ids[i] != prompt[i]), kept)
-        if kept == 0 or not _agree(cached_pixels, pixels):  # image tokens are the same whatever image they stand for
-            return self._cache
+        kept = _kept(cached_ids, prompt, cached_marks, marks)
+        if self.beginning is not None:
+            tokens = self.beginning.tokens.tolist()
+            begun = _kept(tokens, prompt, self.beginning.marks, marks)
+            if begun > kept:
+                cache, cached_ids, kept = self.model.new_cache(self.beginning), tokens, begun
+        if kept == 0:
+            return self.model.new_cache()
         if kept < len(cached_ids):
             cache.crop(kept - len(cached_ids))  # negative: what a positive number means differs between releases
         return cache
 
 
-def _agree(old: torch.Tensor | None, new: torch.Tensor | None) -> bool:
-    """Whether the images at the beginning of both, as many as the shorter one has, are the same. Images in tiles are padded
-    to as many as the one with most of them has."""
-    if old is None or new is None:
-        return True
-    count = min(len(old), len(new))
-    old, new = old[:count], new[:count]
-    if old.ndim != 5 or new.ndim != 5:
-        return torch.equal(old, new)
-    tiles = min(old.shape[1], new.shape[1])
-    return torch.equal(old[:, :tiles], new[:, :tiles]) and not any(x[:, tiles:].any() for x in (old, new))
+def _in_common(one: list[int], other: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(one, other))
+    return next((index for index, (x, y) in pairs if x != y), min(len(one), len(other)))
+
+
+def _kept(cached: list[int], prompt: list[int], cached_marks: Iterable, marks: Iterable) -> int:
+    """How much of a cache with these tokens and images agrees with a prompt, apart from its last token; nothing if images at
+    the beginning of both, as many as there are in the shorter one, differ: image tokens are alike whatever they stand for."""
+    agree = all(old == new for old, new in zip(cached_marks, marks))
+    return _in_common(cached, prompt[:-1]) if agree else 0
 
 
 def _message(role: str, text: str, images: Iterable = (), films: Iterable = ()) -> dict:

@@ -27,8 +27,8 @@ FORMAT = "saisa beginning 1"
 
 
 class SaisaBeginning:
-    """What stands in front of questions, as a model has read it: `model.keep(...)` makes it, and `generate` and `forward` take
-    it where they take a cache, `past_key_values` or `cache`. It never changes: any number of questions, in any number of
+    """What stands in front of questions, as a model has read it: `model.keep(...)` makes it, and `generate` and `forward`
+    take it where they take a cache, `past_key_values` or `cache`. It never changes: any number of questions, in any number of
     threads, continue it at the same time, each in a cache of its own that holds what stands behind it.
 
     Args:
@@ -209,7 +209,9 @@ def keep(model: Any, input_ids: Tensor, attention_mask: Tensor | None, images: M
     """What `SaisaForConditionalGeneration.keep` returns."""
     unknown = sorted(set(images) - set(IMAGES))
     if unknown:
-        raise TypeError(f"keep() got {unknown[0]!r}: expected input_ids, attention_mask and images ({', '.join(IMAGES)}).")
+        raise TypeError(
+            f"keep() got {unknown[0]!r}: expected input_ids, attention_mask and images ({', '.join(IMAGES)})."
+        )
     if input_ids.ndim != 2 or len(input_ids) != 1:
         raise ValueError(f"input_ids is {tuple(input_ids.shape)}: expected (1, P), the beginning of all questions.")
     ids = input_ids if attention_mask is None else input_ids[:, attention_mask[0].bool()]
@@ -243,7 +245,12 @@ def _number_of(x: Tensor) -> int:
 def fingerprint_of(model: Any) -> str:
     """A digest of the weights and settings of a `SaisaModel` that keys and values depend on."""
     config, decoder = model.config, model.language_model
-    settings = [model.visual_fingerprint("features"), config.alignment, config.visual_layers, config.projector_hidden_act]
+    settings = [
+        model.visual_fingerprint("features"),
+        config.alignment,
+        config.visual_layers,
+        config.projector_hidden_act,
+    ]
     settings += [config.visual_attention, config.visual_feed_forward, config.leading_text_skips_attention]
     settings += [config.text_config.rms_norm_eps]
     device = decoder.layers[0].device
@@ -278,7 +285,9 @@ def _described(metadata: Mapping[str, str], found: Mapping[str, tuple]) -> tuple
         alike = len(shape) == len(like) == 4 and shape[::3] == like[::3] and shape[1] == like[1] and shape[0] == 1
         pair = name == "tokens" or found[name.replace("values", "keys")][1] == shape
         if name != "tokens" and (dtype != first or dtype not in FLOATS or not alike or not pair or 0 in shape[1::2]):
-            raise ValueError(f"holds {name} of {dtype}, {shape!s:.80}: expected floats (1, K, L, H), alike in all layers")
+            raise ValueError(
+                f"holds {name} of {dtype}, {shape!s:.80}: expected floats (1, K, L, H), alike in all layers"
+            )
     if not re.fullmatch("[0-9a-f]{64}", metadata.get("fingerprint", "")):
         raise ValueError(f"holds the fingerprint {metadata.get('fingerprint')!r:.80}, which is no SHA-256 digest")
     return layers, token, marks, metadata["fingerprint"]
