@@ -191,14 +191,15 @@ class Answerer:
             several = several[taken:]
 
     def _about_the_same(self, prompts: list[Prompt]) -> list[list[Prompt]]:
-        """Those of `prompts` that fill batches about the same images."""
+        """Those of `prompts` that fill batches about the same images, behind the same text."""
         # a window is counted in places, where padding behind a beginning would count
         if any(layer.self_attn.window is not None for layer in self.model.language_model.layers):
             return []
-        by_images: dict[tuple, list[Prompt]] = {}
+        alike: dict[tuple, list[Prompt]] = {}
         for prompt in prompts:
-            by_images.setdefault(tuple(prompt.images), []).append(prompt)
-        groups = [group for group in by_images.values() if len(group) >= max(2, self.batch_size)]
+            front = prompt.text.rpartition(self.processor.image_token)[0]
+            alike.setdefault((front, *prompt.images), []).append(prompt)
+        groups = [group for group in alike.values() if len(group) >= max(2, self.batch_size)]
         for prompt in itertools.chain(*groups):
             prompt.shares = True
         return groups

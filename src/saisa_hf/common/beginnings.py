@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat_saisa import CACHE
+from ..compat_saisa import CACHE, portable_config_dict
 from ..hardware_saisa import weights_fingerprint
 from ..head_saisa import IMAGES, images_by_row
 from ..visual_states_saisa import FLOATS, read_tensors, write_tensors
 
 
 FORMAT = "saisa beginning 1"
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 class SaisaBeginning:
@@ -150,9 +151,16 @@ class SaisaBeginning:
 
         Raises:
             ValueError: see `arranged` and `check`; no `input_ids`, or `position_ids`; an image is not the one that was kept;
-                prompts of unlike lengths that, with their answers, are longer than a sliding window.
+                assisted decoding, which transformers 5 does not do behind a filled cache; prompts of unlike lengths that,
+                with their answers, are longer than a sliding window.
         """
-        given = kwargs.pop("input_ids", None) if inputs is None else inputs
+        given, config = kwargs.pop("input_ids", None) if inputs is None else inputs, args[0] if args else None
+        config = config or kwargs.get("generation_config") or model.generation_config
+        for name in ASSISTED:
+            if kwargs.get(name, getattr(config, name, None)) is not None:
+                raise ValueError(
+                    f"{name} asks for assisted decoding, which reads whole prompts: leave out the beginning."
+                )
         further = [name for name in ("inputs_embeds", "position_ids") if kwargs.get(name) is not None]
         if given is None or given.is_floating_point() or further:
             raise ValueError(
@@ -161,7 +169,7 @@ class SaisaBeginning:
             )
         ids, kwargs["attention_mask"] = self.arranged(given, kwargs.get("attention_mask"))
         if not kwargs["attention_mask"].all():
-            _check_windows(model, ids.shape[1], args[0] if args else None, kwargs)
+            _check_windows(model, ids.shape[1], config, kwargs)
         self._check_images(model, ids, {name: kwargs[name] for name in IMAGES if kwargs.get(name) is not None})
         made = model.generate(ids, *args, **kwargs, **{CACHE: model.new_cache(self)})
         sequences = made if isinstance(made, Tensor) else made.sequences
@@ -191,9 +199,8 @@ class SaisaBeginning:
                     )
 
 
-def _check_windows(model: Any, length: int, generation_config: Any, options: Mapping[str, Any]) -> None:
+def _check_windows(model: Any, length: int, config: Any, options: Mapping[str, Any]) -> None:
     """Raises ValueError if a sliding window, counted in places, would count the padding behind a beginning."""
-    config = options.get("generation_config") or generation_config or model.generation_config
     new, most = (options.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     most = length + new if new else max(most or 0, length + 20)
     windows = [layer.self_attn.window for layer in model.language_model.layers if layer.self_attn.window is not None]
@@ -253,11 +260,11 @@ def fingerprint_of(model: Any) -> str:
     ]
     settings += [config.visual_attention, config.visual_feed_forward, config.leading_text_skips_attention]
     settings += [config.text_config.rms_norm_eps]
-    device = decoder.layers[0].device
-    positions = torch.tensor([[1, 100]], device=device)
-    for kind in sorted(set(decoder.family.attention_types)):  # how they rotate
-        cos, _ = decoder.rotary_emb(torch.zeros(1, device=device), positions, kind)
-        settings.append([round(x, 3) for x in cos.flatten().tolist()])
+    text = portable_config_dict(config.text_config.to_dict())  # how it rotates
+    scaling = sorted(
+        (name, x) for name, x in (text.get("rope_scaling") or {}).items() if x != "default" and name != "type"
+    )
+    settings += [text.get("rope_theta"), text.get("rope_local_base_freq"), text.get("partial_rotary_factor"), scaling]
     parts = {"language_model": decoder}
     if hasattr(model, "visual_projector"):
         parts["visual_projector"] = model.visual_projector
