@@ -501,7 +501,7 @@ class LayerBehind(Grown, DynamicLayer or object):
         self.keys = self.values = None
 
 
-def continued(cache, model):
+def behind(cache, model):
     """`cache`, or in place of a `SaisaBeginning` a new cache that continues it, without a copy of it. Raises ValueError if it
     is of another `SaisaModel` than `model`, or of other weights."""
     if not hasattr(beginning := cache, "keys_values"):

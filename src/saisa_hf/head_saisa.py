@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
-from .attention_saisa import continued, hold_text_alone
+from .attention_saisa import behind, hold_text_alone
 from .checkpoint_saisa import from_package
 from .compat_saisa import CACHE, decoding_masks, one_cache
 from .tiles_saisa import visual_inputs
@@ -140,7 +140,7 @@ class AnswersAboutImages:
 
     def new_cache(self, beginning=None):
         """A cache that holds all keys, so that it can be cropped anywhere: an empty one, or behind a `SaisaBeginning`."""
-        return continued(beginning or hold_text_alone(DynamicCache(), self.language_model.layers), self.model)
+        return behind(beginning or hold_text_alone(DynamicCache(), self.language_model.layers), self.model)
 
     def unshare_projectors(self) -> None:
         """See `SaisaModel.unshare_projectors`."""

@@ -30,15 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .attention_saisa import (
-    OfTextAlone,
-    attend,
-    attention_masks,
-    cache_of_pass,
-    continued,
-    hide_marked_keys,
-    mark_hidden,
-)
+from .attention_saisa import OfTextAlone, attend, attention_masks, behind, cache_of_pass, hide_marked_keys, mark_hidden
 from .checkpoint_saisa import BuiltFromParts, SaisaCheckpoint, UnsharesProjectors
 from .compat_saisa import (
     ACT2FN,
@@ -526,9 +518,8 @@ class SaisaModel(EncodesTiles, UsesVisualStates, UnsharesProjectors, SaisaPreTra
         visual = None if images is None else self.read_by_layers(images, layout)
         asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         asked = {name: getattr(self.config, name) if value is None else value for name, value in asked.items()}
-        cache = continued(one_cache(past_key_values, cache), self)
-        asked |= {"cache": cache, "use_cache": use_cache, "return_dict": True}
-        outputs = self.language_model(**text, layout=layout, visual=visual, **asked, **kwargs)
+        asked |= {"cache": behind(one_cache(past_key_values, cache), self), "use_cache": use_cache}
+        outputs = self.language_model(**text, layout=layout, visual=visual, return_dict=True, **asked, **kwargs)
         return SaisaModelOutputWithPast(**outputs, image_hidden_states=images and images.features)
 
 
