@@ -179,7 +179,7 @@ def test_later_turns_with_and_without_images(attention, side, turns):
 def test_a_conversation_is_that_with_a_marked_cache(monkeypatch):
     model, said = model_of(text="llama"), []
     for hold in (hold_text_alone, lambda cache, layers: cache):
-        monkeypatch.setattr("saisa_hf.chat.conversation.hold_text_alone", hold)
+        monkeypatch.setattr("saisa_hf.head_saisa.hold_text_alone", hold)
         chat = Conversation(model, tiny_processor(), max_new_tokens=4, do_sample=False)
         for number, text in enumerate(["abc", "de", "fgh"]):
             "".join(chat.ask(text, [picture(number)] * (number != 1)))
