@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -474,6 +475,35 @@ def test_an_encoder_that_refuses_its_processors_pictures_is_reported_and_nothing
     with pytest.raises(ValueError, match=r"does not accept images of shape \(1, 3, 12, 12\)"):
         quietly(lm, vision, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lm", "vision"]
+
+
+def test_a_part_whose_json_file_holds_no_object_is_one_line_that_names_it(tmp_path, capsys):
+    parts = parts_on_disk(tmp_path)
+    files = {
+        "lm": ("config", "generation_config", "tokenizer_config", "tokenizer"),
+        "vision": ("config", "preprocessor_config"),
+    }
+    for folder, names in files.items():
+        for name in names:
+            file = tmp_path / folder / f"{name}.json"
+            whole = file.read_bytes()
+            for content in ("null", "[]"):
+                file.write_text(content)
+                assert main(["build", *map(str, parts), str(tmp_path / "out")]) == 2, (name, content)
+                kind = "NoneType" if content == "null" else "list"
+                assert f"{file} holds a {kind}, expected an object." in capsys.readouterr().err
+            file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_language_model_that_lacks_tensors_is_never_filled_with_random_ones(tmp_path, lost):
+    lm, vision = parts_on_disk(tmp_path)
+    weights = load_file(lm / "model.safetensors")
+    del weights[lost]
+    save_file(weights, lm / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"lm lacks 1 of the tensors of a qwen3: {re.escape(lost)}"):
+        quietly(lm, vision, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):

@@ -102,11 +102,11 @@ def build(
     if (file := gguf_file(language_model)) is not None:
         tokenizer = gguf_tokenizer(file)
     else:
-        with reading(f"the tokenizer of {language_model}"):
+        with reading(language_model, "the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(language_model)
     image_token = prepare_tokenizer(tokenizer, image_token)
     template = _chat_template(chat_template, tokenizer, image_token)
-    with reading(f"the image processor of {vision_model}"):
+    with reading(vision_model, "the image processor"):
         image_processor = _image_processor(vision_model)
         if tiles:
             config = AutoConfig.from_pretrained(vision_model)

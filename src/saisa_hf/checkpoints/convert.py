@@ -221,7 +221,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     # the class is in tokenizer_config.json; without a config, transformers stumbles over the model_type in config.json
-    with reading(f"the tokenizer in {folder}"):
+    with reading(folder, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, config=LlamaConfig())
         prepare_padding(tokenizer)
         add_image_token(tokenizer, IMAGE_TOKEN)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..common.extras import needs
 from ..common.sources import reading
+from .weight_files import check_whole
 
 
 GGUF = ".gguf"
@@ -79,10 +80,7 @@ def gguf_model(file: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         model, found = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype or torch.float32, output_loading_info=True
         )
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(
-            f"{file} lacks {len(missing)} of the tensors of a {model.config.model_type}: {', '.join(missing[:4])}."
-        )
+    check_whole(file, model.config.model_type, found)
     # its weights are ordinary tensors; what releases from 5.x on note about the file would make it count as quantized
     model.hf_quantizer = None
     for name in ("quantization_config", "_pre_quantization_dtype"):

@@ -12,12 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from ..common.sources import reading
 from ..compat_saisa import model_class_of, needed
 from ..language_models_saisa import FAMILIES
 from ..modeling_saisa import SaisaVisualProjector
 from ..vision_saisa import SaisaVisualResampler, as_vision_tower
 from .gguf import gguf_file, gguf_model
 from .names import checkpoint_state_dict
+from .weight_files import check_whole
 
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -127,7 +129,12 @@ def _language_model(text_model, dtype) -> PreTrainedModel:
     if (file := gguf_file(text_model)) is not None:
         return gguf_model(file, dtype)
     auto_class = needed("from_parts with a language model by its path", "transformers", "AutoModelForCausalLM")
-    return auto_class.from_pretrained(text_model, dtype="auto" if dtype is None else dtype)
+    with reading(text_model):
+        model, found = auto_class.from_pretrained(
+            text_model, dtype="auto" if dtype is None else dtype, output_loading_info=True
+        )
+    check_whole(text_model, model.config.model_type, found)
+    return model
 
 
 def _encoder(vision_model, dtype) -> PreTrainedModel:
@@ -140,17 +147,17 @@ def _encoder(vision_model, dtype) -> PreTrainedModel:
             )
         kept = {p.dtype for p in vision_model.parameters() if p.is_floating_point()} <= {dtype}
         return vision_model if kept else copy.deepcopy(vision_model).to(dtype)
-    config = AutoConfig.from_pretrained(vision_model)
+    with reading(vision_model):
+        config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
     encoder_class = model_class_of(config) or needed(
         "from_parts with a vision encoder by its path", "transformers.AutoModel", "_model_mapping"
     )
-    encoder, info = encoder_class.from_pretrained(vision_model, config=config, dtype=dtype, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(
-            f"{vision_model}: the checkpoint lacks {len(info['missing_keys'])} tensors of a {config.model_type}: "
-            f"{', '.join(sorted(info['missing_keys'])[:8])}. Expected a checkpoint of a vision encoder."
+    with reading(vision_model):
+        encoder, found = encoder_class.from_pretrained(
+            vision_model, config=config, dtype=dtype, output_loading_info=True
         )
+    check_whole(vision_model, config.model_type, found, " Expected a checkpoint of a vision encoder.")
     return encoder
 
 

@@ -6,6 +6,7 @@ one file that is open. `weight_writing.py` is the other direction.
 """
 
 import json
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,15 @@ STORED_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF
 
 _PIECE = 32 * 2**20  # bytes read, converted, hashed and written at a time
 _CORRUPT = "It is truncated or not a weight file; download or copy it again."
+
+
+def check_whole(source: str | os.PathLike, model_type: str, found: dict, expected: str = "") -> None:
+    """Raises ValueError if transformers, by its loading info `found`, did not find all of a model's tensors in `source`: it
+    would fill them with random numbers."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the tensors of a {model_type}: {', '.join(missing[:8])}.{expected}"
+        )
 
 
 def check_layers(config: Any, most: int, file: Path) -> None:

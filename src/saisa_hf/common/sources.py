@@ -95,9 +95,10 @@ def read_json(file: Path) -> dict:
 
 
 @contextlib.contextmanager
-def reading(source: str | os.PathLike) -> Iterator[None]:
-    """Inside, whatever other libraries raise for what `source` holds becomes an error that names it: an OSError remains one,
-    everything else is a ValueError. Of a folder, it names the JSON file that holds no object, if there is one."""
+def reading(source: str | os.PathLike, what: str = "") -> Iterator[None]:
+    """Inside, whatever other libraries raise for what `source` holds becomes an error that names it, and `what` of it was to
+    be read: an OSError remains one, everything else is a ValueError. Of a folder, it names the JSON file that holds no
+    object, if there is one."""
     try:
         yield
     except (MemoryError, ImportError):  # not for want of something in it
@@ -109,4 +110,6 @@ def reading(source: str | os.PathLike) -> Iterator[None]:
         if isinstance(error, (OSError, ValueError)) and str(source) in str(error):
             raise
         said = first_line(error) if str(error) and not isinstance(error, KeyError) else repr(error)
-        raise (OSError if isinstance(error, OSError) else ValueError)(f"{source}: {said}") from error
+        raise (OSError if isinstance(error, OSError) else ValueError)(
+            f"{what + ' of ' if what else ''}{source}: {said}"
+        ) from error
