@@ -11,8 +11,11 @@
     artist   the known things by the artist that is held out, and signs in a font that is held out; phrasings as in valid
     unseen   things, words of signs and names of bars that training never has, by the artists of training; as in valid
 
-No name of an unseen thing is in the text of training. So in the split unseen, names cannot be right; categories, colours,
-counts and positions can, and questions refer to things by their category where they can ("Where is the animal?").
+Training never says of a drawing that it is an unseen thing, though "bus", "taxi" and "door" are words on its signs. So in the
+split unseen a model must know the names from elsewhere. Categories, colours, counts and positions it can learn here, and
+questions refer to things by their category where they can ("Where is the animal?").
+
+Letters are in matplotlib's fonts. Other releases of it, of Pillow or of NumPy may give other samples for a number.
 """
 
 from collections import Counter
@@ -166,10 +169,11 @@ def drawing(path: Path, size: int) -> Image.Image:
 
 @lru_cache
 def font(name: str, size: int):
-    """A font of matplotlib's, or Pillow's own where matplotlib is missing."""
+    """A font of matplotlib's. No other takes its place: a split would have a font that another keeps for itself."""
     found = find_spec("matplotlib")
-    path = Path(found.origin).parent / "mpl-data/fonts/ttf" / f"{name}.ttf" if found and found.origin else None
-    return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
+    if found is None or found.origin is None:
+        raise ImportError("Drawing letters needs matplotlib's fonts: pip install matplotlib")
+    return ImageFont.truetype(Path(found.origin).parent / "mpl-data/fonts/ttf" / f"{name}.ttf", size)
 
 
 class Maker:
