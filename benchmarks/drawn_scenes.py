@@ -18,6 +18,7 @@ questions refer to things by their category where they can ("Where is the animal
 Letters are in matplotlib's fonts. Other releases of it, of Pillow or of NumPy may give other samples for a number.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ SIZE = 224  # pixels, of a picture
 TURNS = 4
 ATTEMPTS = 12  # at a question of one kind, before another kind is asked
 KINDS = ("name", "category", "colour", "count", "position", "relation", "presence", "reading", "chart")
-SHARES = {"single": 0.3, "scene": 0.46, "sign": 0.12, "chart": 0.12}
+SHARES = {"single": 0.4, "scene": 0.44, "sign": 0.08, "chart": 0.08}
+WORLD = ("animal", "fruit", "vegetable", "food", "vehicle", "tool", "clothing", "instrument")
 ASKED = {
     "single": {"name": 0.36, "category": 0.26, "colour": 0.2, "presence": 0.18},
     "scene": {"count": 0.27, "position": 0.27, "relation": 0.24, "presence": 0.1, "colour": 0.07, "category": 0.05},
@@ -122,8 +124,9 @@ class Sample:
     layout: tuple[Placed | Sign | Bar, ...] = field(repr=False)
 
 
-def make(split: str, index: int, things: list[Thing], seed: int = 0) -> Sample:
-    """The sample of a number in a split. The same arguments give the same sample.
+def make(split: str, index: int, things: list[Thing], seed: int = 0, known: frozenset[str] | None = None) -> Sample:
+    """The sample of a number in a split. The same arguments give the same sample. `known` are the names that training has, if
+    it is not to have all that it may; unseen things are then of their categories.
 
     Raises:
         ValueError: no such split.
@@ -131,15 +134,28 @@ def make(split: str, index: int, things: list[Thing], seed: int = 0) -> Sample:
     if split not in SPLITS:
         raise ValueError(f"split {split!r}, expected one of {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS.index(split), index, seed])
-    maker = Maker(split, rng, pool(split, tuple(things)))
+    maker = Maker(split, rng, pool(split, tuple(things), known))
     return maker.make(str(rng.choice(list(SHARES), p=list(SHARES.values()))))
 
 
 @lru_cache
-def pool(split: str, things: tuple[Thing, ...]) -> list[Thing]:
+def pool(split: str, things: tuple[Thing, ...], known: frozenset[str] | None = None) -> list[Thing]:
     """The things of a split."""
     unseen = is_unseen(things)
+    if known is not None:
+        categories = {thing.category for thing in things if thing.name in known}
+        things = tuple(x for x in things if x.name in known or (unseen[x.name] and x.category in categories))
     return [thing for thing in things if unseen[thing.name] == (split == "unseen")]
+
+
+def small_world(things: list[Thing], each: int = 10) -> frozenset[str]:
+    """Names of one word in the categories `WORLD`, at most so many of each, chosen by a hash: few enough to be learned from
+    some thousand questions."""
+    unseen, chosen = is_unseen(things), []
+    for category in WORLD:
+        names = [x.name for x in things if x.category == category and x.name.isalpha() and not unseen[x.name]]
+        chosen += sorted(names, key=lambda name: hashlib.sha256(name.encode()).hexdigest())[:each]
+    return frozenset(chosen)
 
 
 def artists(split: str) -> list[str]:

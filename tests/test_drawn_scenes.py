@@ -75,6 +75,17 @@ def test_a_sample_depends_on_its_split_number_and_seed_alone(things, samples):
         make("test", 0, things)
 
 
+def test_a_small_world_has_few_names_and_unseen_things_of_its_categories(things):
+    known, unseen = drawn_scenes.small_world(things, each=3), drawings.is_unseen(things)
+    assert len(known) == 3 * len(drawn_scenes.WORLD) and not any(unseen[name] for name in known)
+    for split in SPLITS:
+        samples = [make(split, index, things, known=known) for index in range(40)]
+        placed = [found for sample in samples for found in sample.layout if isinstance(found, Placed)]
+        assert {found.thing.name in known for found in placed} == {split != "unseen"}
+        assert {found.thing.category for found in placed} <= set(drawn_scenes.WORLD)
+        assert {unseen[found.thing.name] for found in placed} == {split == "unseen"}
+
+
 def test_splits_keep_their_artists_things_words_and_phrasings(things, samples):
     unseen = drawings.is_unseen(things)
     assert 0.13 < sum(unseen.values()) / len(things) < 0.16

@@ -1,0 +1,397 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The family on real weights: LLaVA, NAAViT, ShortV, SAISA, SAISA with one projector, and ViCA over SmolLM2-135M-Instruct (30
+layers) and an EfficientNet trained on ImageNet, all from one start and on one set of samples, in the paper's two stages.
+
+    python benchmarks/real_weights.py --work FOLDER --json benchmarks/real_weights.json
+    python benchmarks/real_weights.py --work FOLDER --json benchmarks/real_weights.json --costs  # on a quiet machine
+    python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES
+
+What is in the file already is not computed again, and a training that was interrupted goes on from its last state in
+FOLDER: run it as often as you like, `--until` so many minutes each. The samples are those of `drawn_scenes.py`.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import drawings
+import torch
+from drawn_scenes import Sample, chance, make, small_world
+from drawn_words import text_turns
+from real_page import draw_samples
+from real_parts import install
+from real_training import (
+    IMAGE,
+    SIDE,
+    SYSTEM,
+    Encoded,
+    Stage,
+    Talk,
+    accuracy,
+    encoded,
+    loss_of,
+    new_member,
+    perplexity,
+    right,
+)
+from safetensors.torch import load_file, save_file
+from transformers import EfficientNetModel
+
+from saisa_hf import SaisaConfig, SaisaProcessor
+from saisa_hf.bench import measure
+from saisa_hf.bench.measure import interleaved, quartiles
+from saisa_hf.chat.templates import chat_template
+from saisa_hf.checkpoints.build import build
+from saisa_hf.checkpoints.gguf import gguf_file, gguf_model
+from saisa_hf.compat_saisa import CACHE
+from saisa_hf.costs.family import member
+from saisa_hf.costs.flops import Step, account
+
+
+ORDER = ("saisa", "llava", "vica", "saisa-shared", "naavit", "shortv")
+RATES = (1e-4, 3e-4, 1e-3)  # of the second stage, tried for each member
+FIRST_RATE = 1e-3  # of the first stage: the paper's
+SIZES = {  # of the study, and of its smoke run
+    "study": {
+        "captions": 2000,
+        "conversations": 1200,
+        "texts": 45,
+        "text_every": 16,  # samples, of which one is of text alone
+        "valid": 160,
+        "artist": 600,
+        "unseen": 400,
+        "passages": 48,
+        "first": {"size": 4, "steps": 500},
+        "second": {"size": 4, "steps": 318},  # all conversations and texts once
+        "search": {"size": 4, "steps": 40},
+    },
+    "smoke": {
+        "captions": 8,
+        "conversations": 8,
+        "texts": 2,
+        "text_every": 4,
+        "valid": 4,
+        "artist": 8,
+        "unseen": 8,
+        "passages": 2,
+        "first": {"size": 4, "steps": 2},
+        "second": {"size": 4, "steps": 2},
+        "search": {"size": 4, "steps": 1},
+    },
+}
+EXAMS = ("artist", "unseen")
+CHANCE = 2000  # samples of training, whose answers are counted
+PASSAGE = 128  # tokens
+ANSWER = 64  # tokens, of the language model to a prompt of text
+
+
+class Study:
+    """The study in a folder: what all members share, then one run after the other.
+
+    Args:
+        work: parts, samples and training states.
+        path: the JSON file of the results.
+        sizes: one of `SIZES`.
+        until: `time.monotonic` after which nothing new is begun.
+    """
+
+    def __init__(self, work: Path, path: Path, sizes: str, until: float):
+        self.work, self.path, self.sizes, self.until = work, path, SIZES[sizes], until
+        work.mkdir(parents=True, exist_ok=True)
+        self.result = json.loads(path.read_text()) if path.exists() else {}
+        settings = {"sizes": self.sizes, "rates": list(RATES), "first_rate": FIRST_RATE}
+        if self.result and self.result["settings"] != settings:
+            raise ValueError(f"{path} was made with {self.result['settings']}, not {settings}: choose another --json.")
+        if not self.result:
+            self.result = {"machine": measure.machine("cpu"), "settings": settings, "search": {}, "runs": {}}
+        language_model, encoder = install(work / "parts")
+        drawings.install(work / "drawings")
+        self.language_model, self.things = language_model, drawings.read(work / "drawings")
+        self.known = small_world(self.things)
+        self.base = work / "base"
+        if not self.base.is_dir():
+            build(language_model, encoder, self.base, vision_feature_layer=-1, vision_feature_select_strategy="full")
+        self.processor = SaisaProcessor.from_pretrained(self.base)
+        self.encoder = EfficientNetModel.from_pretrained(encoder).eval()
+
+    # --- samples ---
+
+    def samples(self, name: str) -> Encoded:
+        """Made once: `captions`, `conversations`, `valid`, and one for each of `EXAMS`."""
+        path = self.work / f"{name}.pt"
+        if not path.exists():
+            print(f"samples: {name}")
+            makers = {"captions": self._captions, "conversations": self._conversations}
+            makers.get(name, lambda: self._questions(name))().save(path)
+        return Encoded.load(path)
+
+    def scene(self, split: str, number: int) -> Sample:
+        """A sample of the small world of this study."""
+        return make(split, number, self.things, known=self.known)
+
+    def _captions(self) -> Encoded:
+        talks = [
+            Talk(
+                [{"role": "user", "content": IMAGE}, {"role": "assistant", "content": f"{one.caption}\n"}], one.picture
+            )
+            for one in (self.scene("train", index) for index in range(self.sizes["captions"]))
+        ]
+        return encoded(talks, self.processor, self.encoder, chat_template("plain", IMAGE))
+
+    def _conversations(self) -> Encoded:
+        start = self.sizes["captions"]
+        scenes = [self.scene("train", index) for index in range(start, start + self.sizes["conversations"])]
+        talks = [Talk.of([(t.question, t.answer) for t in one.turns], one.picture, one.turns[0].kind) for one in scenes]
+        texts = self._answered(text_turns()[: self.sizes["texts"]])
+        for number, place in enumerate(range(0, len(talks), self.sizes["text_every"])):
+            talks.insert(place, texts[number % len(texts)])
+        return encoded(talks, self.processor, self.encoder)
+
+    def _questions(self, split: str) -> Encoded:
+        talks = [
+            Talk.of([(one.question, one.answer)], scene.picture, one.kind)
+            for scene in self._asked(split)
+            for one in scene.turns
+        ]
+        return encoded(talks, self.processor, self.encoder)
+
+    def _asked(self, split: str) -> Iterator[Sample]:
+        """Scenes with one question each."""
+        for number in range(self.sizes[split]):
+            scene = self.scene(split, number)
+            yield dataclasses.replace(scene, turns=[scene.turns[number % len(scene.turns)]])
+
+    def _answered(self, conversations: Sequence[list[str]]) -> list[Talk]:
+        """Messages of text with the language model's own greedy answers."""
+        model, tokenizer = gguf_model(gguf_file(self.language_model)), self.processor.tokenizer
+        talks: list[list[dict]] = [[SYSTEM] for _ in conversations]
+        for turn in range(max(map(len, conversations))):
+            asked = [number for number, texts in enumerate(conversations) if turn < len(texts)]
+            for number in asked:
+                talks[number].append({"role": "user", "content": conversations[number][turn]})
+            form = {"add_generation_prompt": True, "tokenize": False}
+            prompts = [self.processor.apply_chat_template(talks[number], **form) for number in asked]
+            inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+            made = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+            for number, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True)):
+                talks[number].append({"role": "assistant", "content": text.strip()})
+        return [Talk(messages) for messages in talks]
+
+    def passages(self) -> list[list[int]]:
+        """English prose that no sample has: Python's reference, in pieces of `PASSAGE` tokens."""
+        from pydoc_data.topics import topics
+
+        text = "\n".join(re.sub(r"\s+", " ", topics[name]) for name in sorted(topics))
+        ids = self.processor.tokenizer(text[: 12 * PASSAGE * self.sizes["passages"]], add_special_tokens=False)
+        pieces = [ids["input_ids"][start : start + PASSAGE] for start in range(0, len(ids["input_ids"]), PASSAGE)]
+        return pieces[: self.sizes["passages"]]
+
+    # --- what members cost, and what guessing is worth ---
+
+    def costs(self, repeats: int = 7, batch: int = 8) -> None:
+        """FLOPs, bytes and parameters by the formulas of `saisa flops`; the time of a prompt of the mean length and of the
+        token behind it, in float32: untrained members take turns."""
+        base = SaisaConfig.from_pretrained(self.base)
+        lengths = [len(sample["input_ids"]) for sample in self.samples(EXAMS[0]).samples]
+        visual = base.image_seq_length
+        step = Step(round(sum(lengths) / len(lengths)) - visual, visual)
+        ids = torch.full((batch, step.text + visual), 5)
+        ids[:, 3 : 3 + visual] = self.processor.image_token_id
+        images = {"pixel_values": torch.randn(batch, base.vision_feature_size, SIDE, SIDE)}
+        prompts, tokens, costs = {}, {}, {}
+        for name in ORDER:
+            found = account(member(base, name), step, itemsize=4)["llava" if name == "llava" else "saisa"]
+            costs[name] = {"prompt_flops": found["language_model"], "token_flops": found["next_token"]}
+            costs[name] |= {"cache_bytes": found["cache_bytes"], "projectors": found["parameters"]["projectors"]}
+            model = self.model(name, 0)
+            prompts[name] = partial(asked, model, ids, images)
+            tokens[name] = partial(answered, model, ids[:, :1], prompts[name]()[CACHE])
+        times = {what: interleaved(calls, repeats, "cpu") for what, calls in (("prompt", prompts), ("token", tokens))}
+        self.result["prompt"] = {"text": step.text, "visual": visual, "batch": batch}
+        self.result["costs"] = costs
+        self.result["times"] = {
+            name: {what: quartiles(times[what][name])[1] / batch for what in times} for name in ORDER
+        }
+        self.write()
+
+    def chance(self) -> None:
+        """How often the most frequent answer of training is right, and how many questions there are, by kind."""
+        scenes = [self.scene("train", index) for index in range(CHANCE)]
+        self.result["chance"], self.result["questions"] = {}, {}
+        for exam in EXAMS:
+            asked = list(self._asked(exam))
+            shares = chance(scenes, asked)
+            counts = Counter(scene.turns[0].kind for scene in asked)
+            shares["all"] = sum(shares[kind] * count for kind, count in counts.items()) / len(asked)
+            self.result["chance"][exam] = {kind: round(value, 4) for kind, value in shares.items()}
+            self.result["questions"][exam] = {**counts, "all": len(asked)}
+        self.write()
+
+    # --- runs ---
+
+    def before(self) -> None:
+        """What the language model is before any training."""
+        if "before" not in self.result:
+            model = gguf_model(gguf_file(self.language_model))
+            self.result["before"] = {"perplexity": perplexity(model, self.passages())}
+            self.write()
+
+    def run(self, name: str, seed: int) -> bool:
+        """Both stages of a member, and its examination. Returns False if there was no time for all of it."""
+        runs = self.result["runs"].setdefault(name, {})
+        if str(seed) in runs:
+            return True
+        first = self.first_stage(name, seed)
+        rate = self.best_rate(name) if first else None
+        if rate is None:
+            return False
+        model = self.second_model(name, seed)
+        stage = self.stage(model, "conversations", "second", rate, seed, f"second-{name}-{seed}")
+        if not stage.run(self.until):
+            return False
+        found = {"rate": rate, "seconds": round(stage.seconds, 1), "losses": self.thinned(stage.losses)}
+        found |= {"first": self.result["first"][f"{self.first_name(name)} {seed}"]}
+        for exam in EXAMS:
+            data = self.samples(exam)
+            found[exam] = accuracy(right(model, data), data.kinds)
+        found["perplexity"] = perplexity(model, self.passages())
+        if seed == 0:
+            weights = {key: x.bfloat16() for key, x in model.state_dict().items() if "vision_tower" not in key}
+            weights.pop("lm_head.weight", None)
+            save_file(weights, self.work / f"trained-{name}.safetensors")
+        runs[str(seed)] = found
+        self.write()
+        print(f"{name}, seed {seed}: {json.dumps({key: found[key] for key in (*EXAMS, 'perplexity')})}")
+        return True
+
+    def first_stage(self, name: str, seed: int) -> bool:
+        """Trains the projectors alone on captions; SAISA's as one projector, which its second stage copies to every layer."""
+        name = self.first_name(name)
+        path = self.work / f"first-{name}-{seed}.safetensors"
+        if path.exists():
+            return True
+        model = self.model(name, seed)
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("visual_projector" in key)
+        stage = self.stage(model, "captions", "first", FIRST_RATE, seed, f"first-{name}-{seed}")
+        if not stage.run(self.until):
+            return False
+        found = {"seconds": round(stage.seconds, 1), "losses": self.thinned(stage.losses)}
+        self.result.setdefault("first", {})[f"{name} {seed}"] = found
+        self.write()
+        save_file({key: x.detach().contiguous() for key, x in stage.trained.items()}, path)
+        return True
+
+    def best_rate(self, name: str) -> float | None:
+        """The rate of the second stage with the least loss on held-out phrasings after a short training; None if there was
+        no time to find it."""
+        tried = self.result["search"].setdefault(name, {})
+        for rate in RATES:
+            if f"{rate:g}" in tried:
+                continue
+            model = self.second_model(name, 0)
+            stage = self.stage(model, "conversations", "search", rate, 99, f"search-{name}-{rate:g}")
+            if not stage.run(self.until):
+                return None
+            loss = loss_of(model, self.samples("valid"))
+            tried[f"{rate:g}"] = round(loss, 4) if math.isfinite(loss) else None
+            self.write()
+            print(f"{name}, rate {rate:g}: {loss:.4f}")
+        return float(min((rate for rate in tried if tried[rate] is not None), key=tried.get))
+
+    def stage(self, model, data: str, sizes: str, rate: float, seed: int, name: str) -> Stage:
+        return Stage(
+            model, self.samples(data), **self.sizes[sizes], rate=rate, seed=seed, state=self.work / f"{name}.pt"
+        )
+
+    def model(self, name: str, seed: int):
+        return new_member(name, self.language_model, self.encoder, seed, self.processor.image_token_id)
+
+    def second_model(self, name: str, seed: int):
+        """The member with the projectors of its first stage, all of it but the encoder to be trained."""
+        model = self.model(self.first_name(name), seed)
+        first = load_file(self.work / f"first-{self.first_name(name)}-{seed}.safetensors")
+        missing = model.load_state_dict(first, strict=False).unexpected_keys
+        if missing:
+            raise ValueError(f"the first stage of {name} has other projectors: {missing[:3]}")
+        if name == "saisa":
+            model.unshare_projectors()
+        model.requires_grad_(True)
+        model.model.vision_tower.requires_grad_(False)
+        return model
+
+    @staticmethod
+    def first_name(name: str) -> str:
+        """Whose first stage a member has: SAISA's is that of one projector for all layers."""
+        return "saisa-shared" if name == "saisa" else name
+
+    @staticmethod
+    def thinned(losses: list[float], points: int = 16) -> list[float]:
+        """Means of equal parts."""
+        size = max(1, len(losses) // points)
+        return [round(sum(part) / len(part), 4) for part in (losses[s : s + size] for s in range(0, len(losses), size))]
+
+    def write(self) -> None:
+        measure.write_json(str(self.path), self.result)
+
+
+@torch.no_grad()
+def asked(model, ids: torch.Tensor, images: dict):
+    """A prompt, up to the logits of the next token."""
+    return model(input_ids=ids, **images, use_cache=True, logits_to_keep=1)
+
+
+@torch.no_grad()
+def answered(model, token: torch.Tensor, cache):
+    """One token behind a prompt, which is forgotten again."""
+    output = model(input_ids=token, **{CACHE: cache}, use_cache=True)
+    cache.crop(-1)
+    return output
+
+
+def arguments(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--work", metavar="FOLDER", type=Path, required=True, help="parts, samples and training states")
+    parser.add_argument("--json", metavar="PATH", type=Path, required=True, help="all results")
+    parser.add_argument("--sizes", choices=SIZES, default="study", help="(default: %(default)s)")
+    parser.add_argument("--members", nargs="+", choices=ORDER, default=ORDER, help="(default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(default: 0 1 2)")
+    parser.add_argument("--threads", type=int, default=2, help="PyTorch's (default: %(default)s)")
+    parser.add_argument("--costs", action="store_true", help="count and time what members cost, and train nothing")
+    parser.add_argument(
+        "--example", metavar="PATH", type=Path, help="draw samples into this image file, and train nothing"
+    )
+    parser.add_argument("--until", type=float, default=math.inf, metavar="MINUTES", help="stop after this many")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> dict:
+    args = arguments(argv)
+    torch.set_num_threads(args.threads)
+    study = Study(args.work, args.json, args.sizes, time.monotonic() + 60 * args.until)
+    study.before()
+    if args.example:
+        draw_samples(study.things, args.example)
+        return study.result
+    if args.costs:
+        study.costs()
+        return study.result
+    if "chance" not in study.result:
+        study.chance()
+    for seed in args.seeds:
+        for name in args.members:
+            if not study.run(name, seed):
+                print(f"no time for {name}, seed {seed}: run again to go on")
+                return study.result
+    return study.result
+
+
+if __name__ == "__main__":
+    main()

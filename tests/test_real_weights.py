@@ -1,0 +1,222 @@
+# Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
+"""The study on real weights: its pieces on tiny random parts, what it counts as right, and the numbers of its page."""
+
+import math
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_drawn_scenes import things  # noqa: F401, a fixture
+from test_gguf import write_gguf
+from transformers import CLIPImageProcessor, EfficientNetConfig, EfficientNetModel
+
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import real_llava
+import real_page
+import real_parts
+import real_training
+import real_weights
+
+
+ROOT = Path(__file__).parent.parent
+MEMBERS = ["saisa", "llava", "vica"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A language model of two layers, and an EfficientNet as narrow as can be."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "lm").mkdir()
+    write_gguf(folder / "lm" / "tiny.gguf")
+    torch.manual_seed(0)
+    config = EfficientNetConfig(width_coefficient=0.1, depth_coefficient=0.1, image_size=224, hidden_dim=128)
+    EfficientNetModel(config).save_pretrained(folder / "vision")
+    side = {"height": 224, "width": 224}
+    CLIPImageProcessor(size=side, crop_size=side).save_pretrained(folder / "vision")
+    return folder / "lm", folder / "vision"
+
+
+@pytest.fixture(scope="module")
+def study(parts, things, tmp_path_factory):  # noqa: F811
+    """A whole run at the sizes of the smoke run, and how to repeat it."""
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(real_weights, "install", lambda _: parts)
+        patch.setattr(real_weights.drawings, "install", lambda _: None)
+        patch.setattr(real_weights.drawings, "read", lambda _: things)
+        patch.setattr(real_weights, "PASSAGE", 16)
+        patch.setattr(real_weights, "CHANCE", 40)
+        patch.setattr(real_weights, "ANSWER", 4)
+        options = ["--work", str(folder / "work"), "--json", str(folder / "result.json"), "--sizes", "smoke"]
+        options += ["--threads", "1", "--seeds", "0"]
+
+        def run(*others):
+            return real_weights.main([*options, *others])
+
+        run("--members", *MEMBERS)
+        yield SimpleNamespace(run=run, folder=folder, result=run("--members", *MEMBERS, "--costs"))
+
+
+def test_every_member_is_trained_in_both_stages_and_examined(study):
+    result = study.result
+    assert list(result["runs"]) == MEMBERS and set(result["first"]) == {"saisa-shared 0", "llava 0", "vica 0"}
+    for name in MEMBERS:
+        run = result["runs"][name]["0"]
+        assert set(result["search"][name]) == {"0.0001", "0.0003", "0.001"}
+        losses = {float(rate): loss for rate, loss in result["search"][name].items()}
+        assert run["rate"] == min(losses, key=losses.get)
+        assert run["perplexity"] > 1 and math.isfinite(run["losses"][-1])
+        for exam in real_weights.EXAMS:
+            assert set(run[exam]) == set(result["questions"][exam])
+            assert sum(result["questions"][exam].values()) == 2 * result["questions"][exam]["all"] == 16
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are_refused(study, monkeypatch):
+    before = (study.folder / "result.json").read_bytes()
+    monkeypatch.setattr(real_weights, "new_member", None)
+    study.run("--members", *MEMBERS)
+    assert (study.folder / "result.json").read_bytes() == before
+    with pytest.raises(ValueError, match=r"result\.json was made with .*: choose another --json"):
+        study.run("--sizes", "study")
+
+
+def test_costs_are_those_of_the_formulas_and_members_differ(study):
+    costs, times = study.result["costs"], study.result["times"]
+    assert set(costs) == set(times) == set(real_weights.ORDER)
+    flops = {name: found["prompt_flops"] for name, found in costs.items()}
+    assert flops["vica"] < flops["saisa-shared"] < flops["llava"] and flops["shortv"] < flops["naavit"] < flops["llava"]
+    assert costs["saisa"]["projectors"] == 2 * costs["saisa-shared"]["projectors"]
+    assert all(time > 0 for found in times.values() for time in found.values())
+
+
+def test_the_page_is_made_of_the_results(study, tmp_path):
+    page = tmp_path / "page.md"
+    names = ("state", "summary", "search", "kinds_artist", "kinds_unseen")
+    page.write_text("\n".join(f"<!-- {name}: start -->\n<!-- {name}: end -->" for name in names))
+    real_page.main([str(study.folder / "result.json"), str(page), str(tmp_path)])
+    text = page.read_text()
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")]
+    assert [name for name in rows if name in real_page.MEMBERS] == ["llava", "saisa", "vica"] * 2
+    assert f"{100 * study.result['runs']['vica']['0']['artist']['all']:.1f}" in text
+    assert (tmp_path / "real_weights.png").stat().st_size > 10_000
+    study.run("--example", str(tmp_path / "samples.png"))
+    assert (tmp_path / "samples.png").stat().st_size > 10_000
+
+
+def test_the_trained_llava_becomes_a_saisa_in_every_way(study, monkeypatch):
+    monkeypatch.setitem(real_llava.WAYS, "eight layers", {"visual_layers": "auto:1", "choose_on": 2})
+    options = ["--work", str(study.folder / "work"), "--study", str(study.folder / "result.json"), "--sizes", "smoke"]
+    ways = ["all layers", "eight layers"]
+    result = real_llava.main([*options, "--json", str(study.folder / "llava.json"), "--threads", "1", "--ways", *ways])
+    assert list(result["ways"]) == ways
+    for name, found in result["ways"].items():
+        assert {"copied", "fitted"} <= set(found["agreement"]) and found["agreement"]["fitted"]["kl"] >= 0
+        assert set(found["artist"]) == set(study.result["questions"]["artist"])
+        # the language model is the LLaVA's, as it was written in bfloat16
+        trained = study.result["runs"]["llava"]["0"]["perplexity"]
+        assert abs(found["perplexity"] / trained - 1) < 0.05, name
+    assert len(result["ways"]["eight layers"]["visual_layers"]) == 1
+    monkeypatch.setattr(real_llava, "way", None)
+    assert (
+        real_llava.main([*options, "--json", str(study.folder / "llava.json"), "--ways", *ways])["ways"]
+        == result["ways"]
+    )
+
+
+def a_stage(study, name, state):
+    whole = real_weights.Study(study.folder / "work", study.folder / "result.json", "smoke", math.inf)
+    model = whole.second_model(name, 0)
+    return real_training.Stage(model, whole.samples("conversations"), 2, 5, 1e-3, 3, state)
+
+
+def test_batches_have_each_sample_once_and_are_of_one_length():
+    lengths = [(7 * number) % 101 for number in range(64)]
+    found = real_training.batches(lengths, 4, 32, seed=1)
+    for turn in (found[:16], found[16:]):
+        assert sorted(index for batch in turn for index in batch) == list(range(64))
+    assert found[:16] != found[16:]
+    assert found == real_training.batches(lengths, 4, 32, seed=1) != real_training.batches(lengths, 4, 32, seed=2)
+    spans = [max(lengths[one] for one in batch) - min(lengths[one] for one in batch) for batch in found]
+    assert max(spans) < 12
+    starts = [lengths[batch[0]] for batch in found[:16]]
+    assert starts != sorted(starts), "short ones do not come first"
+
+
+@pytest.mark.parametrize("name", ["saisa", "llava"])
+def test_a_stage_that_is_interrupted_goes_on_to_the_last_bit(study, name, tmp_path, monkeypatch):
+    whole = a_stage(study, name, tmp_path / "whole.pt")
+    assert whole.run(math.inf) and len(set(whole.losses)) == 5
+    first = a_stage(study, name, tmp_path / "part.pt")
+    ticks = count()
+    monkeypatch.setattr(real_training.time, "monotonic", lambda: next(ticks))
+    assert not first.run(deadline=3) and 0 < first.step < 5
+    second = a_stage(study, name, tmp_path / "part.pt")
+    assert second.run(math.inf) and second.losses == whole.losses and not (tmp_path / "part.pt").exists()
+    wanted = whole.model.state_dict()
+    for key, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, wanted[key]), key
+
+
+def test_right_is_what_greedy_decoding_would_write(study):
+    whole = real_weights.Study(study.folder / "work", study.folder / "result.json", "smoke", math.inf)
+    model, end = whole.second_model("saisa", 0).eval(), whole.processor.tokenizer.eos_token_id
+    data, samples = whole.samples("artist"), []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for sample in data.samples[:4]:
+            start = next(place for place, label in enumerate(sample["labels"]) if label != -100)
+            prompt = torch.tensor([sample["input_ids"][:start]])
+            images = {"pixel_values": sample["pixel_values"].float()}
+            ids = model.generate(prompt, **images, max_new_tokens=4, do_sample=False, eos_token_id=end)[0].tolist()
+            labels = [-100] * start + ids[start:]
+            samples += [{**sample, "input_ids": ids, "labels": labels}]
+            wrong = [*ids[:-1], (ids[-1] + 1) % 200]
+            samples += [{**sample, "input_ids": wrong, "labels": [-100] * start + wrong[start:]}]
+    hits = real_training.right(model, real_training.Encoded(samples, ["name"] * 8), size=3)
+    assert hits == [True, False] * 4
+    assert real_training.accuracy(hits, ["name", "count"] * 4) == {"count": 0.0, "name": 1.0, "all": 0.5}
+
+
+def test_lite0_is_an_efficientnet_without_gates():
+    """The features do not depend on what the squeeze computes, since its gates are 1."""
+    torch.manual_seed(0)
+    config = EfficientNetConfig(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, hidden_act="relu6")
+    theirs = EfficientNetModel(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 1)
+    names = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
+    names |= {"encoder.top_conv": "_conv_head", "encoder.top_bn": "_bn1"}
+    inner = {"expand_conv": "_expand_conv", "expand_bn": "_bn0", "depthwise_conv": "_depthwise_conv"}
+    inner |= {"depthwise_norm": "_bn1", "project_conv": "_project_conv", "project_bn": "_bn2"}
+    weights = {"_fc.weight": torch.zeros(2, 2)}
+    for name, tensor in theirs.state_dict().items():
+        if ".squeeze_excite." in name:
+            continue
+        stem, _, last = name.rpartition(".")
+        if stem in names:
+            weights[f"{names[stem]}.{last}"] = tensor
+        else:
+            _, _, number, _, part = stem.split(".")
+            weights[f"_blocks.{number}.{inner[part]}.{last}"] = tensor
+    model = real_parts.lite0_of(weights)
+    pixels = torch.randn(1, 3, 64, 64)
+    for block in theirs.encoder.blocks:
+        block.squeeze_excite = torch.nn.Identity()
+    with torch.no_grad():
+        wanted, found = theirs(pixels).last_hidden_state, model(pixels).last_hidden_state
+    assert torch.equal(wanted, found) and found.abs().max() > 0
+
+
+@pytest.mark.slow
+def test_a_smoke_run_on_the_real_parts(tmp_path):
+    """Downloads the packages; one seed, two members, a few samples."""
+    options = ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json"), "--sizes", "smoke"]
+    start = time.monotonic()
+    result = real_weights.main([*options, "--seeds", "0", "--members", "saisa", "vica"])
+    assert {name: list(runs) for name, runs in result["runs"].items()} == {"saisa": ["0"], "vica": ["0"]}
+    assert 20 < result["before"]["perplexity"] < 40, "SmolLM2 on Python's reference"
+    assert time.monotonic() - start < 3600
