@@ -383,6 +383,10 @@ def test_the_page_about_the_family_shows_the_numbers_that_are_kept():
     assert f"<!-- family: start -->\n{performance.block(result)}\n<!-- family: end -->" in page
     assert all(set(one["member_ratios"]) == set(MEMBER_MODELS) for one in result["results"])
     assert {one["work"] for one in result["results"]} == {"prefill", "decode"}
+    (command,) = re.findall(r"saisa bench (.*--json benchmarks/family\.json)", page)
+    said = vars(arguments(*command.split()))
+    told = ("work", "models", "members", "batch", "repeats", "clock", "threads", "keep_memory", "layers")
+    assert {name: said[name] for name in told} == {name: result["settings"][name] for name in told}
 
 
 def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):

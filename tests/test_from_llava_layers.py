@@ -256,7 +256,7 @@ def test_the_option_serves_both_ways_and_leaves_paths_alone():
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--visual-layers", "auto:9"], "visual_layers='auto:9': {source}/llava has 5 layers. Choose at most so many"),
+        (["--visual-layers", "auto:9"], "visual_layers='auto:9': {source}/llava has 5 layers, choose at most 5."),
         (["--visual-layers", "auto:0"], "visual_layers='auto:0': expected a list of layers, or 'auto:8'"),
         (["--visual-layers", "auto:"], "visual_layers='auto:': expected a list of layers"),
         (["--visual-layers", "0,9"], "visual_layers=[0, 9]: expected a list of distinct layers between 0 and 4"),

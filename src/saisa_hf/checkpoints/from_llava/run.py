@@ -125,7 +125,7 @@ def _prepared(
         log("note: tiles are not used: of each image only the whole, at the encoder's size")
     count = llava.config.text_config.num_hidden_layers
     if fit.layers_to_choose > count:
-        raise ValueError(f"visual_layers={fit.visual_layers!r}: {source} has {count} layers. Choose at most so many.")
+        raise ValueError(f"visual_layers={fit.visual_layers!r}: {source} has {count} layers, choose at most {count}.")
     model = saisa_from_llava(llava, fit.projector_hidden_size, fit.seed, fit.tiles, fit.given_layers)
     processor = processor_from_llava(llava_processor, model.config)
     teacher = Teacher.of(model, llava)
