@@ -319,6 +319,17 @@ def test_another_image_is_noticed(store):
         generated(model, inputs, beginning)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_image_in_the_dtype_of_the_model_is_the_same(dtype):
+    model, prompts = tiny_model("llama", dtype=dtype), prompts_of(QUESTIONS[:1])
+    beginning = kept(model, questions=QUESTIONS[:1])  # of pixels in float32, as processors make them
+    found = [generated(model, one.prompt, beginning) for one in (prompts, prompts.to(dtype))]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    prompts.pixel_values[1, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match="Image 1 of prompt 0"):
+        generated(model, prompts.to(dtype).prompt, beginning)
+
+
 def test_what_is_kept_is_one_prompt():
     model, prompts = tiny_model("llama"), prompts_of()
     with pytest.raises(ValueError, match=r"input_ids is \(3, 17\): expected \(1, P\)"):

@@ -236,26 +236,26 @@ def _state(weights: list[tuple]) -> list:
             found.append((id(x), 0 if x.is_inference() else x._version))
         if not hasattr(type(x), "full_tensor"):  # processes that share one out have to come to the same result
             as_it_is = type(x) in (Tensor, nn.Parameter) or getattr(x, "quant_state", None) is not None
-            may_sample = name.startswith("language_model.") or (x.is_cpu and name.startswith("vision_tower."))
-            group = groups.setdefault((x.device, may_sample), [])
+            rows = 4 if name.startswith("language_model.") else int(x.is_cpu and name.startswith("vision_tower."))
+            group = groups.setdefault((x.device, rows), [])
             group += [x] if as_it_is else _stored_tensors(x, module, name)
-    for (device, may_sample), tensors in groups.items():
-        is_sampled = may_sample and sum(x.nbytes for x in tensors) > SAMPLED_FROM
-        found.append((str(device), _checksum(tensors, SAMPLE if is_sampled else ROW)))
+    for (device, rows), tensors in groups.items():
+        is_sampled = rows and sum(x.nbytes for x in tensors) > SAMPLED_FROM
+        found.append((str(device), _checksum(tensors, *((SAMPLE, rows * ROW) if is_sampled else (ROW, ROW)))))
     return found
 
 
-def _checksum(tensors: list[Tensor], width: int) -> int:
-    """A number that a change of any bit changes, in the first `width` words of each row of `ROW` and behind the last row."""
+def _checksum(tensors: list[Tensor], width: int, row: int = ROW) -> int:
+    """A number that a change of any bit changes, in the first `width` words of each `row` and behind the last row."""
     sums = []
     for x in tensors:
         words = x.detach().contiguous().flatten()
         if words.nbytes % 8 or words.storage_offset() * words.itemsize % 8:
             words = nn.functional.pad(words.view(torch.uint8), (0, -words.nbytes % 8 or 8))
         words = words.view(torch.int64)
-        if rows := words.numel() // ROW:
-            sums.append(words.as_strided((rows, width), (ROW, 1)).sum(1))
-            words = words[rows * ROW :]
+        if rows := words.numel() // row:
+            sums.append(words.as_strided((rows, width), (row, 1)).sum(1))
+            words = words[rows * row :]
         sums.append(words)
     total = torch.cat(sums)
     return int((total * (2 * torch.arange(len(total), device=total.device) + 1)).sum())

@@ -151,7 +151,7 @@ class Conversation:
     def _answer(self, messages: list[dict]) -> Iterator[str]:
         inputs = self.inputs(messages)
         prompt = inputs["input_ids"][0].tolist()
-        marks = marks_of(inputs)
+        marks = marks_of(inputs, self.model)
         cache = self._take_cache(prompt, marks)
         self._interrupt, tokens, outcome = _Interrupt(), queue.SimpleQueue(), []
         # in another thread, so that the reader of the answer can stop it between two tokens

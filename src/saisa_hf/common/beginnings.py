@@ -189,7 +189,7 @@ class SaisaBeginning:
         tokens = model._visual_tokens(images, sum(new_B), sum(all_B)) if images and self.marks else []
         if not tokens or sum(tokens) != sum(all_B):  # they are those behind the beginning, if there are any
             return
-        marks = marks_of(images)
+        marks = marks_of(images, model)
         for row, own in enumerate(images_by_row(all_B, tokens)):
             for index, (kept, image) in enumerate(zip(self.marks, own)):
                 if kept[0] == marks[image][0] and kept != marks[image]:
@@ -228,24 +228,25 @@ def keep(model: Any, input_ids: Tensor, attention_mask: Tensor | None, images: M
     cache = model.new_cache()
     model.model(input_ids=ids, use_cache=True, **{CACHE: cache}, **given)
     keys_values = [(layer.keys, layer.values) for layer in cache.layers]
-    return SaisaBeginning(
-        ids[0], keys_values, model.config.image_token_id, marks_of(given), fingerprint_of(model.model)
-    )
+    marks = marks_of(given, model)
+    return SaisaBeginning(ids[0], keys_values, model.config.image_token_id, marks, fingerprint_of(model.model))
 
 
-def marks_of(images: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """For each of the images in arguments of `forward` what it is given as, and a number that tells it from others. Padding
-    and a cast to bfloat16 do not change it."""
+def marks_of(images: Mapping[str, Any], model: Any) -> list[tuple[str, int]]:
+    """For each of the images in arguments of `forward` what it is given as, in the model's dtype, and a number that tells it
+    from others; padding does not change it."""
+    dtype = model.get_input_embeddings().weight.dtype
     if "visual_states" in images:
         states = images["visual_states"]
-        rows = next(iter(states.stored.tensors().values())).split(states.stored.lengths)
-        numbers = {index: _number_of(rows[index]) for index in set(states.order)}
-        return [(states.store, numbers[index]) for index in states.order]
-    return [("pixel_values", _number_of(image)) for image in images.get("pixel_values", ())]
+        stored = next(iter(states.stored.tensors().values()), torch.empty(sum(states.stored.lengths), 0))
+        rows = stored.split(states.stored.lengths)
+        numbers = {index: _number_of(rows[index].to(dtype)) for index in set(states.order)}
+        return [(f"{states.store} {dtype}", numbers[index]) for index in states.order]
+    return [(f"pixel_values {dtype}", _number_of(image.to(dtype))) for image in images.get("pixel_values", ())]
 
 
 def _number_of(x: Tensor) -> int:
-    bits = x.detach().to(torch.bfloat16).flatten().view(torch.int16).long()
+    bits = x.detach().flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]).long()
     return int((bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum())
 
 
