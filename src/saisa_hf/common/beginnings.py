@@ -233,15 +233,12 @@ def keep(model: Any, input_ids: Tensor, attention_mask: Tensor | None, images: M
 
 
 def marks_of(images: Mapping[str, Any], model: Any) -> list[tuple[str, int]]:
-    """For each of the images in arguments of `forward` what it is given as, in the model's dtype, and a number that tells it
-    from others; padding does not change it."""
-    dtype = model.get_input_embeddings().weight.dtype
+    """For each of the images in arguments of `forward` what it is given as, and a number that tells it from others. It is one
+    of pixels in the model's dtype, and padding does not change it. Visual states are not told apart: those of one image,
+    computed beside others, differ by rounding."""
     if "visual_states" in images:
-        states = images["visual_states"]
-        stored = next(iter(states.stored.tensors().values()), torch.empty(sum(states.stored.lengths), 0))
-        rows = stored.split(states.stored.lengths)
-        numbers = {index: _number_of(rows[index].to(dtype)) for index in set(states.order)}
-        return [(f"{states.store} {dtype}", numbers[index]) for index in states.order]
+        return [("visual_states", 0)] * len(images["visual_states"])
+    dtype = model.get_input_embeddings().weight.dtype
     return [(f"pixel_values {dtype}", _number_of(image.to(dtype))) for image in images.get("pixel_values", ())]
 
 
