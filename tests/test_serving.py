@@ -92,8 +92,8 @@ def test_what_cannot_be_served_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main(["serve", "./no/such/folder"]) == 1
     assert "CHECKPOINT './no/such/folder' is not a folder" in capsys.readouterr().err
-    assert main(["serve", os.path.dirname(__file__)]) == 2
-    assert "model_type None: expected 'saisa'" in capsys.readouterr().err
+    assert main(["serve", os.path.dirname(__file__)]) == 1
+    assert "config.json is missing" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", str(CHECKPOINT), "--port", "65536"])
     assert "expected a port from 1 to 65535" in capsys.readouterr().err
