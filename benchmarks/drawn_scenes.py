@@ -516,29 +516,3 @@ def unmistakable(layout: Iterable[Placed], category: str) -> bool:
     """Whether everybody would agree which things of a scene belong to a category."""
     doubtful = OVERLAPS[category] | {None}
     return all(found.thing.category not in doubtful for found in layout)
-
-
-def normal(answer: str) -> str:
-    text = " ".join(answer.lower().strip().strip(".!\"'").split())
-    first, _, rest = text.partition(" ")
-    text = rest if rest and first in ("a", "an", "the") else text
-    return NUMBERS[int(text)] if text.isdigit() and int(text) < len(NUMBERS) else text
-
-
-def answers_alike(given: str, right: str) -> bool:
-    """Whether an answer is right: the same but for case, a final full stop, an article and how a small number is written."""
-    return normal(given) == normal(right)
-
-
-def chance(training: Iterable[Sample], test: Iterable[Sample]) -> dict[str, float]:
-    """kind -> the share of the questions of `test` that the most frequent answer of that kind in `training` answers."""
-    counts: dict[str, Counter] = {}
-    for sample in training:
-        for turn in sample.turns:
-            counts.setdefault(turn.kind, Counter())[normal(turn.answer)] += 1
-    right: dict[str, list[bool]] = {}
-    for sample in test:
-        for turn in sample.turns:
-            usual = counts[turn.kind].most_common(1)[0][0] if turn.kind in counts else None
-            right.setdefault(turn.kind, []).append(normal(turn.answer) == usual)
-    return {kind: sum(right[kind]) / len(right[kind]) for kind in KINDS if kind in right}

@@ -14,8 +14,8 @@ import math
 from pathlib import Path
 
 import torch
-from real_training import StoredFeatures, accuracy, perplexity, right
-from real_weights import EXAMS, Study
+from real_training import StoredFeatures, perplexity, right
+from real_weights import EXAMS, Study, digits
 from safetensors.torch import load_file
 
 from saisa_hf import SaisaForConditionalGeneration
@@ -40,10 +40,16 @@ def llava_of(study: Study) -> Path:
     folder = study.work / "llava"
     if not folder.is_dir():
         model = study.model("llava", 0)
-        model.load_state_dict(load_file(study.work / "trained-llava.safetensors"), strict=False)
+        trained = load_file(study.work / "trained-llava.safetensors")
+        found = model.load_state_dict(trained, strict=False)
+        missing = [key for key in found.missing_keys if "vision_tower" not in key and key != "lm_head.weight"]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"trained-llava.safetensors is not a LLaVA's: {[*missing, *found.unexpected_keys][:3]}")
         model.model.vision_tower = as_vision_tower(study.encoder)
-        model.save_pretrained(folder)
-        study.processor.save_pretrained(folder)
+        part = folder.with_name("llava.part")
+        model.save_pretrained(part)
+        study.processor.save_pretrained(part)
+        part.rename(folder)
     return folder
 
 
@@ -58,9 +64,9 @@ def pictures_of(study: Study, count: int) -> Path:
 
 
 def examined(study: Study, model: SaisaForConditionalGeneration) -> dict:
-    """Right answers by kind of question, and the perplexity of text."""
+    """Which answers are right, and the perplexity of text."""
     model.model.vision_tower = StoredFeatures()
-    found = {exam: accuracy(right(model, data), data.kinds) for exam in EXAMS if (data := study.samples(exam))}
+    found = {exam: digits(right(model, study.samples(exam))) for exam in EXAMS}
     return found | {"perplexity": perplexity(model, study.passages())}
 
 
@@ -88,8 +94,14 @@ def main(argv=None) -> dict:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     study = Study(args.work, args.study, args.sizes, math.inf)
-    result = json.loads(args.json.read_text()) if args.json.exists() else {"settings": FIT[args.sizes], "ways": {}}
+    result = (
+        json.loads(args.json.read_text(encoding="utf-8"))
+        if args.json.exists()
+        else {"settings": FIT[args.sizes], "ways": {}}
+    )
     source = llava_of(study)
+    if "llava" not in result:  # as it is written, in bfloat16
+        result["llava"] = examined(study, SaisaForConditionalGeneration.from_pretrained(source, dtype=torch.float32))
     for name in args.ways:
         if name not in result["ways"]:
             result["ways"][name] = way(study, source, name, args.sizes)

@@ -6,6 +6,7 @@ python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from statistics import mean
@@ -20,7 +21,8 @@ from saisa_hf.common.tables import fill_blocks, table
 
 MEMBERS = ("llava", "naavit", "shortv", "saisa", "saisa-shared", "vica")
 COLOURS = dict(zip(MEMBERS, ("#444444", "#8e44ad", "#b7950b", "#c0392b", "#d98880", "#1e8449")))
-KINDS = ("name", "category", "colour", "count", "position", "relation", "presence", "reading", "chart", "all")
+KINDS = ("name", "category", "colour", "count", "position", "relation", "presence", "reading", "chart")
+USUAL = "most frequent answer"
 FREE = ("noto", "fluent")  # artists whose drawings are under the Apache and the MIT licence
 EXAMS = {"artist": "known things, an artist never seen", "unseen": "things, words and names never seen"}
 
@@ -30,21 +32,28 @@ def members(result: dict) -> list[str]:
     return [name for name in MEMBERS if result["runs"].get(name)]
 
 
-def of_seeds(result: dict, name: str, *keys: str) -> list[float]:
-    """One number of each seed's run."""
-    found = []
-    for run in result["runs"][name].values():
-        for key in keys:
-            run = run[key]
-        found.append(run)
-    return found
+def hits(result: dict, name: str, exam: str, kind: str | None = None) -> np.ndarray:
+    """(seeds, questions) 0 or 1: which answers are right, of all questions or of a kind. What things are called that training
+    never names is left out of all."""
+    runs = [result["chance"]] if name == USUAL else result["runs"][name].values()
+    found, kinds = np.array([[int(one) for one in run[exam]] for run in runs]), np.array(result["asked"][exam])
+    chosen = kinds == kind if kind else (kinds != "name") | (exam != "unseen")
+    return found[:, chosen]
 
 
-def share(values: list[float]) -> str:
+def share(values: Sequence[float]) -> str:
     """A mean in per cent; with several seeds also the lowest and the highest."""
     if len(values) == 1:
         return f"{100 * values[0]:.1f}"
     return f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+
+
+def difference(result: dict, name: str, exam: str) -> str:
+    """How many points more are right than of the LLaVA, question by question, over all seeds, and its standard error."""
+    if "llava" not in members(result) or name == "llava":
+        return ""
+    points = 100 * (hits(result, name, exam).mean(0) - hits(result, "llava", exam).mean(0))
+    return f"{points.mean():+.1f} ± {points.std(ddof=1) / len(points) ** 0.5:.1f}"
 
 
 def state(result: dict) -> str:
@@ -58,72 +67,79 @@ def state(result: dict) -> str:
 
 def summary(result: dict) -> str:
     """The members: what they get right and what they cost."""
-    header = ["", "seeds", "right, new artist, %", "right, new things, %", "perplexity of text", "prompt, GFLOPs"]
-    header += ["of LLaVA's", "prompt, ms", "cache, KiB", "projectors, million", "training, s", "learning rate"]
+    header = [
+        "",
+        "new artist, %",
+        "minus llava",
+        "new things, %",
+        "minus llava",
+        "perplexity of text",
+        "prompt, GFLOPs",
+    ]
+    header += ["of llava's", "prompt, ms", "cache, KiB", "projectors, million"]
     rows = []
     for name in members(result):
         costs, base = result["costs"][name], result["costs"]["llava"]
-        runs = result["runs"][name].values()
-        seconds = [run["seconds"] + run["first"]["seconds"] for run in runs]
-        time = result.get("times", {}).get(name)
-        row = [name, str(len(runs)), *(share(of_seeds(result, name, exam, "all")) for exam in EXAMS)]
-        row += [f"{mean(of_seeds(result, name, 'perplexity')):.2f}", f"{costs['prompt_flops'] / 1e9:.1f}"]
-        row += [f"{costs['prompt_flops'] / base['prompt_flops']:.2f}", f"{1e3 * time['prompt']:.0f}" if time else ""]
-        row += [f"{costs['cache_bytes'] / 2**10:,.0f}", f"{costs['projectors'] / 1e6:.2f}", f"{mean(seconds):,.0f}"]
-        rows.append([*row, f"{next(iter(runs))['rate']:g}"])
+        row = [name]
+        for exam in EXAMS:
+            row += [share(hits(result, name, exam).mean(1)), difference(result, name, exam)]
+        row += [f"{mean(run['perplexity'] for run in result['runs'][name].values()):.2f}"]
+        row += [f"{costs['prompt_flops'] / 1e9:.1f}", f"{costs['prompt_flops'] / base['prompt_flops']:.2f}"]
+        row += [f"{1e3 * result['times'][name]['prompt']:.0f}", f"{costs['cache_bytes'] / 2**10:,.0f}"]
+        rows.append([*row, f"{costs['projectors'] / 1e6:.2f}"])
     return table(header, rows)
 
 
 def by_kind(result: dict, exam: str) -> str:
     """Right answers by kind of question, per cent."""
-    names = members(result)
-    header = ["", "questions", "most frequent answer", *names]
-    rows = []
+    names, rows = [USUAL, *members(result)], []
     for kind in kinds_of(result, exam):
-        chance = result["chance"][exam][kind]
-        row = [kind, str(result["questions"][exam][kind]), f"{100 * chance:.1f}"]
-        rows.append([*row, *(share(of_seeds(result, name, exam, kind)) for name in names)])
-    return table(header, rows)
+        rows.append([kind, str(result["asked"][exam].count(kind))])
+        rows[-1] += [share(hits(result, name, exam, kind).mean(1)) for name in names]
+    return table(["", "questions", *names], rows)
 
 
 def kinds_of(result: dict, exam: str) -> list[str]:
     """The kinds of question that an exam has."""
-    return [kind for kind in KINDS if kind in result["questions"][exam]]
+    return [kind for kind in KINDS if kind in result["asked"][exam]]
 
 
 def search(result: dict) -> str:
-    """The loss on held-out phrasings after a short second stage, by learning rate."""
-    rates = [f"{rate:g}" for rate in result["settings"]["rates"]]
-    names = [name for name in MEMBERS if len(result["search"].get(name, {})) == len(rates)]
-    return table(["", *rates], [[name, *(f"{result['search'][name][rate]:.3f}" for rate in rates)] for name in names])
+    """The loss on held-out phrasings after a short second stage, by learning rate; the rate that was taken is in bold."""
+    rates, rows = [f"{rate:g}" for rate in result["settings"]["rates"]], []
+    for name in MEMBERS:
+        found = result.get("search", {}).get(name, {})
+        if len(found) == len(rates):
+            best = min((rate for rate in rates if found[rate] is not None), key=found.get)
+            cells = ["diverged" if found[rate] is None else f"{found[rate]:.3f}" for rate in rates]
+            rows.append([name, *(f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells))])
+    return table(["", *rates], rows)
 
 
 def draw(result: dict, folder: Path) -> None:
     """`real_weights.png`: accuracy over FLOPs, and by kind of question."""
-    pyplot = drawing()
+    pyplot, names = drawing(), members(result)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1, 1.7), layout="constrained")
-    for name in members(result):
+    for name in names:
         flops = result["costs"][name]["prompt_flops"] / 1e9
         for exam, marker in zip(EXAMS, "o^"):
-            found = 100 * np.array(of_seeds(result, name, exam, "all"))
+            found = 100 * hits(result, name, exam).mean(1)
             left.plot([flops] * len(found), found, marker, color=COLOURS[name], markersize=5, alpha=0.8)
-        left.annotate(
-            name, (flops, 100 * max(of_seeds(result, name, "artist", "all"))), (3, 6), textcoords="offset points"
-        )
+        top = 100 * hits(result, name, "artist").mean(1).max()
+        left.annotate(name, (flops, top), (3, 6), textcoords="offset points")
     left.set_xlabel("GFLOPs of a prompt")
     left.set_ylabel("exactly right, %")
     left.set_title("circles: new artist, triangles: new things", fontsize=10)
-    width = 0.8 / len(members(result))
-    kinds = kinds_of(result, "artist")[:-1]
-    for place, name in enumerate(members(result)):
-        each = [100 * np.array(of_seeds(result, name, "artist", kind)) for kind in kinds]
-        at = np.arange(len(kinds)) + (place - (len(members(result)) - 1) / 2) * width
+    width, kinds = 0.8 / len(names), kinds_of(result, "artist")
+    for place, name in enumerate(names):
+        each = [100 * hits(result, name, "artist", kind).mean(1) for kind in kinds]
+        at = np.arange(len(kinds)) + (place - (len(names) - 1) / 2) * width
         errors = [[x.mean() - x.min() for x in each], [x.max() - x.mean() for x in each]]
         right.bar(
             at, [x.mean() for x in each], width, yerr=errors, color=COLOURS[name], label=name, error_kw={"lw": 0.8}
         )
-    chance = [100 * result["chance"]["artist"][kind] for kind in kinds]
-    right.plot(np.arange(len(kinds)), chance, "_", color="#000000", markersize=24, label="most frequent answer")
+    usual = [100 * hits(result, USUAL, "artist", kind).mean() for kind in kinds]
+    right.plot(np.arange(len(kinds)), usual, "_", color="#000000", markersize=24, label=USUAL)
     right.set_xticks(np.arange(len(kinds)), kinds)
     right.set_title("new artist, by kind of question", fontsize=10)
     right.legend(fontsize=8, frameon=False, ncols=2)
@@ -166,7 +182,7 @@ def main(argv=None) -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("images", type=Path)
     args = parser.parse_args(argv)
-    result = json.loads(args.json.read_text())
+    result = json.loads(args.json.read_text(encoding="utf-8"))
     fill_blocks(args.page, blocks(result))
     draw(result, args.images)
 

@@ -8,7 +8,6 @@ with the token ids of all samples, and in a model that trains, `StoredFeatures` 
 import math
 import os
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,11 +168,14 @@ class Stage:
             if self.step % 50 == 0:
                 recent = sum(self.losses[-50:]) / 50
                 log(f"{self.state.stem}: step {self.step} of {self.steps}, loss {recent:.3f}, {self.seconds:.0f} s")
-            if time.monotonic() - saved > SAVE_EVERY:
+            if time.monotonic() - saved > SAVE_EVERY or self.step == self.steps:
                 self._keep()
                 saved = time.monotonic()
-        self.state.unlink(missing_ok=True)
         return True
+
+    def forget(self) -> None:
+        """Removes the state in between: what the training is for has been written down."""
+        self.state.unlink(missing_ok=True)
 
     def _step(self, chosen: list[int]) -> float:
         done = (self.step + 1) / self.steps
@@ -222,15 +224,6 @@ def right(model, data: Encoded, size: int = 32) -> list[bool]:
             likely[labels != IGNORED] = model.lm_head(hidden[labels != IGNORED]).argmax(-1)
         found.update(zip(chosen, (likely == labels).all(dim=1).tolist()))
     return [found[index] for index in range(len(data.samples))]
-
-
-def accuracy(hits: Sequence[bool], kinds: Sequence[str]) -> dict[str, float]:
-    """The share of right answers by kind of question, and of all."""
-    of_kind = defaultdict(Counter)
-    for hit, kind in zip(hits, kinds):
-        of_kind[kind][hit] += 1
-    shares = {kind: counts[True] / counts.total() for kind, counts in sorted(of_kind.items())}
-    return {kind: round(share, 4) for kind, share in (shares | {"all": sum(hits) / len(hits)}).items()}
 
 
 @torch.no_grad()

@@ -7,23 +7,25 @@ layers) and an EfficientNet trained on ImageNet, all from one start and on one s
     python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES
 
 What is in the file already is not computed again, and a training that was interrupted goes on from its last state in
-FOLDER: run it as often as you like, `--until` so many minutes each. The samples are those of `drawn_scenes.py`.
+FOLDER: run it as often as you like, `--until` so many minutes each, or twice at once with other `--members`. The samples are
+those of `drawn_scenes.py`.
 """
 
 import argparse
 import dataclasses
+import fcntl
 import json
 import math
 import re
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import drawings
 import torch
-from drawn_scenes import Sample, chance, make, small_world
+from drawn_scenes import Sample, make, small_world
 from drawn_words import text_turns
 from real_page import draw_samples
 from real_parts import install
@@ -34,13 +36,13 @@ from real_training import (
     Encoded,
     Stage,
     Talk,
-    accuracy,
     encoded,
     loss_of,
     new_member,
     perplexity,
     right,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import EfficientNetModel
 
@@ -89,7 +91,7 @@ SIZES = {  # of the study, and of its smoke run
 EXAMS = ("artist", "unseen")
 CHANCE = 2000  # samples of training, whose answers are counted
 PASSAGE = 128  # tokens
-ANSWER = 64  # tokens, of the language model to a prompt of text
+ANSWER = 96  # tokens, of the language model to a prompt of text
 
 
 class Study:
@@ -105,12 +107,12 @@ class Study:
     def __init__(self, work: Path, path: Path, sizes: str, until: float):
         self.work, self.path, self.sizes, self.until = work, path, SIZES[sizes], until
         work.mkdir(parents=True, exist_ok=True)
-        self.result = json.loads(path.read_text()) if path.exists() else {}
+        self.result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         settings = {"sizes": self.sizes, "rates": list(RATES), "first_rate": FIRST_RATE}
         if self.result and self.result["settings"] != settings:
             raise ValueError(f"{path} was made with {self.result['settings']}, not {settings}: choose another --json.")
         if not self.result:
-            self.result = {"machine": measure.machine("cpu"), "settings": settings, "search": {}, "runs": {}}
+            self.result = {"machine": measure.machine("cpu"), "settings": settings}
         language_model, encoder = install(work / "parts")
         drawings.install(work / "drawings")
         self.language_model, self.things = language_model, drawings.read(work / "drawings")
@@ -150,7 +152,8 @@ class Study:
         scenes = [self.scene("train", index) for index in range(start, start + self.sizes["conversations"])]
         talks = [Talk.of([(t.question, t.answer) for t in one.turns], one.picture, one.turns[0].kind) for one in scenes]
         texts = self._answered(text_turns()[: self.sizes["texts"]])
-        for number, place in enumerate(range(0, len(talks), self.sizes["text_every"])):
+        print(f"{len(texts)} conversations of text alone")
+        for number, place in enumerate(range(0, len(talks) if texts else 0, self.sizes["text_every"])):
             talks.insert(place, texts[number % len(texts)])
         return encoded(talks, self.processor, self.encoder)
 
@@ -169,9 +172,10 @@ class Study:
             yield dataclasses.replace(scene, turns=[scene.turns[number % len(scene.turns)]])
 
     def _answered(self, conversations: Sequence[list[str]]) -> list[Talk]:
-        """Messages of text with the language model's own greedy answers."""
+        """Messages of text with the language model's own greedy answers, where all of these come to an end."""
         model, tokenizer = gguf_model(gguf_file(self.language_model)), self.processor.tokenizer
         talks: list[list[dict]] = [[SYSTEM] for _ in conversations]
+        ended = [True] * len(conversations)
         for turn in range(max(map(len, conversations))):
             asked = [number for number, texts in enumerate(conversations) if turn < len(texts)]
             for number in asked:
@@ -180,9 +184,10 @@ class Study:
             prompts = [self.processor.apply_chat_template(talks[number], **form) for number in asked]
             inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
             made = model.generate(**inputs, max_new_tokens=ANSWER, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-            for number, text in zip(asked, tokenizer.batch_decode(made, skip_special_tokens=True)):
+            for number, ids, text in zip(asked, made, tokenizer.batch_decode(made, skip_special_tokens=True)):
+                ended[number] &= is_whole(ids, tokenizer)
                 talks[number].append({"role": "assistant", "content": text.strip()})
-        return [Talk(messages) for messages in talks]
+        return [Talk(messages) for messages, whole in zip(talks, ended) if whole]
 
     def passages(self) -> list[list[int]]:
         """English prose that no sample has: Python's reference, in pieces of `PASSAGE` tokens."""
@@ -214,25 +219,22 @@ class Study:
             prompts[name] = partial(asked, model, ids, images)
             tokens[name] = partial(answered, model, ids[:, :1], prompts[name]()[CACHE])
         times = {what: interleaved(calls, repeats, "cpu") for what, calls in (("prompt", prompts), ("token", tokens))}
-        self.result["prompt"] = {"text": step.text, "visual": visual, "batch": batch}
-        self.result["costs"] = costs
-        self.result["times"] = {
-            name: {what: quartiles(times[what][name])[1] / batch for what in times} for name in ORDER
-        }
-        self.write()
+        found = {name: {what: quartiles(times[what][name])[1] / batch for what in times} for name in ORDER}
+        prompt = {"text": step.text, "visual": visual, "batch": batch, "threads": torch.get_num_threads()}
+        self.write({"prompt": prompt, "costs": costs, "times": found})
 
     def chance(self) -> None:
-        """How often the most frequent answer of training is right, and how many questions there are, by kind."""
-        scenes = [self.scene("train", index) for index in range(CHANCE)]
-        self.result["chance"], self.result["questions"] = {}, {}
-        for exam in EXAMS:
-            asked = list(self._asked(exam))
-            shares = chance(scenes, asked)
-            counts = Counter(scene.turns[0].kind for scene in asked)
-            shares["all"] = sum(shares[kind] * count for kind, count in counts.items()) / len(asked)
-            self.result["chance"][exam] = {kind: round(value, 4) for kind, value in shares.items()}
-            self.result["questions"][exam] = {**counts, "all": len(asked)}
-        self.write()
+        """The kind of each question, and whether the most frequent answer of its kind in training is right, to the letter as
+        for members: "0" or "1" for each."""
+        answers = defaultdict(Counter)
+        for index in range(CHANCE):
+            for turn in self.scene("train", index).turns:
+                answers[turn.kind][turn.answer] += 1
+        usual = {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
+        asked = {exam: [scene.turns[0] for scene in self._asked(exam)] for exam in EXAMS}
+        kinds = {exam: [turn.kind for turn in turns] for exam, turns in asked.items()}
+        hits = {exam: digits(turn.answer == usual.get(turn.kind) for turn in turns) for exam, turns in asked.items()}
+        self.write({"asked": kinds, "chance": hits})
 
     # --- runs ---
 
@@ -240,70 +242,68 @@ class Study:
         """What the language model is before any training."""
         if "before" not in self.result:
             model = gguf_model(gguf_file(self.language_model))
-            self.result["before"] = {"perplexity": perplexity(model, self.passages())}
-            self.write()
+            self.write({"before": {"perplexity": perplexity(model, self.passages())}})
 
     def run(self, name: str, seed: int) -> bool:
         """Both stages of a member, and its examination. Returns False if there was no time for all of it."""
-        runs = self.result["runs"].setdefault(name, {})
-        if str(seed) in runs:
+        if str(seed) in self.result.get("runs", {}).get(name, {}):
             return True
-        first = self.first_stage(name, seed)
-        rate = self.best_rate(name) if first else None
+        rate = self.best_rate(name) if self.first_stage(name, seed) else None
         if rate is None:
             return False
         model = self.second_model(name, seed)
         stage = self.stage(model, "conversations", "second", rate, seed, f"second-{name}-{seed}")
         if not stage.run(self.until):
             return False
-        found = {"rate": rate, "seconds": round(stage.seconds, 1), "losses": self.thinned(stage.losses)}
-        found |= {"first": self.result["first"][f"{self.first_name(name)} {seed}"]}
-        for exam in EXAMS:
-            data = self.samples(exam)
-            found[exam] = accuracy(right(model, data), data.kinds)
+        with safe_open(self.first_file(name, seed), framework="pt") as file:
+            found = {"rate": rate, "first_losses": json.loads(file.metadata()["losses"])}
+        found |= {"losses": thinned(stage.losses)} | {exam: digits(right(model, self.samples(exam))) for exam in EXAMS}
         found["perplexity"] = perplexity(model, self.passages())
         if seed == 0:
             weights = {key: x.bfloat16() for key, x in model.state_dict().items() if "vision_tower" not in key}
             weights.pop("lm_head.weight", None)
-            save_file(weights, self.work / f"trained-{name}.safetensors")
-        runs[str(seed)] = found
-        self.write()
-        print(f"{name}, seed {seed}: {json.dumps({key: found[key] for key in (*EXAMS, 'perplexity')})}")
+            save_whole(weights, self.work / f"trained-{name}.safetensors")
+        self.write({"runs": {name: {str(seed): found}}})
+        stage.forget()
+        shares = {exam: f"{found[exam].count('1') / len(found[exam]):.3f}" for exam in EXAMS}
+        print(f"{name}, seed {seed}: {shares}, perplexity {found['perplexity']:.2f}")
         return True
 
     def first_stage(self, name: str, seed: int) -> bool:
         """Trains the projectors alone on captions; SAISA's as one projector, which its second stage copies to every layer."""
-        name = self.first_name(name)
-        path = self.work / f"first-{name}-{seed}.safetensors"
+        path = self.first_file(name, seed)
         if path.exists():
             return True
-        model = self.model(name, seed)
+        model = self.model(self.first_name(name), seed)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_("visual_projector" in key)
-        stage = self.stage(model, "captions", "first", FIRST_RATE, seed, f"first-{name}-{seed}")
+        stage = self.stage(model, "captions", "first", FIRST_RATE, seed, path.stem)
         if not stage.run(self.until):
             return False
-        found = {"seconds": round(stage.seconds, 1), "losses": self.thinned(stage.losses)}
-        self.result.setdefault("first", {})[f"{name} {seed}"] = found
-        self.write()
-        save_file({key: x.detach().contiguous() for key, x in stage.trained.items()}, path)
+        weights = {key: x.detach().contiguous() for key, x in stage.trained.items()}
+        save_whole(weights, path, {"losses": json.dumps(thinned(stage.losses))})
+        stage.forget()
         return True
+
+    def first_file(self, name: str, seed: int) -> Path:
+        """The projectors of a member's first stage."""
+        return self.work / f"first-{self.first_name(name)}-{seed}.safetensors"
 
     def best_rate(self, name: str) -> float | None:
         """The rate of the second stage with the least loss on held-out phrasings after a short training; None if there was
         no time to find it."""
-        tried = self.result["search"].setdefault(name, {})
         for rate in RATES:
-            if f"{rate:g}" in tried:
+            if f"{rate:g}" in self.result.get("search", {}).get(name, {}):
                 continue
             model = self.second_model(name, 0)
             stage = self.stage(model, "conversations", "search", rate, 99, f"search-{name}-{rate:g}")
             if not stage.run(self.until):
                 return None
             loss = loss_of(model, self.samples("valid"))
-            tried[f"{rate:g}"] = round(loss, 4) if math.isfinite(loss) else None
-            self.write()
+            self.write({"search": {name: {f"{rate:g}": round(loss, 4) if math.isfinite(loss) else None}}})
+            stage.forget()
             print(f"{name}, rate {rate:g}: {loss:.4f}")
+        tried = self.result["search"][name]
         return float(min((rate for rate in tried if tried[rate] is not None), key=tried.get))
 
     def stage(self, model, data: str, sizes: str, rate: float, seed: int, name: str) -> Stage:
@@ -317,7 +317,7 @@ class Study:
     def second_model(self, name: str, seed: int):
         """The member with the projectors of its first stage, all of it but the encoder to be trained."""
         model = self.model(self.first_name(name), seed)
-        first = load_file(self.work / f"first-{self.first_name(name)}-{seed}.safetensors")
+        first = load_file(self.first_file(name, seed))
         missing = model.load_state_dict(first, strict=False).unexpected_keys
         if missing:
             raise ValueError(f"the first stage of {name} has other projectors: {missing[:3]}")
@@ -332,14 +332,42 @@ class Study:
         """Whose first stage a member has: SAISA's is that of one projector for all layers."""
         return "saisa-shared" if name == "saisa" else name
 
-    @staticmethod
-    def thinned(losses: list[float], points: int = 16) -> list[float]:
-        """Means of equal parts."""
-        size = max(1, len(losses) // points)
-        return [round(sum(part) / len(part), 4) for part in (losses[s : s + size] for s in range(0, len(losses), size))]
+    def write(self, found: dict) -> None:
+        """Adds to the results, and to those that another process has written meanwhile."""
+        with open(self.work / "results.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            written = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+            self.result = joined(joined(self.result, written), found)
+            measure.write_json(str(self.path), self.result)
 
-    def write(self) -> None:
-        measure.write_json(str(self.path), self.result)
+
+def joined(one: dict, other: dict) -> dict:
+    """`one` with what `other` has, at every depth; where both have something, that of `other`."""
+    both = [key for key in other if isinstance(one.get(key), dict) and isinstance(other[key], dict)]
+    return one | other | {key: joined(one[key], other[key]) for key in both}
+
+
+def is_whole(ids: torch.Tensor, tokenizer) -> bool:
+    """Whether an answer comes to an end."""
+    return tokenizer.eos_token_id in ids.tolist()
+
+
+def thinned(losses: list[float], points: int = 16) -> list[float]:
+    """Means of equal parts."""
+    size = max(1, len(losses) // points)
+    return [round(sum(part) / len(part), 4) for part in (losses[s : s + size] for s in range(0, len(losses), size))]
+
+
+def digits(hits: Iterable[bool]) -> str:
+    """ "0" or "1" for each."""
+    return "".join(str(int(hit)) for hit in hits)
+
+
+def save_whole(weights: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that is complete or not there."""
+    part = path.with_suffix(".part")
+    save_file(weights, part, metadata=metadata)
+    part.replace(path)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import tarfile
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
@@ -199,9 +200,10 @@ def test_answers_are_what_the_picture_shows(things, samples, shown_in):
 
 def test_no_answer_of_a_kind_is_most_of_them(samples):
     """So that nothing is learned by always saying the same."""
-    share = drawn_scenes.chance(samples["train"], samples["valid"])
-    assert set(share) == set(drawn_scenes.KINDS)
-    assert max(share[kind] for kind in share if kind not in ("presence", "relation")) < 0.5
+    for kind in drawn_scenes.KINDS:
+        counts = Counter(turn.answer for _, turn in every_turn([*samples["train"], *samples["valid"]], kind))
+        if kind not in ("presence", "relation"):
+            assert max(counts.values()) < 0.5 * counts.total(), kind
     answers = [turn.answer for _, turn in every_turn([*samples["train"], *samples["valid"]], "presence")]
     assert 0.42 < answers.count("Yes") / len(answers) < 0.58
     assert all(len(sample.turns) == drawn_scenes.TURNS for sample in samples["train"])
@@ -303,20 +305,6 @@ def test_signs_of_the_held_out_artist_have_a_held_out_font(things, monkeypatch):
             make(split, index, things)
     assert used["artist"] <= set(drawn_scenes.HELD_OUT_FONTS) and used["valid"] <= set(drawn_scenes.FONTS)
     assert min(map(len, used.values())) > 1
-
-
-def test_answers_are_alike_but_for_how_they_are_written():
-    for given, right in (
-        ("Dog.", "dog"),
-        ("a dog", "dog"),
-        ("The dog ", "dog"),
-        ("3", "three"),
-        ("YES", "Yes"),
-        ("stop", "STOP"),
-    ):
-        assert drawn_scenes.answers_alike(given, right)
-    for given, right in (("dogs", "dog"), ("", "dog"), ("no", "Yes"), ("12", "21"), ("A", "B"), ("hot dog", "dog")):
-        assert not drawn_scenes.answers_alike(given, right)
 
 
 def test_texts_are_messages_for_training_and_held_out_ones():
