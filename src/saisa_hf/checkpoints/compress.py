@@ -9,27 +9,23 @@ work folder is the same as for a LLaVA (`from_llava/`).
 import contextlib
 import copy
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.destination import Destination, size_in_bytes
 from ..common.loading import load_model
 from ..modeling_saisa import SaisaForConditionalGeneration, SaisaVisualProjector
 from ..visual_states_saisa import SaisaVisualStates, VisualStore
-from .from_llava import PROMPTS, Fit, LayerFit, Workbench, agreement, answered, picture_files, report_text
+from .from_llava import PROMPTS, Fit, LayerFit, Workbench, agreement, answered, report_text
 from .from_llava.fitting import kept_layer
 from .from_llava.model import with_inner_units
+from .from_llava.places import Places
 from .from_llava.reporting import keys_values_error, layer_line
 from .from_llava.teacher import greedy_answers
-from .from_llava.work_folder import write_json
-from .model_card import write_model_card
 
 
 REPORT = "compress.json"
@@ -77,18 +73,23 @@ def compress(
         raise ValueError("Expected one of projector_hidden_size and error.")
     if error is not None and not error > 0:
         raise ValueError(f"error={error}: expected a positive number, 0.02 for 2%.")
-    fit, max_shard_size = replace(fit or Fit(), space="keys_values"), size_in_bytes(max_shard_size)
-    place = Destination(destination, overwrite, push_to_hub, private, log)
-    for part in (source, images, work_folder):
-        if isinstance(part, (str, os.PathLike)) and (part is work_folder or Path(part).expanduser().is_dir()):
-            place.check_outside(Path(part).expanduser())
-    files = picture_files(images) if isinstance(images, (str, os.PathLike)) else list(images)
-    work = Path(work_folder).expanduser() if work_folder else place.path.parent / f".{place.path.name}.work"
+    fit = replace(fit or Fit(), space="keys_values")
+    places = Places(
+        source,
+        images,
+        destination,
+        work_folder=work_folder,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        push_to_hub=push_to_hub,
+        private=private,
+        log=log,
+    )
     start = time.perf_counter()
     model, processor = load_model(source, dtype or "auto", device, None)
     original = Original(model)
     widths = original.widths(projector_hidden_size)
-    bench = Workbench(model, processor, files, work, fit, prompts, prompt_format, log)
+    bench = Workbench(model, processor, places.files, places.work, fit, prompts, prompt_format, log)
     layers = _narrowest(bench, original, widths, error)
     measured = answered(bench, original, bench.held_out, "held-out-answers.json")
     report = {
@@ -103,16 +104,7 @@ def compress(
         "settings": asdict(fit),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    with place.new_folder() as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size)
-        processor.save_pretrained(partial)
-        base_model = None if Path(source).expanduser().is_dir() else str(source)
-        write_model_card(partial, model.config, repo_id=place.repo_id, base_model=base_model)
-        write_json(partial / REPORT, report)
-    if work_folder is None:
-        shutil.rmtree(work, ignore_errors=True)
-    log(report_text(report, "original"))
-    place.publish()
+    places.write(bench, report, REPORT, report_text(report, "original"))
     return report
 
 

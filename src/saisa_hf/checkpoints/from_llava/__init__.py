@@ -7,6 +7,7 @@ any images, to the states that LLaVA's visual tokens have at the input of layer 
 
     run.py          the whole way, top to bottom
     settings.py     how projectors are fitted
+    places.py       images, work folder, destination; also of `saisa compress`
     reading.py      LLaVA checkpoints, folders of images
     model.py        the SAISA of a LLaVA before anything is fitted
     teacher.py      the LLaVA's logits, answers and states

@@ -3,21 +3,19 @@
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...common.destination import Destination, size_in_bytes
-from ..model_card import write_model_card
 from .agreement import agreement, answered
 from .choosing import choose_layers, keep_layers, nested, seeing, sizes_of
 from .distilling import distill
 from .fitting import fit_projectors
 from .model import processor_from_llava, saisa_from_llava
-from .reading import load_llava, picture_files
+from .places import Places
+from .reading import load_llava
 from .reporting import report_text
 from .settings import PROMPTS, Fit
 from .teacher import Teacher
@@ -73,15 +71,20 @@ def from_llava(
     Raises:
         ValueError, OSError: something is not as expected; the message says what.
     """
-    fit, max_shard_size = fit or Fit(), size_in_bytes(max_shard_size)
-    place = Destination(destination, overwrite, push_to_hub, private, log)
-    for part in (source, images, work_folder):
-        if isinstance(part, (str, os.PathLike)) and (part is work_folder or Path(part).expanduser().is_dir()):
-            place.check_outside(Path(part).expanduser())
-    files = picture_files(images) if isinstance(images, (str, os.PathLike)) else list(images)
-    work = Path(work_folder).expanduser() if work_folder else place.path.parent / f".{place.path.name}.work"
+    fit = fit or Fit()
+    places = Places(
+        source,
+        images,
+        destination,
+        work_folder=work_folder,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        push_to_hub=push_to_hub,
+        private=private,
+        log=log,
+    )
     start = time.perf_counter()
-    bench, teacher = _prepared(source, files, work, fit, prompts, prompt_format, dtype, device, log)
+    bench, teacher = _prepared(source, places.files, places.work, fit, prompts, prompt_format, dtype, device, log)
     pictures = {"fitted": len(bench.fitted), "held_out": len(bench.held_out), "skipped": bench.skipped}
     if fit.layers_to_choose:
         pictures["chosen_on"] = len(bench.choosing)
@@ -95,16 +98,7 @@ def from_llava(
         "settings": asdict(fit),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    with place.new_folder() as partial:
-        bench.model.save_pretrained(partial, max_shard_size=max_shard_size)
-        bench.processor.save_pretrained(partial)
-        base_model = None if Path(source).expanduser().is_dir() else str(source)
-        write_model_card(partial, bench.model.config, repo_id=place.repo_id, base_model=base_model)
-        write_json(partial / REPORT, report)
-    if work_folder is None:
-        shutil.rmtree(work, ignore_errors=True)
-    log(report_text(report))
-    place.publish()
+    places.write(bench, report, REPORT, report_text(report))
     return report
 
 
