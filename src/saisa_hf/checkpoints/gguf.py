@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -95,18 +94,13 @@ def gguf_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     with _alone(file) as source:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
-        adds = {name: _field(file, f"tokenizer.ggml.{name}") for name in ("add_bos_token", "add_eos_token")}
+        fields = needs("gguf", f"reading {file.name}", extra="gguf").GGUFReader(file).fields
     for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
         index = getattr(config, f"{name}_id", None)
         if isinstance(index, int) and 0 <= index < len(tokenizer):
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
-    for name, value in adds.items():
-        if value is not None and hasattr(tokenizer, name):
-            setattr(tokenizer, name, bool(value))
+    for name in ("add_bos_token", "add_eos_token"):
+        field = fields.get(f"tokenizer.ggml.{name}")
+        if field is not None and hasattr(tokenizer, name):
+            setattr(tokenizer, name, bool(field.parts[field.data[0]][0]))
     return tokenizer
-
-
-def _field(file: Path, name: str) -> Any:
-    """A number or truth value of the file's description; None if it has none of that name."""
-    field = needs("gguf", f"reading {file.name}", extra="gguf").GGUFReader(file).fields.get(name)
-    return None if field is None else field.parts[field.data[0]][0]
