@@ -4,12 +4,15 @@ never copied nor changed. It belongs to the weights that read it, and every prom
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import safetensors.torch
 import torch
 from flash_standin import flash_attention
 from test_chat import COUNT, THREE, demo, picture, tiny_processor
+from test_text_only_layers import TOLERANCE, assert_same
+from test_text_only_layers import generated as generated_of
 from tiny_models import BOS, IMAGE_TOKEN, PAD, prompts_from_rows, tiny_model
 from transformers import DynamicCache, StoppingCriteria
 
@@ -22,7 +25,7 @@ from saisa_hf.compat_saisa import CACHE
 BEGINNING = [BOS, 5, "image", 6, "image", 7]
 QUESTIONS = [[8, 9, 10], [11], [12, 13, 14, 15, 16]]
 ALIKE = [[8, 9, 10], [11, 4, 4], [12, 13, 14]]
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+generated = partial(generated_of, max_new_tokens=5)
 EMBEDDING_SPACE = {"alignment": "embedding_space"}
 MODELS = {
     "llama": ("llama", {}),
@@ -51,19 +54,6 @@ def kept(model, beginning=BEGINNING, questions=QUESTIONS):
     one, whole = prompts_from_rows([beginning]), prompts_of(questions, beginning=beginning)
     pixels = None if whole.pixel_values is None else whole.pixel_values[: beginning.count("image")]
     return model.keep(one.input_ids, pixel_values=pixels)
-
-
-def generated(model, inputs, cache=None, **options):
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD, **options}
-    given = {} if cache is None else {CACHE: cache}
-    torch.manual_seed(0)
-    return model.generate(**inputs, **given, **options, return_dict_in_generate=True, output_scores=True)
-
-
-def assert_same(found, expected):
-    assert torch.equal(found.sequences, expected.sequences)
-    for x, y in zip(found.scores, expected.scores):
-        torch.testing.assert_close(x, y, **TOLERANCE)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from itertools import count, pairwise
 import pytest
 import torch
 import transformers
+from test_bench import arguments as arguments_of_bench
 from tiny_models import tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,10 +20,8 @@ from saisa_hf.bench import rates as measuring
 from saisa_hf.bench import targets
 from saisa_hf.bench.models import build
 from saisa_hf.bench.names import MEMBER_MODELS, MODELS
-from saisa_hf.bench.options import add_arguments
 from saisa_hf.bench.rates import Meter, cache_size
 from saisa_hf.bench.roof import Rates, Work, measured_as, roof, seconds
-from saisa_hf.bench.run import prepared
 from saisa_hf.bench.work import Case, counted_as, model_of, tasks
 from saisa_hf.cli import main
 from saisa_hf.costs.encoder import clip_products
@@ -42,9 +41,7 @@ TEXT, VISUAL, BATCH = 12, 9, 2
 
 
 def arguments(*options) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return prepared(parser.parse_args([*OPTIONS, *options]))
+    return arguments_of_bench(*OPTIONS, *options)
 
 
 @pytest.fixture(scope="module")
