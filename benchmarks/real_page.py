@@ -6,14 +6,12 @@ python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES
 
 import argparse
 import json
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
-from drawings import Thing
-from drawn_scenes import SHARES, make
+from drawn_scenes import SHARES, Sample
 
 from saisa_hf.common.plots import drawing
 from saisa_hf.common.tables import fill_blocks, table
@@ -150,11 +148,10 @@ def draw(result: dict, folder: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_samples(things: list[Thing], path: Path) -> None:
-    """One sample of each type with its questions, with drawings under licences that ask for no more than a notice."""
+def draw_samples(samples: Iterable[Sample], path: Path) -> None:
+    """The first sample of each type with its questions, of drawings under licences that ask for no more than a notice."""
     pyplot, found = drawing(), {}
-    for number in count():
-        sample = make("train", number, things)
+    for sample in samples:
         if all(getattr(one, "artist", FREE[0]) in FREE for one in sample.layout):
             found.setdefault(sample.type, sample)
         if len(found) == len(SHARES):
@@ -165,7 +162,7 @@ def draw_samples(things: list[Thing], path: Path) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         lines = [sample.caption, *(f"{turn.question} {turn.answer}" for turn in sample.turns)]
-        axis.set_xlabel("\n".join(lines), fontsize=8, loc="left")
+        axis.set_xlabel("\n".join(lines), fontsize=7, loc="left")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 

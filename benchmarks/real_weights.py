@@ -21,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import drawings
@@ -404,10 +405,10 @@ def main(argv=None) -> dict:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
     study = Study(args.work, args.json, args.sizes, time.monotonic() + 60 * args.until)
-    study.before()
     if args.example:
-        draw_samples(study.things, args.example)
+        draw_samples((study.scene("train", number) for number in count()), args.example)
         return study.result
+    study.before()
     if args.costs:
         study.costs()
         return study.result
