@@ -159,9 +159,10 @@ def llava(folder: Path, args):
 def engine(folder: Path, args):
     from vllm import LLM
 
+    room = {"gpu_memory_utilization": 0.4} if torch.cuda.is_available() else {}  # two engines share the GPU
     llm = LLM(
         str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=2048, max_num_seqs=32, block_size=BLOCK,
-        max_num_batched_tokens=4096, limit_mm_per_prompt={"image": 1}, seed=0,
+        max_num_batched_tokens=4096, limit_mm_per_prompt={"image": 1}, seed=0, **room,
     )  # fmt: skip
     llm.apply_model(add_clock)
     return llm

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 
 def add_clock(model) -> None:
     """In a worker: from here on `model.seconds` has the times of passes, from projectors to hidden states."""
@@ -9,12 +11,19 @@ def add_clock(model) -> None:
 
     def count(module) -> None:
         started = []
-        module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
-        module.register_forward_hook(lambda *_: model.seconds.append(time.perf_counter() - started.pop()))
+        module.register_forward_pre_hook(lambda *_: started.append(now()))
+        module.register_forward_hook(lambda *_: model.seconds.append(now() - started.pop()))
 
     count(model)
     if hasattr(model, "multi_modal_projector"):  # LLaVA's runs behind its encoder, SAISA's in the pass
         count(model.multi_modal_projector)
+
+
+def now() -> float:
+    """In a worker: seconds, when a GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def read_clock(model) -> float:

@@ -15,11 +15,11 @@ from PIL import Image
 
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
-from saisa_hf.bench.names import CURVE, MEMBER_MODELS, MODELS, REFERENCE, WORKS
+from saisa_hf.bench.names import CURVE, LABELS, MEMBER_MODELS, MODELS, NARROW, REFERENCE, WORKS
 from saisa_hf.bench.options import add_arguments
-from saisa_hf.bench.results import slope
+from saisa_hf.bench.results import compared, slope
 from saisa_hf.bench.run import cases, names_for, prepared
-from saisa_hf.bench.targets import CPU, H200
+from saisa_hf.bench.targets import CPU, H200, run_targets, show_targets
 from saisa_hf.bench.work import Case, counted_as, model_of, tasks
 from saisa_hf.cli import main
 from saisa_hf.costs.family import MEMBERS, member_settings
@@ -62,10 +62,11 @@ def test_every_work_is_measured_for_every_model_it_is_meant_for(capsys, tmp_path
     options = ["--work", *WORKS, "--visual", "9", "--text", "12", "--batch", "2", "--train", "full", "projectors"]
     options += ["--repeats", "1"]
     printed, result = bench(capsys, tmp_path, *options)
-    assert len(result["results"]) == 5 + 2
+    assert len(result["results"]) == 6 + 2
     kept = {name: {"saisa", "language_model"} for name in ("second-question", "kept-beginning")}
+    some = kept | {"mixed": {"saisa", "llava", "language_model"}}
     for one in result["results"]:
-        expected = kept.get(one["work"], set(MODELS))
+        expected = some.get(one["work"], set(MODELS))
         expected = {"saisa", "llava"} if one["trained"] == "projectors" else expected
         assert set(one["models"]) == expected and set(one["ratios"]) == expected - {"saisa"}
         for name, found in one["models"].items():
@@ -109,6 +110,30 @@ def test_visual_tokens_pass_llavas_feed_forward_network_and_no_other(models, wor
             if encoder is not None and name in ("saisa", "llava"):
                 patches = model.vision_tower.vision_model.encoder.layers[0].mlp.fc1
                 assert rows_through(patches, encoder) == 2 * 2 * 10
+
+
+def test_every_second_row_of_a_mixed_batch_is_text_alone(models):
+    models, args = models
+    case = Case("mixed", batch=3, text=12, visual=18)
+    assert case.name == "mixed, batch 3 (1 without an image), 12 + 18 tokens"
+    with tasks(models, names_for(case, args), case, args) as todo:
+        assert list(todo) == ["saisa", "llava", "language_model"]
+        given: dict[str, dict] = {name: {} for name in todo}
+        for name, task in todo.items():
+            model = model_of(models, name)
+            layers = getattr(model.model, "language_model", model.model).layers
+            handle = model.register_forward_pre_hook(
+                lambda _, __, kwargs, to=given[name]: to.update(kwargs), with_kwargs=True
+            )
+            rows = rows_through(layers[1].mlp.gate_proj, task.call)
+            handle.remove()
+            assert rows == 3 * (12 + 18 * (name == "llava")), name
+    for inputs in (given["saisa"], given["llava"]):
+        visual = inputs["input_ids"] == args.vocab_size - 1
+        assert visual.sum(1).tolist() == [18, 0, 18] and len(inputs["pixel_values"]) == 2
+        assert inputs["attention_mask"].sum(1).tolist() == [30, 12, 30]
+        text = inputs["input_ids"][inputs["attention_mask"].bool() & ~visual].view(3, 12)
+        assert torch.equal(text, given["language_model"]["input_ids"])
 
 
 def test_only_the_last_position_gets_logits(models):
@@ -188,13 +213,12 @@ def test_the_plot_is_an_image_of_the_curves(capsys, tmp_path):
 
 @pytest.mark.parametrize(
     "which, machine, prefills, rows",
-    [("cpu", CPU, 2 + len(CURVE), 11), pytest.param("h200", H200, 6 + len(CURVE), 14, marks=pytest.mark.slow)],
+    [("cpu", CPU, 3 + 2, 15), pytest.param("h200", H200, 6 + 3, 22, marks=pytest.mark.slow)],
 )
 def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, machine, prefills, rows):
     if which == "h200":
         pytest.importorskip("peft")
     monkeypatch.setattr("saisa_hf.bench.targets.CURVE", (64, 1024, 2048))
-    prefills += 3 - len(CURVE)
     options = ["--no-memory"] if which == "h200" else []  # a profile of each call takes its time
     printed, result = bench(capsys, tmp_path, "--targets", which, "--repeats", "1", *options)
     table = [line.split("|")[1:-1] for line in printed.splitlines() if machine in line]
@@ -217,7 +241,7 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
         assert (
             text.startswith("a\n<!-- here: start -->\n")
             and text.endswith("<!-- here: end -->\nb")
-            and "old" not in text
+            and "\nold\n" not in text
         )
         assert all(text.count(row["work"]) == 1 for row in result["targets"])
     with pytest.raises(ValueError, match="it has here"):
@@ -229,21 +253,105 @@ def test_the_table_of_targets_is_complete(capsys, tmp_path, monkeypatch, which, 
     if which == "cpu":
         assert targets["decode, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 1.03
         assert targets["second-question, batch 1, 64 + 576 tokens: SAISA / language model on the text"] == 1.15
+        for batch in (1, 16):
+            kept = f"kept-beginning, batch {batch}, 64 + 576 tokens: SAISA / language model on the text"
+            assert targets[kept] == 1.12
+        assert targets["4 layers of width 32, decode, batch 1, 64 + 2048 tokens: 2 of 4 seeing layers / all"] == 0.5
         assert targets["saisa: exponent of time in visual tokens, 1024 to 2048"] == 1.05
-        assert [row["over"] for row in result["targets"][:2]] == [1.10, 1.10]
+        over = {row["work"]: row["over"] for row in result["targets"] if row["over"] is not None}
+        assert over == {
+            "prefill, batch 1, 64 + 576 tokens: SAISA / LLaVA": 1.10,
+            "prefill, batch 8, 64 + 576 tokens: SAISA / LLaVA": 1.10,
+            "prefill, batch 8, 64 + 576 tokens: SAISA, folded at 8 / LLaVA": 1.15,
+            "mixed, batch 8 (4 without an image), 64 + 576 tokens: SAISA / LLaVA": 1.10,
+            "first-token, batch 1, 64 + 576 tokens: SAISA / LLaVA": 1.10,
+            "4 layers of width 32, prefill, batch 8, 64 + 576 tokens: ViCA, 2 of 4 layers / LLaVA": 1.15,
+            "train full, batch 8, 64 + 576 tokens: SAISA / LLaVA": 1.15,
+            "train full, batch 8, 64 + 576 tokens: memory beyond weights and optimizer, SAISA / LLaVA": 1.15,
+        }
     else:
+        over = {
+            row["work"].rpartition(": ")[2]: row["over"] for row in result["targets"] if "batch 8, 64" in row["work"]
+        }
+        limits = {"SAISA, folded at 8 / LLaVA": 1.15, "ViCA, 2 of 4 layers / LLaVA": 1.15}
+        limits |= {f"{name} / LLaVA": None for name in ("naavit", "shortv", "saisa-shared")}
+        assert limits.items() <= over.items()
         for preset in ("vicuna-7b", "llama3-8b"):
             assert targets[f"{preset}, prefill, batch 1, 64 + 576 tokens: SAISA / LLaVA"] == 0.45
             rate = f"{preset}, prefill, batch 32, 64 + 576 tokens: SAISA's FLOPs per second, of 790 T"
             assert targets[rate] == 0.6
 
 
+SECONDS = {
+    "saisa": [1.0, 1.2, 1.1],
+    "llava": [2.5, 2.0, 2.2],
+    "language_model": [1.0, 1.1, 1.0],
+    "saisa-folded": [0.5, 0.7, 0.6],
+}
+SECONDS |= {"member-vica": [0.4, 0.6, 0.5], "member-saisa-shared": [1.0, 1.0, 1.0]}
+FLOPS = {
+    "saisa": 46,
+    "llava": 100,
+    "language_model": 40,
+    "saisa-folded": 22,
+    "member-vica": 20,
+    "member-saisa-shared": 50,
+}
+
+
+def made_up(models, names, case, args) -> dict:
+    """A result of `measure_case` whose times and FLOPs are those above, and in training bytes and in a prefill a roof."""
+    found = {}
+    for name in names:
+        found[name] = {"seconds": dict.fromkeys(measure.CLOCKS, SECONDS[name]), "flops": FLOPS[name]}
+        found[name] |= {"peak_bytes": FLOPS[name] // 2, "held_bytes": 10} if args.memory else {}
+        found[name] |= {"roof": {"seconds": 1.0, "reached": 1.0 / 1.1}} if args.roof else {}
+    ratios = {name: compared(found["saisa"], found[name], "wall") for name in names if "saisa" in names}
+    return {**vars(case), "name": case.name, "models": found, "ratios": ratios, "repeats": args.repeats}
+
+
+def test_rows_are_computed_from_what_was_measured(monkeypatch):
+    monkeypatch.setattr("saisa_hf.bench.targets.measure_case", made_up)
+    result = run_targets(arguments("--targets", "cpu", "--roof", "--repeats=9"), "cpu")
+    rows = {row["work"].replace(", 64 + 576 tokens", ""): row for row in result["targets"]}
+
+    def said(work):
+        row = rows[work]
+        return [None if row[key] is None else round(row[key], 3) for key in ("measured", "limit", "target")] + [
+            row["met"]
+        ]
+
+    # rounds: 0.4, 0.6, 0.5; of FLOPs 0.46
+    assert said("prefill, batch 1: SAISA / LLaVA") == [0.5, 0.46, 0.506, True]
+    assert rows["prefill, batch 1: SAISA / LLaVA"]["spread"] == pytest.approx((0.45, 0.55))
+    assert said("prefill, batch 1: SAISA's share of the roof") == [0.909, None, 0.9, True]
+    assert said("prefill, batch 8: SAISA, folded at 8 / LLaVA") == [0.273, 0.22, 0.253, False]  # 0.2, 0.35, 0.273
+    assert said("kept-beginning, batch 16: SAISA / language model on the text") == [1.091, 1.15, 1.12, True]
+    assert said("decode, batch 1: SAISA / LLaVA") == [0.5, 0.46, 1.03, True]
+    assert said("4 layers of width 32, prefill, batch 8: ViCA, 2 of 4 layers / LLaVA") == [0.227, 0.2, 0.23, True]
+    assert said("4 layers of width 32, decode, batch 1, 64 + 16384 tokens: 2 of 4 seeing layers / all") == [
+        0.5,
+        0.4,
+        0.5,
+        True,
+    ]
+    assert said("train full, batch 8: memory beyond weights and optimizer, SAISA / LLaVA") == [0.46, 0.46, 0.529, True]
+    assert said("train full, batch 8: all memory, SAISA / LLaVA") == [0.55, None, None, None]
+    assert said("saisa: exponent of time in visual tokens, 1024 to 16384") == [0.0, None, 1.05, True]
+    rounds = {one["name"].replace(", 64 + 576 tokens", ""): one["repeats"] for one in result["results"]}
+    assert rounds["prefill, batch 1"] == rounds["decode, batch 1"] == 9 and rounds["train full, batch 8"] == 3
+    lines = show_targets(result["targets"]).splitlines()
+    assert len(lines) == 2 + len(rows) and "at least 0.900" in lines[3] and "at most 0.506 = 1.10 x FLOPs" in lines[2]
+
+
 def test_pages_show_the_numbers_that_are_kept_beside_them():
     page = performance.PAGE.read_text(encoding="utf-8")
     results = {path.stem: json.loads(path.read_text()) for path in performance.RESULTS.glob("*.json")}
-    assert {"two-cores", "kept-memory", "curve"} <= set(results)
+    assert {"two-cores", "curve"} <= set(results)
     for name, result in results.items():
         assert f"<!-- {name}: start -->\n{performance.block(result)}\n<!-- {name}: end -->" in page
+    shown = performance.speed(results["two-cores"])
+    assert f"<!-- speed: start -->\n{shown}\n<!-- speed: end -->" in performance.README.read_text(encoding="utf-8")
 
 
 def test_the_page_about_vllm_shows_the_numbers_that_are_kept():
@@ -268,6 +376,63 @@ def test_the_page_about_evaluation_shows_the_numbers_that_are_kept():
         found += row["flops_per_question"] / 1e9, flops / row["flops_per_question"]
         places = (2, 2, 1, 2)
         assert shown[row["name"]] == [f"{value:.{n}f}" for value, n in zip(found, places)]
+
+
+# --- narrow projectors ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """All models with projectors of a quarter of the width, as they are and folded, beside the wide ones."""
+    args = arguments("--family", "--layers=8", "--projector-hidden-size=0.25", "--fold")
+    return build(args, members=MEMBERS, narrow=NARROW), args
+
+
+def test_folded_models_are_folded_and_compute_what_narrow_ones_do(narrow):
+    models, args = narrow
+    assert args.projector_hidden_size == 8
+    case, shared = Case("prefill", 2, 12, 9), models.saisa.language_model.layers[3].mlp.up_proj.weight.data_ptr()
+    for key, (name, kind) in NARROW.items():
+        model, twin = models.narrow[key], models.narrow[f"{name}-narrow"]
+        assert model.config.projector_hidden_size == 8 and model.config.fold_projectors is (kind == "folded")
+        assert (model.model.folded is not None) is (kind == "folded")
+        own = dict(model.named_parameters())
+        assert not any(x.is_meta for x in (*own.values(), *model.buffers())), key
+        assert own["model.language_model.layers.3.mlp.up_proj.weight"].data_ptr() == shared
+        assert {x.data_ptr() for x in own.values()} == {x.data_ptr() for x in twin.parameters()}
+        wide = model_of(models, name).config
+        assert (model.config.visual_layers, model.config.projector_sharing) == (
+            wide.visual_layers,
+            wide.projector_sharing,
+        )
+        folded = [layer.folded is not None for layer in model.language_model.layers]
+        assert folded == [kind == "folded" and layer.sees_image for layer in model.language_model.layers]
+        torch.manual_seed(3)
+        found = logits(models, key, case, args)
+        torch.manual_seed(3)
+        torch.testing.assert_close(found, logits(models, f"{name}-narrow", case, args), atol=1e-5, rtol=0)
+        torch.manual_seed(3)
+        assert (found - logits(models, name, case, args)).abs().max() > 1e-3
+
+
+def test_narrow_and_folded_models_are_measured_beside_the_wide_ones(capsys, tmp_path):
+    options = ["--work", "prefill", "train", "--visual", "9", "--text", "12", "--repeats", "1", "--member", "vica"]
+    options += ["--models", "saisa", "llava", "--layers", "2", "--projector-hidden-size", "6", "--fold"]
+    printed, result = bench(capsys, tmp_path, *options)
+    prefill, training = result["results"]
+    narrow = ["saisa-narrow", "member-vica-narrow"]
+    assert list(training["models"]) == ["saisa", "llava", "member-llava", "member-vica", *narrow]
+    assert set(prefill["models"]) == {*training["models"], "saisa-folded", "member-vica-folded"}
+    for one, names in ((prefill, ["saisa-narrow", "saisa-folded"]), (training, ["saisa-narrow"])):
+        assert list(one["narrow_ratios"]) == names and list(one["ratios"]) == ["llava"]
+        assert all(list(ratios) == ["saisa", "llava"] for ratios in one["narrow_ratios"].values())
+        assert set(one["member_ratios"]) == {name for name in one["models"] if name.startswith("member-")}
+    flops = {name: one["flops"] for name, one in prefill["models"].items()}
+    assert flops["saisa-folded"] < flops["saisa-narrow"] < flops["saisa"]
+    assert prefill["narrow_ratios"]["saisa-folded"]["llava"]["flops"] == flops["saisa-folded"] / flops["llava"]
+    lines = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("|")]
+    assert f"{prefill['name']}: SAISA, folded / LLaVA" in lines and "vica, folded" in lines
+    assert f"{prefill['name']}: {LABELS['member-vica-folded']}" in lines
 
 
 # --- the members of the family ----------------------------------------------------------------------------------------
@@ -364,6 +529,16 @@ def test_who_takes_part_is_what_was_asked_for():
     assert names_for(case, arguments("--members", "llava")) == ["member-llava"]
     assert names_for(case, arguments("--family")) == list(MEMBER_MODELS)
     assert names_for(case, arguments()) == list(MODELS)
+    mixed, step = Case("mixed", 2), Case("train", trained="full")
+    assert names_for(mixed, arguments("--family")) == [
+        "member-llava",
+        "member-saisa",
+        "member-saisa-shared",
+        "member-vica",
+    ]
+    folded = arguments("--models", "saisa", "llava", "--projector-hidden-size=8", "--fold")
+    assert names_for(case, folded) == ["saisa", "llava", "saisa-narrow", "saisa-folded"]
+    assert names_for(step, folded) == ["saisa", "llava", "saisa-narrow"]
 
 
 def test_members_have_curves_and_exponents(capsys, tmp_path):
@@ -398,9 +573,14 @@ def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
         def mallopt(self, *pair):
             asked.append(pair)
 
+        def malloc_trim(self, left):
+            asked.append(left)
+
     monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: Glibc())
     measure.keep_memory()
     assert asked == [(-1, 2**31 - 1), (-3, 2**30)]
+    measure.give_back()
+    assert asked.pop() == 0
     monkeypatch.setattr(measure.ctypes, "CDLL", lambda name: object())
     with pytest.raises(OSError, match="expected glibc"):
         measure.keep_memory()
@@ -421,7 +601,14 @@ def test_keeping_memory_is_asked_of_glibc_and_of_no_other_library(monkeypatch):
         (["--device", "xla:7"], "device 'xla:7' cannot be used"),
         (["--json", "/nowhere/x.json"], "/nowhere is"),
         (["--plot", "/nowhere/x.png"], "/nowhere is"),
-        (["--targets", "cpu", "--family"], "--targets measures SAISA's targets alone: leave out --member and --family"),
+        (["--targets", "cpu", "--family"], "--targets chooses its models: leave out --member, --family and"),
+        (["--targets", "cpu", "--projector-hidden-size", "8"], "--targets chooses its models: leave out --member"),
+        (["--fold"], "--fold: only narrow projectors can be folded. Add --projector-hidden-size, 0.25 for example."),
+        (["--fold", "--projector-hidden-size", "32"], "needs projector_hidden_size below 32, in input space"),
+        (
+            ["--work", "mixed", "--visual", "9"],
+            "--work mixed: every second sample has no image; expected --batch 2 or more",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_a_line(capsys, options, message):

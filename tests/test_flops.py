@@ -15,7 +15,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from saisa_hf import SaisaConfig, SaisaForConditionalGeneration
 from saisa_hf.bench import measure
 from saisa_hf.bench.models import build
-from saisa_hf.bench.names import MEMBER_MODELS
+from saisa_hf.bench.names import MEMBER_MODELS, NARROW, UNPADDED
 from saisa_hf.bench.options import add_arguments
 from saisa_hf.bench.run import prepared
 from saisa_hf.bench.work import Case, model_of, tasks
@@ -59,9 +59,9 @@ def models():
 
 @pytest.fixture(scope="module")
 def family():
-    """The members of the family, at a depth at which no two are the same."""
-    args = arguments(layers=8)
-    return build(args, members=MEMBERS), args
+    """The members of the family, at a depth at which no two are the same, and those with narrow projectors."""
+    args = arguments(layers=8, projector_hidden_size=8)
+    return build(args, members=MEMBERS, narrow=NARROW), args
 
 
 def test_the_papers_example_costs_what_the_paper_says(capsys):
@@ -366,6 +366,19 @@ def test_formulas_are_what_pytorch_counts_in_every_member(family, case):
     if case.trained == "lora":
         pytest.importorskip("peft")
     with tasks(models, list(MEMBER_MODELS), case, args) as todo:
+        for name, task in todo.items():
+            assert task.flops == pytest.approx(measure.flops(task.call), rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    "case", [CASES[1], *CASES[3:5], Case("mixed", 3, 12, 9), Case("kept-beginning", 2, 12, 9), CASES[5]], ids=str
+)
+def test_formulas_are_what_pytorch_counts_with_narrow_and_folded_projectors(family, case):
+    models, args = family
+    names = [name for name in NARROW if case.work != "train" or name.endswith("narrow")]
+    if case.work == "mixed":
+        names += [name for name in ("saisa", "llava", "language_model", *MEMBER_MODELS) if name not in UNPADDED]
+    with tasks(models, names, case, args) as todo:
         for name, task in todo.items():
             assert task.flops == pytest.approx(measure.flops(task.call), rel=0.01), name
 

@@ -67,6 +67,12 @@ def keep_memory() -> None:
     ctypes.CDLL(None).mallopt(MALLOC_MMAP_THRESHOLD, 2**30)
 
 
+def give_back() -> None:
+    """Gives back what the C library, told to `keep_memory`, has kept so far."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def interleaved_by_clock(calls: dict[str, Callable], repeats: int, device: str) -> dict[str, dict[str, list[float]]]:
     """For each of `CLOCKS` the seconds of each call. All calls take turns, `repeats` times, so that other load on the machine
     affects them alike. What a call returns is freed outside its time. The first round is a warm-up and is not counted.

@@ -24,25 +24,31 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .. import SaisaConfig, SaisaForConditionalGeneration
 from ..costs.family import member
-from .names import PATCH_SIZE
+from .names import MEMBER_MODELS, NARROW, PATCH_SIZE
 
 
 @dataclass
 class Models:
     """Random models with the same language model and encoder: a SAISA, its language model alone, a LLaVA, and, if asked
-    for, a Flamingo, which has as many key heads as heads, and members of the family by name, all of them settings of this
-    package's own class."""
+    for, a Flamingo, which has as many key heads as heads, members of the family by name, and by their keys in `NARROW` models
+    with narrow projectors; the last two are settings of this package's own class."""
 
     saisa: SaisaForConditionalGeneration
     bare: LlamaForCausalLM
     llava: LlavaForConditionalGeneration
     flamingo: IdeficsForVisionText2Text | None = None
     members: dict[str, SaisaForConditionalGeneration] = field(default_factory=dict)
+    narrow: dict[str, SaisaForConditionalGeneration] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> list[SaisaForConditionalGeneration]:
+        """All of this package's class."""
+        return [self.saisa, *self.members.values(), *self.narrow.values()]
 
     def set_attention(self, implementation: str) -> None:
         """Lets all models attend by `implementation`."""
         # LLaVA is made of parts of the first two
-        for model in (self.saisa, self.bare, self.flamingo, *self.members.values()):
+        for model in (*self.ours, self.bare, self.flamingo):
             if model is not None:
                 model.set_attn_implementation(implementation)
 
@@ -56,7 +62,7 @@ class Models:
     @contextmanager
     def encoded_by(self, encoder: nn.Module) -> Iterator[None]:
         """Inside, all models but the Flamingo use `encoder` instead of their own."""
-        models = [model.model for model in (self.saisa, self.llava, *self.members.values())]
+        models = [model.model for model in (*self.ours, self.llava)]
         towers = [model.vision_tower for model in models]
         for model in models:
             model.vision_tower = encoder
@@ -83,20 +89,29 @@ class GivenFeatures(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=self.states, hidden_states=(self.states, self.states))
 
 
-def build(args: argparse.Namespace, flamingo_every: int | None = None, members: Iterable[str] = ()) -> Models:
+def build(
+    args: argparse.Namespace,
+    flamingo_every: int | None = None,
+    members: Iterable[str] = (),
+    narrow: Iterable[str] = (),
+) -> Models:
     """Random models that share all weights but the projectors, and need no gradients. Weights are large enough to keep
     activations from vanishing, so that answers depend on the image.
 
-    Members have no weights of their own: SAISA has a projector for each layer, the others have LLaVA's.
+    Members have no weights of their own: SAISA has a projector for each layer, the others have LLaVA's. Narrow projectors are
+    new.
 
     Args:
-        args: of `add_size_options` and `with_sizes`; may have `projector_sharing` as well.
+        args: of `add_size_options` and `with_sizes`; may have `projector_sharing` as well, and for `narrow` has
+            `projector_hidden_size`.
         flamingo_every: a Flamingo with gated cross-attention before every so many layers; None: no Flamingo. Where several
             heads share keys, which Idefics does not support, its decoder layers have weights of their own.
         members: of the family, by name (`MEMBERS`), at the depth of the others.
+        narrow: keys of `NARROW`, of SAISA and of `members`.
 
     Raises:
-        ValueError: the number of layers is not a multiple of `flamingo_every`, as Idefics requires.
+        ValueError: the number of layers is not a multiple of `flamingo_every`, as Idefics requires; or projectors are not
+            narrow enough to be folded.
     """
     if flamingo_every is not None and args.layers % flamingo_every:
         divisors = [number for number in range(1, args.layers + 1) if args.layers % number == 0]
@@ -134,24 +149,52 @@ def build(args: argparse.Namespace, flamingo_every: int | None = None, members: 
             flamingo.model.layers.load_state_dict(bare.model.layers.state_dict(), assign=True)
     models = Models(saisa, bare, llava, flamingo)
     models.members = {name: _member(name, models) for name in members}
+    for key in narrow:
+        models.narrow[key] = _narrow(key, models, args)
     models.set_attention(args.attn_implementation)
-    for model in (saisa, bare, llava, flamingo, *models.members.values()):
+    for model in (*models.ours, bare, llava, flamingo):
         if model is not None:
             model.requires_grad_(False)
+    for model in models.narrow.values():
+        if model.config.fold_projectors:
+            model.fold_projectors()
     return models
 
 
 def _member(name: str, models: Models) -> SaisaForConditionalGeneration:
     """The member `name`, made of the tensors of the others."""
-    saisa, llava = models.saisa, models.llava
-    with torch.device("meta"):
-        own = SaisaForConditionalGeneration(member(saisa.config, name)).eval()
-    decoder = own.language_model
-    weights = saisa.language_model.state_dict()
-    decoder.load_state_dict({key: weights[key] for key in decoder.state_dict()}, assign=True)
-    decoder.rotary_emb = saisa.language_model.rotary_emb
+    own = _with_weights_of(models.saisa, member(models.saisa.config, name))
     if own.config.projector_sharing == "shared":
-        own.model.visual_projector.load_state_dict(llava.model.multi_modal_projector.state_dict(), assign=True)
+        own.model.visual_projector.load_state_dict(models.llava.model.multi_modal_projector.state_dict(), assign=True)
+    return own
+
+
+def _narrow(key: str, models: Models, args: argparse.Namespace) -> SaisaForConditionalGeneration:
+    """The model `key` of `NARROW`, with projectors of its own, or if there is one, those of its unfolded twin."""
+    name, kind = NARROW[key]
+    wide = models.members[MEMBER_MODELS[name]] if name in MEMBER_MODELS else models.saisa
+    settings = {"projector_hidden_size": args.projector_hidden_size, "fold_projectors": kind == "folded"}
+    own = _with_weights_of(models.saisa, SaisaConfig.from_dict(wide.config.to_dict() | settings))
+    twin = models.narrow.get(f"{name}-narrow")
+    for place, projector in own.model.named_modules():
+        if place.endswith("visual_projector"):
+            if twin is not None:
+                projector.load_state_dict(twin.model.get_submodule(place).state_dict(), assign=True)
+                continue
+            projector.to_empty(device=args.device).to(getattr(torch, args.dtype))
+            for parameter in projector.parameters():
+                nn.init.normal_(parameter, std=own.config.text_config.initializer_range)
+    return own
+
+
+def _with_weights_of(saisa: SaisaForConditionalGeneration, config: SaisaConfig) -> SaisaForConditionalGeneration:
+    """A model of `config` made of the tensors of `saisa`. Projectors of other sizes, and shared ones, are on meta."""
+    with torch.device("meta"):
+        own = SaisaForConditionalGeneration(config).eval()
+    decoder, weights = own.language_model, saisa.language_model.state_dict()
+    like = {key: weights[key] for key, x in decoder.state_dict().items() if x.shape == weights[key].shape}
+    decoder.load_state_dict(like, assign=True, strict=False)
+    decoder.rotary_emb = saisa.language_model.rotary_emb
     own.model.vision_tower, own.lm_head = saisa.vision_tower, saisa.lm_head
     return own
 

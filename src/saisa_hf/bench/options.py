@@ -3,7 +3,7 @@
 
 import argparse
 
-from ..common.arguments import positive, seed, started
+from ..common.arguments import positive, seed, started, width
 from ..costs.presets import MEMBERS
 from .names import CLOCKS, CURVE, MODELS, PRESETS, TRAINED, WORKS
 
@@ -29,6 +29,15 @@ def _add_cases(group: argparse._ArgumentGroup) -> None:
     members.add_argument("--member", "--members", nargs="+", choices=MEMBERS, dest="members", help=some)
     every = "all members"
     members.add_argument("--family", action="store_const", const=list(MEMBERS), dest="members", help=every)
+    narrow = (
+        "also measure SAISA, and members with projectors of their own, with projectors of this inner width, a number or"
+    )
+    add("--projector-hidden-size", type=width, metavar="N", help=narrow + " a share of the hidden size, like 0.25")
+    add(
+        "--fold",
+        action="store_true",
+        help="also measure those with folded projectors (docs/folding.md; not in training)",
+    )
     add("--batch", type=positive, nargs="+", metavar="N", default=[1], help="samples (default: 1)")
     add("--text", type=positive, nargs="+", metavar="N", default=[64], help="text tokens per sample (default: 64)")
     visual = "visual tokens per sample (default: 576)"

@@ -2,13 +2,14 @@
 """Results of `saisa bench` as tables and as curves."""
 
 import operator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from ..common.plots import drawing
 from ..common.tables import table
 from .measure import quartiles
-from .names import LABELS, MEMBER_MODELS, MODELS, REFERENCE
+from .names import LABELS, MODELS, REFERENCE
 from .roof import BOUNDS
 
 
@@ -35,8 +36,9 @@ def show_ratios(results: list[dict]) -> str:
     """A table of SAISA's time, FLOPs and bytes over the others'."""
     rows = []
     for result in results:
-        for other, ratio in result["ratios"].items():
-            row = [f"{result['name']}: SAISA / {MODELS[other]}", *_time_beside_flops(ratio)]
+        ratios = {"saisa": result["ratios"]} | result.get("narrow_ratios", {})
+        for one, other, ratio in ((one, *pair) for one, found in ratios.items() for pair in found.items()):
+            row = [f"{result['name']}: {LABELS[one]} / {MODELS[other]}", *_time_beside_flops(ratio)]
             row += [f"{ratio[key]:.2f}" if key in ratio else "" for key in ("peak_bytes", "activation_bytes")]
             rows.append([*row, f"{ratio['roof']:.3f}"] if "roof" in ratio else row)
     header = ["", "ratio", "FLOPs", "over", "peak", "activations", "roof"]
@@ -52,7 +54,7 @@ def show_family(results: list[dict]) -> str:
         rows: list[list[str]] = []
         for key, ratios in result.get("member_ratios", {}).items():
             own, found = ratios.get(REFERENCE, {}), result["models"][key]
-            row = [MEMBER_MODELS[key], *_time_beside_flops(own)]
+            row = [LABELS[key].removeprefix("member "), *_time_beside_flops(own)]
             row += [f"{own[size]:.2f}" if size in own else "" for size in ("peak_bytes", "activation_bytes")]
             row.append(f"{found['cache_bytes'] / 2**20:,.1f}" if "cache_bytes" in found else "")
             rows.append([*row, _time_beside_flops(ratios.get("llava", {}))[0]])
@@ -156,7 +158,7 @@ def plot(results: list[dict], clock: str, path: str | Path) -> None:
     figure, (times, memory, ratios) = pyplot.subplots(1, 3, figsize=(16, 5), sharex=True)
     for batch, style in zip(batches, ("-", "--", ":", "-.")):
         prefills = sorted((r for r in results if r["batch"] == batch), key=operator.itemgetter("visual"))
-        for name, color in zip(LABELS, COLORS):
+        for name, color in zip(LABELS, cycle(COLORS)):
             own = [r for r in prefills if name in r["models"]]
             if not own:
                 continue
@@ -188,7 +190,7 @@ def _plot_ratios(axes: Any, prefills: list[dict], batch: str, style: str) -> Non
     """Times over LLaVA's with the ratios of FLOPs: of SAISA, or where it is not compared with LLaVA, of members."""
     of_saisa = [(r, r["ratios"]["llava"]) for r in prefills if "llava" in r["ratios"]]
     lines = {"": ("C0", "black", of_saisa)}
-    for key, color in zip(LABELS, COLORS):
+    for key, color in zip(LABELS, cycle(COLORS)):
         found = [(r, r.get("member_ratios", {}).get(key, {})) for r in prefills]
         own = [(r, ratios[REFERENCE]) for r, ratios in found if REFERENCE in ratios]
         if own and key != REFERENCE and not of_saisa:

@@ -8,7 +8,7 @@ import torch
 
 from . import measure
 from .models import Models
-from .names import CLOCKS, LABELS, MEMBER_MODELS, REFERENCE, WITHOUT_IMAGE
+from .names import CLOCKS, LABELS, NARROW, REFERENCE, WITHOUT_IMAGE, is_member
 from .rates import Meter
 from .roof import roof
 from .work import Case, Task, tasks
@@ -16,7 +16,8 @@ from .work import Case, Task, tasks
 
 def measure_case(models: Models, names: list[str], case: Case, args: argparse.Namespace) -> dict:
     """One case: seconds by clock, FLOPs and bytes of each model, and with `args.roof` its roof and the rates that it is made
-    of; the ratios of SAISA to the others, and those of members of the family to their LLaVA and to transformers'."""
+    of; the ratios of SAISA to the others, those of members of the family to their LLaVA and to transformers', and those of
+    SAISAs with narrow projectors to all that are not members."""
     with tasks(models, names, case, args, args.cross_every) as todo:
         meter = _meter(todo, args)
         calls = {name: task.call for name, task in todo.items()}
@@ -39,21 +40,25 @@ def measure_case(models: Models, names: list[str], case: Case, args: argparse.Na
                     found[name]["activation_bytes"] = measure.peak_memory(task.uncached, args.device)
                 if task.cache is not None:
                     found[name]["cache_bytes"] = measure.cache_bytes(task.cache())
-    members = [name for name in names if name in MEMBER_MODELS]
-    others = [name for name in names if name not in ("saisa", *members)] if "saisa" in names else []
-    ratios = {name: _ratio(found["saisa"], found[name], args.clock) for name in others}
+    members = [name for name in names if is_member(name)]
+    narrow = [name for name in names if name in NARROW and name not in members]
+    wide = [name for name in names if name not in (*members, *narrow)]
+    others = [name for name in wide if name != "saisa"] if "saisa" in names else []
+    ratios = {name: compared(found["saisa"], found[name], args.clock) for name in others}
     result = {**vars(case), "name": case.name, "models": found, "ratios": ratios}
     if meter is not None:
         result["rates"] = meter.described()
-    if members:
-        against = [name for name in (REFERENCE, "llava") if name in names]
-        result["member_ratios"] = {
-            name: {other: _ratio(found[name], found[other], args.clock) for other in against} for name in members
-        }
+    against = [name for name in (REFERENCE, "llava") if name in names]
+    for key, models_of_kind, those in (("member_ratios", members, against), ("narrow_ratios", narrow, wide)):
+        if models_of_kind:
+            result[key] = {
+                name: {other: compared(found[name], found[other], args.clock) for other in those}
+                for name in models_of_kind
+            }
     return result
 
 
-def _ratio(one: dict, other: dict, clock: str) -> dict:
+def compared(one: dict, other: dict, clock: str) -> dict:
     """Quartiles of `one`'s time over `other`'s, round by round, and the ratios of FLOPs and bytes."""
     rounds = [a / b for a, b in zip(one["seconds"][clock], other["seconds"][clock])]
     ratio = {"time": measure.quartiles(rounds), "flops": one["flops"] / other["flops"]}

@@ -12,7 +12,7 @@ from ..common.loading import device_named
 from ..common.plots import check_plot
 from . import measure
 from .models import build
-from .names import CURVE, MEMBER_MODELS, MODELS, PRESETS, REFERENCE, WITHOUT_IMAGE
+from .names import CURVE, MEMBER_MODELS, MODELS, NARROW, PRESETS, REFERENCE, UNPADDED, WITHOUT_IMAGE
 from .options import with_sizes
 from .report import (
     FAMILY_NOTE,
@@ -49,7 +49,7 @@ def bench(args: argparse.Namespace) -> dict:
         result |= _measured(args)
     found = result["results"]
     tables, notes = ([show_family(found)], [FAMILY_NOTE]) if args.members else ([], [])
-    if not args.members or any(one["ratios"] for one in found):
+    if not args.members or any(one["ratios"] or one.get("narrow_ratios") for one in found):
         tables, notes = [*tables, show_ratios(found)], [*notes, RATIO_NOTE]
     tables.append(show_times(found, args.clock))
     if any("rates" in one for one in found):
@@ -72,8 +72,10 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         ValueError: sizes do not go together, or the device is not there.
     """
-    if args.targets and args.members:
-        raise ValueError("--targets measures SAISA's targets alone: leave out --member and --family.")
+    if args.targets and (args.members or args.projector_hidden_size):
+        raise ValueError("--targets chooses its models: leave out --member, --family and --projector-hidden-size.")
+    if args.fold and not args.projector_hidden_size:
+        raise ValueError("--fold: only narrow projectors can be folded. Add --projector-hidden-size, 0.25 for example.")
     args.given_sizes = [name for name in PRESETS[args.preset] if hasattr(args, name)]
     args = with_sizes(args)
     for many, name, few, other in (
@@ -82,6 +84,8 @@ def prepared(args: argparse.Namespace) -> argparse.Namespace:
     ):
         if many % few:
             raise ValueError(f"--{name} {many} is not a multiple of --{other} {few}.")
+    if isinstance(args.projector_hidden_size, float):
+        args.projector_hidden_size = max(1, round(args.projector_hidden_size * args.hidden_size))
     device_named(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -110,7 +114,9 @@ def names_for(case: Case, args: argparse.Namespace) -> list[str]:
         chosen = [name for name in chosen if name in ("saisa", WITHOUT_IMAGE)]
     if case.trained in ("projectors", "lora"):
         chosen = [name for name in chosen if name in ("saisa", "llava")]
-    chosen = [*chosen, *members]
+    chosen = [name for name in (*chosen, *members) if case.work != "mixed" or name not in UNPADDED]
+    kinds = ("narrow", "folded")[: 1 + (args.fold and case.work != "train")] if args.projector_hidden_size else ()
+    chosen += [key for key, (name, kind) in NARROW.items() if name in chosen and kind in kinds]
     if args.llava_up_to and case.batch * case.visual > args.llava_up_to:
         chosen = [name for name in chosen if name not in ("llava", REFERENCE)]
     return chosen
@@ -121,7 +127,8 @@ def _measured(args: argparse.Namespace) -> dict:
     todo = cases(args)
     taking_part = {name for case in todo for name in names_for(case, args)}
     every = args.cross_every if "flamingo" in taking_part else None
-    models = build(args, every, [name for key, name in MEMBER_MODELS.items() if key in taking_part])
+    members = [name for key, name in MEMBER_MODELS.items() if key in taking_part]
+    models = build(args, every, members, [key for key in NARROW if key in taking_part])
     results = [measure_case(models, names_for(case, args), case, args) for case in todo]
     return {"results": results, "slopes": slopes(results, args.clock)}
 

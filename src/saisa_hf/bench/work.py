@@ -25,7 +25,7 @@ from ..costs.products import products
 from ..costs.traffic import traffic
 from ..training.stages import LORA_TARGETS, SHARED_PROJECTOR
 from .models import GivenFeatures, Models, draw_text, visual_tokens
-from .names import MEMBER_MODELS, WITHOUT_IMAGE
+from .names import MEMBER_MODELS, NARROW, WITHOUT_IMAGE
 from .roof import Work
 
 
@@ -41,7 +41,7 @@ class Case:
     Attributes:
         work: one of `WORKS` (see `names.py`).
         batch: samples.
-        text, visual: tokens of each sample.
+        text, visual: tokens of each sample. With `"mixed"`, every second one has no visual tokens.
         trained: with `"train"`, one of `TRAINED`.
         tokens: with `"decode"`, how many each call decodes.
     """
@@ -57,7 +57,13 @@ class Case:
     def name(self) -> str:
         """Its description in a few words."""
         what = self.work if self.trained is None else f"{self.work} {self.trained}"
-        return f"{what}, batch {self.batch}, {self.text} + {self.visual} tokens"
+        without = "" if self.seeing == self.batch else f" ({self.batch - self.seeing} without an image)"
+        return f"{what}, batch {self.batch}{without}, {self.text} + {self.visual} tokens"
+
+    @property
+    def seeing(self) -> int:
+        """Samples that have visual tokens."""
+        return -(-self.batch // 2) if self.work == "mixed" else self.batch
 
 
 @dataclass
@@ -82,7 +88,8 @@ class Task:
 
 
 class Inputs:
-    """Random text, features and images for a case. A prompt is one text token, the image, and the rest of the text."""
+    """Random text, features and images for a case. A prompt is one text token, the image, and the rest of the text; one
+    without an image is padded on the left."""
 
     def __init__(self, case: Case, args: argparse.Namespace):
         place = {"device": args.device, "dtype": getattr(torch, args.dtype)}
@@ -90,8 +97,15 @@ class Inputs:
         text_ids = torch.tensor([draw_text(case.text, args) for _ in range(case.batch)])
         self.text_ids = text_ids.to(args.device)
         self.ids = torch.cat([text_ids[:, :1], placeholders, text_ids[:, 1:]], dim=1).to(args.device)
-        self.encoder = GivenFeatures(torch.randn(case.batch, 1 + case.visual, args.vision_width, **place))
-        self.nothing = torch.zeros(case.batch, 3, 1, 1, **place)
+        self.mask = None
+        if case.work == "mixed":
+            if case.batch == 1:
+                raise ValueError("--work mixed: every second sample has no image; expected --batch 2 or more, got 1.")
+            self.mask = torch.ones_like(self.ids)
+            self.mask[1::2, : case.visual] = 0
+            self.ids[1::2] = torch.cat([torch.zeros_like(placeholders), text_ids], dim=1)[1::2].to(args.device)
+        self.encoder = GivenFeatures(torch.randn(case.seeing, 1 + case.visual, args.vision_width, **place))
+        self.nothing = torch.zeros(case.seeing, 3, 1, 1, **place)
         self.image_mask = torch.ones(case.batch, case.text, 1, dtype=torch.long, device=args.device)
         self.pixels = None
         if case.work == "first-token":
@@ -122,7 +136,8 @@ class Inputs:
                 "image_encoder_embeddings": self.encoder.states[:, None, 1:],
                 "image_attention_mask": self.image_mask,
             }
-        return {"pixel_values": self.nothing}
+        mask = {} if self.mask is None else {"attention_mask": self.mask}
+        return {"pixel_values": self.nothing, **mask}
 
     def images(self, name: str) -> dict:
         """The same for the images as pixels."""
@@ -139,7 +154,9 @@ def _reads_placeholders(name: str) -> bool:
 
 
 def model_of(models: Models, name: str) -> torch.nn.Module:
-    """The model called `name` in `MODELS` or `MEMBER_MODELS`."""
+    """The model called `name` in `MODELS`, `MEMBER_MODELS` or `NARROW`."""
+    if name in NARROW:
+        return models.narrow[name]
     if name in MEMBER_MODELS:
         return models.members[MEMBER_MODELS[name]]
     return models.bare if name == WITHOUT_IMAGE else getattr(models, name)
@@ -152,12 +169,12 @@ def tasks(
     """The work of `case` by each of the models `names`, to be done inside. Afterwards the models are as before, except for
     weights that training has changed."""
     inputs = Inputs(case, args)
-    step = Step(case.text, case.visual, batch=case.batch)
+    step = Step(case.text, case.visual, batch=case.batch, seeing=case.seeing)
     if case.work == "train":
         with _training(models, names, case) as trained:
             yield {name: _training_task(trained[name], name, models, inputs, case, cross_every) for name in names}
         return
-    make = {"prefill": _prefill, "first-token": _first_token, "decode": _decode}
+    make = {"prefill": _prefill, "mixed": _prefill, "first-token": _first_token, "decode": _decode}
     make |= {"second-question": _second_question, "kept-beginning": _kept_beginning}
     with torch.inference_mode():
         made = {name: make[case.work](models, name, inputs, case) for name in names}
@@ -170,7 +187,8 @@ def tasks(
 
 def counted_as(models: Models, name: str) -> tuple[SaisaConfig, str]:
     """The configuration and the architecture by which `saisa_hf.costs.flops` counts the model called `name`."""
-    return (model_of(models, name).config, "saisa") if name in MEMBER_MODELS else (models.saisa.config, name)
+    is_ours = name in MEMBER_MODELS or name in NARROW
+    return (model_of(models, name).config, "saisa") if is_ours else (models.saisa.config, name)
 
 
 def _steps(models, name, step, inputs, case) -> list[Step]:

@@ -17,6 +17,7 @@ model on the text alone, which is the lower bound.
   saisa bench --preset vicuna-7b --device cuda --dtype bfloat16 --batch 1 8 32
   saisa bench --family --models llava
   saisa bench --work prefill second-question --roof
+  saisa bench --projector-hidden-size 0.25 --fold
 
 In each round all models take turns. Prints medians with quartiles, ratios first, each beside the ratio of FLOPs, which
 is its limit.

@@ -48,6 +48,16 @@ def not_negative(text: str) -> float:
     return value
 
 
+def width(text: str) -> int | float:
+    """A number of columns, or as a decimal fraction below 1 a share of the hidden size."""
+    share = float(text) if text.startswith(("0.", ".")) and text.replace(".", "", 1).isdecimal() else 0.0
+    if not share and not (text.isdecimal() and len(text) <= DIGITS and int(text)):
+        raise argparse.ArgumentTypeError(
+            f"expected a number of columns like 256, or a share like 0.25, got {text!r:.40}"
+        )
+    return share or int(text)
+
+
 def grid(text: str) -> tuple[int, int]:
     """Rows and columns, like 2x3."""
     rows, _, columns = text.partition("x")

@@ -28,6 +28,8 @@ class Step:
         cached_text, cached_visual: tokens that are in the cache already.
         batch: samples.
         logits: rows of each sample that the head is applied to; None: all that have an output.
+        seeing: samples that have the new visual tokens; None: all. The others are padded to the same length. Not for NAAViT
+            and ShortV, in whose layers padding takes the place of text.
     """
 
     text: int
@@ -36,6 +38,7 @@ class Step:
     cached_visual: int = 0
     batch: int = 1
     logits: int | None = 1
+    seeing: int | None = None
 
     def next_token(self) -> "Step":
         """The step that decodes one more token after this one."""
@@ -110,9 +113,11 @@ def products(
     c, p = config.vision_feature_size, config.projector_hidden_size or h
     visual = 0 if architecture == "language_model" else step.visual
     seen = 0 if architecture == "language_model" else step.visual + step.cached_visual
+    seeing = batch if step.seeing is None else step.seeing
 
     def linear(part: str, rows: int, inputs: int, outputs: int, layer: int | None = None, of: str = "text") -> Product:
-        return Product(part, 2 * batch * rows * inputs * outputs, (batch * rows, inputs, outputs), layer, of)
+        rows *= seeing if of in ("features", "visual") else batch
+        return Product(part, 2 * rows * inputs * outputs, (rows, inputs, outputs), layer, of)
 
     def projector(inner: int, layer: int | None = None, folded: bool = False) -> Iterator[Product]:
         yield linear("projectors", visual, c, inner, layer, "features")
@@ -131,7 +136,7 @@ def products(
             yield linear("feed-forward", rows, inputs, outputs, layer, "attended")
 
     if visual and config.visual_token_reduction == "resampler":
-        yield from resampler_products(config, batch * -(-visual // config.reduced_visual_tokens))
+        yield from resampler_products(config, seeing * -(-visual // config.reduced_visual_tokens))
     if architecture == "llava":
         yield from projector(h)
     if architecture == "saisa" and config.projector_sharing == "shared":
@@ -149,10 +154,11 @@ def products(
         if architecture == "saisa" and config.sees_image(layer) and not attend:
             if config.projector_sharing == "per_layer":
                 yield from projector(p, layer, folded)
-            # one matrix for queries, keys and values computes queries as well, which nothing uses
-            for outputs in (q, k, k) if family.fused_projection and not folded else (k, k):
-                inputs = config.folded_width if folded else h
-                yield linear("attention projections", visual, inputs, outputs, layer, "visual")
+            if folded:
+                yield linear("attention projections", visual, config.folded_width, 2 * k, layer, "visual")
+            else:  # one matrix for queries, keys and values computes queries as well, which nothing uses
+                for outputs in (q, k, k) if family.fused_projection else (k, k):
+                    yield linear("attention projections", visual, h, outputs, layer, "visual")
         for outputs in (q, k, k):
             yield linear("attention projections", rows, h, outputs, layer)
         new = step.text + visual * keeps_visual(config, architecture, layer)

@@ -42,20 +42,22 @@ def traffic(config: SaisaConfig, architecture: str, step: Step, cross_every: int
     q, k = (heads * family.head_dim for heads in (text.num_attention_heads, text.num_key_value_heads))
     visual = 0 if architecture == "language_model" else step.visual
     travels = has_visual_outputs(config, architecture)
+    seeing = step.batch if step.seeing is None else step.seeing
 
-    def moved(part: str, rows: int, width: int, times: int = 2) -> Iterator[Traffic]:
+    def moved(part: str, rows: int, width: int, times: int = 2, samples: int = step.batch) -> Iterator[Traffic]:
         if rows:
-            yield Traffic(part, step.batch * rows, width, times)
+            yield Traffic(part, samples * rows, width, times)
 
     yield from moved("embedding", step.text + visual * travels, h)
     if architecture == "llava" or (architecture == "saisa" and config.projector_sharing == "shared"):
-        yield from moved("activations", visual, h if architecture == "llava" else config.projector_hidden_size or h)
+        inner = h if architecture == "llava" else config.projector_hidden_size or h
+        yield from moved("activations", visual, inner, samples=seeing)
     for layer, inner in enumerate(feed_forward_sizes(family)):
         attend, fed = visual_rows(config, architecture, layer)
         rows, fed_rows = step.text + visual * attend, step.text + visual * fed
         sees = architecture == "saisa" and config.sees_image(layer)
         if sees and not attend and config.projector_sharing == "per_layer":
-            yield from moved("activations", visual, config.projector_hidden_size or h)
+            yield from moved("activations", visual, config.projector_hidden_size or h, samples=seeing)
         if architecture == "flamingo" and layer % cross_every == 0:
             for _ in ("attention", "feed-forward"):
                 yield from moved("norms", step.text, h)
@@ -64,9 +66,8 @@ def traffic(config: SaisaConfig, architecture: str, step: Step, cross_every: int
         norms = family.norms
         if norms.before_attention:
             yield from moved("norms", rows, h)
-            yield from moved(
-                "norms", visual * (sees and not attend), config.folded_width if config.fold_projectors else h
-            )
+            normed = config.folded_width if config.fold_projectors else h
+            yield from moved("norms", visual * (sees and not attend), normed, samples=seeing)
         yield from moved("rotation", rows, q)
         kept = step.text + (visual + placed) * keeps_visual(config, architecture, layer)
         yield from moved("cache", kept, k, 4)
