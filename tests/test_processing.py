@@ -16,12 +16,21 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AddedToken, CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+from transformers import (
+    AddedToken,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    ConvNextImageProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    ViTImageProcessor,
+)
 
 from saisa_hf.chat.templates import chat_template
 from saisa_hf.compat_saisa import pillow_image_processor
 from saisa_hf.images_saisa import load_image
 from saisa_hf.processing_saisa import SaisaProcessor, add_image_token
+from saisa_hf.tiles_saisa import processed_images
 from saisa_hf.visual_states_saisa import SaisaVisualStates, VisualStore
 
 
@@ -586,6 +595,110 @@ def test_data_format_settles_what_a_shape_leaves_open():
     assert np.array_equal(pixels_of(array), array)
     assert np.array_equal(pixels_of(torch.from_numpy(array)), array.transpose(1, 2, 0))
     assert np.array_equal(pixels_of(array, data_format="channels_first"), array.transpose(1, 2, 0))
+
+
+RESIZING = {
+    "clip": (CLIPImageProcessor, {"size": {"shortest_edge": 40}, "crop_size": {"height": 40, "width": 40}}),
+    "clip, uncropped": (CLIPImageProcessor, {"size": {"shortest_edge": 31}, "do_center_crop": False}),
+    "clip, stretched": (
+        CLIPImageProcessor,
+        {"size": {"height": 30, "width": 47}, "crop_size": {"height": 28, "width": 28}},
+    ),
+    "siglip": (SiglipImageProcessor, {"size": {"height": 33, "width": 48}}),
+    "bit": (BitImageProcessor, {"size": {"shortest_edge": 44}, "crop_size": {"height": 40, "width": 40}}),
+    "vit": (ViTImageProcessor, {"size": {"height": 40, "width": 40}, "resample": 3}),
+}
+SIZES = [(97, 41), (41, 97), (640, 479), (40, 40), (7, 5), (333, 334), (1201, 64)]
+
+
+@pytest.mark.parametrize("name", RESIZING)
+def test_images_are_resized_as_the_image_processor_would_but_before_it_copies_them(name, monkeypatch):
+    kind, settings = RESIZING[name]
+    own, seen = pillow_image_processor(kind(**settings)), []
+    processor = make_processor(image_processor=kind(**settings), image_seq_length=4)
+
+    def spy(image_processor, images, *args, **kwargs):
+        seen.extend(image.size for image in images)
+        return processed_images(image_processor, images, *args, **kwargs)
+
+    monkeypatch.setattr("saisa_hf.processing_saisa.processed_images", spy)
+    rng = np.random.default_rng(0)
+    for size in SIZES:
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        for options in ({}, {"resample": 0}, {"size": {"height": 35, "width": 42}}):
+            expected = np.asarray(own([image], **options)["pixel_values"][0])
+            assert np.array_equal(processor(images=image, **options)["pixel_values"][0], expected)
+    edge = settings["size"].get("shortest_edge")
+    assert len(seen) == 3 * len(SIZES) and all(35 in size or edge in (None, min(size)) for size in seen)
+
+
+def test_other_image_processors_resize_images_themselves():
+    """ConvNeXt's goes by `crop_pct`, too; a class of one's own, or a call without resizing, may do anything."""
+
+    class Own(type(pillow_image_processor(clip_processor()))):
+        pass
+
+    image, kept = gradient((60, 50)), {"do_resize": False, "do_center_crop": False}
+    for own, options in (
+        (ConvNextImageProcessor(size={"shortest_edge": 40}, crop_pct=0.8), {}),
+        (Own(size={"shortest_edge": 40}), {}),
+        (clip_processor(), kept),
+    ):
+        processor = make_processor(image_processor=own, image_seq_length=4)
+        expected = pillow_image_processor(own)([image], **options)["pixel_values"][0]
+        assert np.array_equal(processor(images=image, **options)["pixel_values"][0], expected)
+
+
+class Meeting(io.BytesIO):
+    """A file that is read when as many threads as the barrier waits for want to read one like it."""
+
+    def __init__(self, content, barrier):
+        super().__init__(content)
+        self.barrier = barrier
+
+    def read(self, *args):
+        barrier, self.barrier = self.barrier, None
+        if barrier is not None:
+            barrier.wait(timeout=60)
+        return super().read(*args)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_images_are_prepared_by_as_many_threads_as_pytorch_has(two_threads):
+    content, barrier = (REFERENCE / "images" / f"{PICTURES[0]}.png").read_bytes(), threading.Barrier(2)
+    processor, names = make_processor(), [f"{PICTURES[0]}.png", f"{PICTURES[1]}.png"]
+    together = processor(images=[Meeting(content, barrier), Meeting(content, barrier)])["pixel_values"]
+    paths = [REFERENCE / "images" / name for name in names] * 8
+    pixels = processor(images=paths)["pixel_values"]
+    each = [processor(images=path)["pixel_values"][0] for path in paths[:2]]
+    assert np.array_equal(together, [each[0]] * 2) and np.array_equal(pixels, each * 8)
+
+
+def test_one_image_given_twice_is_opened_by_one_thread(two_threads, monkeypatch):
+    """Pillow reads a file when its pixels are asked for, and two threads must not do that at once."""
+    threads = set()
+
+    def watched(image, *args, **kwargs):
+        threads.add(threading.get_ident())
+        return load_image(image, *args, **kwargs)
+
+    monkeypatch.setattr("saisa_hf.processing_saisa.load_image", watched)
+    processor, image = make_processor(), open_picture()
+    pixels = processor(images=[image] * 20)["pixel_values"]
+    assert len(threads) == 1 and np.array_equal(pixels, [processor(images=open_picture())["pixel_values"][0]] * 20)
+
+
+def test_of_several_unreadable_images_the_first_is_named(two_threads):
+    images = [open_picture(), b"none", open_picture(), b"neither"]
+    with pytest.raises(ValueError, match=r"^image 1 of 4 cannot be read"):
+        make_processor()(images=images)
 
 
 def test_an_image_three_pixels_high_is_not_taken_for_channels():

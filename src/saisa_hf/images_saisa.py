@@ -129,3 +129,10 @@ def pad_to_square(image, color: tuple[int, int, int]):
     square = Image.new("RGB", (side, side), color)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def resized(image, size: dict, resample: int):
+    """`image` (PIL) as `RESIZES_FIRST` of the processor have it in `size`, without the four copies that they make of it."""
+    if (edge := size.get("shortest_edge")) is None:
+        return image.resize((size["width"], size["height"]), resample)
+    return image.resize([int(edge * side / min(image.size)) for side in image.size], resample)

@@ -4,6 +4,7 @@
 import json
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from .compat_saisa import (
 )
 from .head_saisa import IGNORED
 from .image_sources_saisa import LIMITS
-from .images_saisa import check_size, load_image, pad_to_square
+from .images_saisa import check_size, load_image, pad_to_square, resized
 from .saving_saisa import PROCESSOR_ENTRIES, check_finished, saved_together
 from .tiles_saisa import most_tiles, processed_images, sizes_of, visual_inputs
 from .vision_saisa import MOST_TOKENS, check_choice, check_value, reduced_length, shown
@@ -49,6 +50,8 @@ findable(__name__)
 SETTINGS = ("image_seq_length", "image_token", "num_additional_image_tokens", "pad_to_square", "patch_size")
 SETTINGS += ("reduced_visual_tokens", "tokenize_whole", "vision_aspect_ratio", "vision_feature_select_strategy")
 SETTINGS += ("visual_token_reduction",)
+# image processors of transformers that resize by `size` and `resample` alone, and that before anything else
+RESIZES_FIRST = ("BitImageProcessor", "CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProcessor")
 VIDEO = "<video>"  # stands for a video in texts of a call that has any
 SAMPLING = ("num_frames", "fps", "do_sample_frames")
 SOURCES = ("image", "video", "url", "path", "base64")  # keys of parts of a chat, under which their data are
@@ -289,9 +292,7 @@ class SaisaProcessor(ImageTextProcessorMixin):
     def _pixels(self, images: list, groups: list[int] | None = None, *, input_data_format=None, **kwargs) -> dict:
         """The image processor's output for `images`, which came as lists of so many as `groups` says."""
         limits = {name: kwargs.pop(name) for name in LIMITS if name in kwargs}
-        names = [f"image {i} of {len(images)}" for i in range(len(images))]
-        sources = [f" ({one!s:.120})" if isinstance(one, (str, Path)) else "" for one in images]
-        settings = {"do_rescale": True, "do_resize": False, "image_mean": None, "size": None}
+        settings: dict = {"do_rescale": True, "do_resize": False, "image_mean": None, "resample": None, "size": None}
         settings = {name: getattr(self.image_processor, name, default) for name, default in settings.items()}
         settings |= {name: value for name, value in kwargs.items() if value is not None}
         edge = settings["size"] if settings["do_resize"] else None  # the shortest: a thin image becomes very long
@@ -309,21 +310,33 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 scale = edge / min(width, height)
                 check_size(math.ceil(width * scale), math.ceil(height * scale), f"{name} resized")
 
-        named = zip(images, names, sources)
-        loaded = [load_image(one, n + s, input_data_format, check, **limits) for one, n, s in named]
+        if self.pad_to_square and settings["image_mean"] is None:
+            raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
+        image_processor, resample, size = self.image_processor, settings["resample"], {}
+        if kwargs.get("device") is None:
+            image_processor = pillow_image_processor(image_processor)
+            kwargs.pop("disable_grouping", None)
+            kind = type(image_processor)
+            if kind.__module__.startswith("transformers.") and kind.__name__.removesuffix("Pil") in RESIZES_FIRST:
+                size = dict(settings["size"]) if settings["do_resize"] and hasattr(settings["size"], "get") else {}
+        resizes = set(size) in ({"shortest_edge"}, {"height", "width"}) and isinstance(resample, int)
+
+        def ready(index: int):
+            source = f" ({images[index]!s:.120})" if isinstance(images[index], (str, Path)) else ""
+            name = f"image {index} of {len(images)}{source}"
+            image = load_image(images[index], name, input_data_format, check, **limits)
+            if self.pad_to_square:
+                image = pad_to_square(image, tuple(int(x * 255) for x in np.broadcast_to(settings["image_mean"], 3)))
+            return resized(image, size, resample) if resizes else image
+
+        are_distinct = len({*map(id, images)}) == len(images)  # no image can be opened by two threads at once
+        with ThreadPoolExecutor(torch.get_num_threads() if are_distinct else 1) as pool:
+            loaded = list(pool.map(ready, range(len(images))))
         dtypes = [getattr(one, "dtype", None) for one in images]
         fractions = all(getattr(d, "kind", "") == "f" or getattr(d, "is_floating_point", False) for d in dtypes)
         if fractions and not settings["do_rescale"]:
             kwargs["do_rescale"] = True  # False was meant for arrays in [0, 1], which are 8-bit images by now
-        if self.pad_to_square:
-            if (mean := settings["image_mean"]) is None:
-                raise ValueError("pad_to_square needs the mean colour, but the image processor has no `image_mean`.")
-            color = tuple(int(channel * 255) for channel in np.broadcast_to(mean, 3))
-            loaded = [pad_to_square(image, color) for image in loaded]
-        image_processor = self.image_processor
-        if kwargs.get("device") is None:
-            image_processor = pillow_image_processor(image_processor)
-            kwargs.pop("disable_grouping", None)
+        kwargs |= {"do_resize": False} if resizes else {}
         if not type(image_processor).__name__.endswith("Fast"):  # 4.57's torchvision processors do not take it
             kwargs["input_data_format"] = "channels_last"
         return processed_images(image_processor, loaded, groups, **kwargs)
