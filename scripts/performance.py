@@ -61,7 +61,7 @@ def speed(result: dict) -> str:
             lines.append([row["work"].removesuffix(" / LLaVA"), *numbers])
     missed = [f"{row['work']} ({row['measured']:.3f}, {shown_target(row)})" for row in rows if not row["met"]]
     counted = f"[{len(rows)} targets](docs/performance.md#two-cpu-cores)"
-    said = f"Of {counted}, {len(missed)} are missed: {'; '.join(missed)}." if missed else f"All {counted} are met."
+    said = f"{len(missed)} of {counted} missed: {'; '.join(missed)}." if missed else f"All {counted} met."
     tabled = table(["", "time", "FLOPs", "target: at most"], lines)
     return "\n\n".join([intro, tabled, textwrap.fill(said, LINE)])
 

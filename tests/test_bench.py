@@ -22,6 +22,7 @@ from saisa_hf.bench.run import cases, names_for, prepared
 from saisa_hf.bench.targets import CPU, H200, run_targets, show_targets
 from saisa_hf.bench.work import Case, counted_as, model_of, tasks
 from saisa_hf.cli import main
+from saisa_hf.common.arguments import width
 from saisa_hf.costs.family import MEMBERS, member_settings
 from saisa_hf.costs.flops import Step, cache_bytes, step_flops
 
@@ -340,6 +341,14 @@ def test_rows_are_computed_from_what_was_measured(monkeypatch):
     assert said("saisa: exponent of time in visual tokens, 1024 to 16384") == [0.0, None, 1.05, True]
     rounds = {one["name"].replace(", 64 + 576 tokens", ""): one["repeats"] for one in result["results"]}
     assert rounds["prefill, batch 1"] == rounds["decode, batch 1"] == 9 and rounds["train full, batch 8"] == 3
+    page = performance.speed(result | {"machine": {"threads": 2}})
+    assert (
+        "| mixed, batch 8 (4 without an image): SAISA" in page and "kept-beginning" not in page and "roof" not in page
+    )
+    assert " ".join(page.split()).endswith(
+        "1 of [15 targets](docs/performance.md#two-cpu-cores) missed: prefill, batch 8: SAISA, folded at 8 / LLaVA "
+        "(0.273, at most 0.253)."
+    )
     lines = show_targets(result["targets"]).splitlines()
     assert len(lines) == 2 + len(rows) and "at least 0.900" in lines[3] and "at most 0.506 = 1.10 x FLOPs" in lines[2]
 
@@ -615,6 +624,13 @@ def test_what_does_not_fit_is_refused_in_a_line(capsys, options, message):
     assert main(["bench", *OPTIONS, *options]) in (1, 2)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("saisa: error: ") and message in error
+
+
+def test_widths_are_numbers_or_shares():
+    assert [width(text) for text in ("256", "0.25", ".5")] == [256, 0.25, 0.5]
+    for text in ("0", "0.0", "1.5", "-4", "1e3", "nan", "0.2x", "", "."):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a number of columns like 256, or a share"):
+            width(text)
 
 
 @pytest.mark.parametrize("option", ["batch", "text", "visual", "tokens", "repeats", "cross-every", "layers"])
