@@ -63,7 +63,7 @@ def speed(result: dict) -> str:
     counted = f"[{len(rows)} targets](docs/performance.md#two-cpu-cores)"
     said = f"{len(missed)} of {counted} missed: {'; '.join(missed)}." if missed else f"All {counted} met."
     tabled = table(["", "time", "FLOPs", "target: at most"], lines)
-    return "\n\n".join([intro, tabled, textwrap.fill(said, LINE)])
+    return "\n\n".join([intro, tabled, textwrap.fill(said, LINE, break_on_hyphens=False)])
 
 
 def main(arguments: list[str]) -> None:
