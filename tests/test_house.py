@@ -26,7 +26,7 @@ def test_the_model_is_one_short_file_of_short_functions(house):
 
 def test_what_travels_with_a_checkpoint_is_little(house):
     travelling = list(PACKAGE.glob("*_saisa.py"))
-    assert len(travelling) <= 17 and sum(map(house.lines, travelling)) <= 6288
+    assert len(travelling) <= 17 and sum(map(house.lines, travelling)) <= 6324
 
 
 def test_no_file_of_a_room_is_long(house):

@@ -98,8 +98,9 @@ class Visibility:
 
     def equal_in_all_samples(self) -> bool:
         """Whether every sample has its images at the same positions and nothing to skip."""
-        skips = self.attention_mask is not None and not bool(self.attention_mask.all())
-        return self.layout.segments is not None and not skips and self.document_BS is None
+        if self.layout.segments is None or self.document_BS is not None:
+            return False
+        return self.attention_mask is None or bool(self.attention_mask.all())
 
     def real_keys(self) -> Tensor | None:
         """bool (B, L), False at padding; None without padding mask. A static cache has more places than that knows of."""

@@ -310,6 +310,11 @@ def cached_key_range(cache, layer_idx, slots) -> tuple[int, int]:
     return cache.get_mask_sizes(slots if _MASK_SIZES_TAKE_CACHE_POSITION else slots.shape[0], layer_idx)
 
 
+def initialize(layer, key_BKSH, value_BKSH) -> None:
+    """Makes a layer of a cache ready for keys and values like these."""
+    layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
+
+
 def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_arguments: dict):
     """Appends keys and values to the cache and returns all of those to attend to. A paged cache changes the arguments of the
     attention function; up to 5.23 that function itself asks the cache."""
@@ -323,7 +328,7 @@ def update_cache(cache, key_BKSH, value_BKSH, layer_idx, slots, attention_argume
     if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
         # what `update` does to an empty layer, without a copy of what already lies as in a cache: images make it large
         key_BKSH, value_BKSH = key_BKSH.contiguous(), value_BKSH.contiguous()
-        layer.lazy_initialization(key_BKSH, *([value_BKSH] if _LAYERS_ARE_MADE_FROM_VALUES_TOO else []))
+        initialize(layer, key_BKSH, value_BKSH)
         layer.keys, layer.values = key_BKSH, value_BKSH
         return key_BKSH, value_BKSH
     position = [{"cache_position": slots}] if _UPDATE_TAKES_CACHE_POSITION else []

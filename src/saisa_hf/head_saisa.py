@@ -99,6 +99,29 @@ class SuppressImageToken:
 class AnswersAboutImages:
     """Makes logits, losses and answers of `SaisaForConditionalGeneration`, in front of transformers' `GenerationMixin`."""
 
+    compiled_prefill = None  # what `compile_prefill` made
+
+    def __call__(self, *args, **kwargs):
+        """`forward`, or a compiled prefill where that can take its place."""
+        can_be = self.compiled_prefill is not None and not args and not torch.compiler.is_compiling()
+        output = self.compiled_prefill(self, kwargs) if can_be else None
+        return super().__call__(*args, **kwargs) if output is None else output
+
+    def compile_prefill(self, text_lengths=None, visual_lengths=None, **options) -> None:
+        """From here on, prompts are read in one graph of `torch.compile`, made once for each bucket of lengths; undone by
+        `model.compiled_prefill = None`. Needs the package saisa_hf.
+
+        Args:
+            text_lengths, visual_lengths: the numbers that prompts are padded to: of text tokens, in the sample that has most,
+                and of visual tokens, in the batch. None: two from each power of two to the next; eight.
+            options: of `torch.compile`: `mode="reduce-overhead"` for CUDA graphs.
+
+        Raises:
+            ValueError: lengths are not positive integers.
+        """
+        compiled = from_package("compile_prefill", "common.prefill", "CompiledPrefill")
+        self.compiled_prefill = compiled(text_lengths, visual_lengths, **options)
+
     def logits_and_loss(self, hidden_BTD, targets_BT, skip_logits: bool, labels, loss_arguments: dict, kwargs: dict):
         """(B, T, vocabulary) logits, or None where they are skipped, and the loss, or None without targets."""
         scaled, vocab_size = self.language_model.family.scaled_logits, self.config.text_config.vocab_size

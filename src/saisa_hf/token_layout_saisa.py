@@ -61,9 +61,11 @@ class TokenLayout:
         visual_rows: (V,) where the visual tokens find their rows among stored ones. None: one row for each, in order.
         position_ids: (B or 1, S) positions, or None where they count from 0 in every sample.
         real_BS: bool, False at padding. None: there is none.
+        columns: at least so many of them, and an index even where rows could be joined without: then all layouts of a shape
+            are alike to a graph.
     """
 
-    def __init__(self, visual_BS: Tensor | None, visual_rows=None, position_ids=None, real_BS: Tensor | None = None):
+    def __init__(self, visual_BS: Tensor | None, visual_rows=None, position_ids=None, real_BS=None, columns=0):
         self.visual_BS = visual_BS
         self._visual_rows: Tensor | slice = slice(None)
         if visual_BS is None:
@@ -72,8 +74,8 @@ class TokenLayout:
         text_BS = ~visual_BS if real_BS is None else ~visual_BS & real_BS.cpu()
         self.batch_size, self.length = self.shape = visual_BS.shape
         all_alike = all_equal(visual_BS) and bool((text_BS | visual_BS).all())
-        self.segments = segments_of(visual_BS[0]) if all_alike else None
-        self._place_text(text_BS, device)
+        self.segments = segments_of(visual_BS[0]) if all_alike and not columns else None
+        self._place_text(text_BS, columns, device)
         self._place_visual(visual_BS, visual_rows, position_ids, device)
         if self.segments is None:
             # where position (b, s) finds its row in [text rows, visual rows], and in [text rows, zeros]; padding has a
@@ -84,10 +86,10 @@ class TokenLayout:
             self._key_source = torch.where(visual_BS, visual_row_BS, text_row_BS).flatten().to(device)
             self._aligned_source = torch.where(text_BS, text_row_BS, rows).flatten().to(device)
 
-    def _place_text(self, text_BS: Tensor, device: torch.device) -> None:
+    def _place_text(self, text_BS: Tensor, columns: int, device: torch.device) -> None:
         """The columns of the text tokens, and the positions of the columns."""
         lengths_B = text_BS.sum(1)
-        self.longest = int(lengths_B.max())
+        self.longest = max(int(lengths_B.max()), columns)
         shift_B1 = (self.longest - lengths_B)[:, None]
         # before the first text token of a sample, the column that this will have
         column_BS = (text_BS.cumsum(1) - 1).clamp(min=0) + shift_B1
