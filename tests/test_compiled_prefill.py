@@ -4,6 +4,7 @@
 import copy
 import pickle
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,14 @@ from flash_standin import flash_attention
 from tiny_models import BOS, TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
 from transformers import CompileConfig, StaticCache
 
+from saisa_hf.chat import Conversation
 from saisa_hf.common.prefill import COARSE, FINE, Bucket, CompiledPrefill, bucketed, rounded
 from saisa_hf.compat_saisa import CACHE
+from saisa_hf.demo.run import CHECKPOINT, load
+from saisa_hf.images_saisa import load_image
 
 
+SCENE = load_image(Path(__file__).parent.parent / "docs" / "images" / "scene.png")
 UNLIKE = [[BOS, 5, 6, 7], [BOS, "image", 8, 9], ["image", 12, 13, "image", 14], [BOS, 8, "image", 9, 10, 11]]
 LATER = [[20, 21, 22], [23, "image", 24], [25, 26], ["image", 27]]
 MODELS = {
@@ -343,6 +348,20 @@ def test_a_copy_of_the_model_has_graphs_of_its_own():
 
 
 # --- other backends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_chat_reads_its_turns_in_graphs():
+    model, processor = load(CHECKPOINT)
+
+    def said():
+        chat = Conversation(model, processor, do_sample=False, max_new_tokens=6)
+        turns = (("how many digits are there?", [SCENE]), ("is there a 3?", []), ("and here?", [SCENE.rotate(90)]))
+        return ["".join(chat.ask(text, images=images)) for text, images in turns]
+
+    expected = said()
+    with graphs() as so_far, compiled(model) as prefill:
+        assert said() == expected and so_far() == len(prefill.buckets) == 3
 
 
 @pytest.mark.slow
