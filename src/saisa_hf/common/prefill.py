@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import DynamicCache
 
+from ..attention_saisa import hold_text_alone
 from ..compat_saisa import CACHE, DynamicLayer, in_several_processes, initialize, one_cache, optional, warn_once
 from ..head_saisa import IMAGES
 from ..modeling_saisa import SaisaCausalLMOutputWithPast
@@ -86,10 +88,11 @@ class CompiledPrefill:
         given = {name: x for name, x in arguments.items() if x is not None and x is not False}
         if arguments.get("return_dict") is False or not _is_prefill(model, given):
             return None
-        use_cache = arguments.get("use_cache")
-        use_cache = model.language_model.config.use_cache if use_cache is None else use_cache
+        decoder, use_cache = model.language_model, arguments.get("use_cache")
+        use_cache = decoder.config.use_cache if use_cache is None else use_cache
         cache = one_cache(given.get("past_key_values"), given.get("cache"))
-        cache = model.new_cache() if cache is None and use_cache else cache
+        if cache is None and use_cache:
+            cache = hold_text_alone(DynamicCache(config=decoder.config), decoder.layers)
         reason = _hindrance(model, cache)
         if reason is not None:
             warn_once(LEFT.format(reason))
@@ -99,15 +102,16 @@ class CompiledPrefill:
         if bucket is None:
             warn_once(LEFT.format("one is longer than the longest bucket, or than the cache"))
             return None
-        self.buckets[bucket] = None
         images = prompt.encoded_images()
         keys_values = _places(model, cache, bucket)
         with ONE_AT_A_TIME, torch._dynamo.config.patch(LIMITS):
             torch.compiler.cudagraph_mark_step_begin()
             logits = self._run(model, *prompt.padded(images, bucket), *keys_values, bucket.keys)
+            logits = logits[:, : prompt.length].clone()  # a CUDA graph writes the next ones to the same place
         _fill(cache, keys_values, prompt.past, prompt.length)
+        self.buckets[bucket] = None
         return SaisaCausalLMOutputWithPast(
-            logits=logits[:, : prompt.length].clone(),  # CUDA graphs write the next ones to the same place
+            logits=logits,
             image_hidden_states=images and images.features,
             **{CACHE: cache if use_cache else None},
         )
