@@ -374,6 +374,25 @@ def test_the_loss_reaches_every_projector_and_no_label_behind_an_image():
     )
 
 
+@pytest.mark.parametrize("images", [True, False], ids=["images", "text"])
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_the_head_is_one_product_for_all_samples_and_is_not_copied(images, kept):
+    """Of a frozen head and a slice (B, 1, D) of (B, T, D) PyTorch makes a product for each sample, and in bfloat16 a copy."""
+    model, calls = tiny_model(dtype=torch.bfloat16).requires_grad_(False), []
+    prompts = prompts_from_rows([[3, "image", 4, 5], [4, "image", 3, 5]] if images else [[3, 4, 5, 6], [4, 3, 6, 5]])
+    head = {model.config.text_config.vocab_size, model.config.text_config.hidden_size}
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if any(head <= set(x.shape) for x in args if isinstance(x, torch.Tensor)):
+                calls.append(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    with torch.no_grad(), Products():
+        model(**prompts.inputs, logits_to_keep=kept)
+    assert calls == ["embedding", "t", "mm"]
+
+
 def test_logits_to_keep_selects_columns():
     model = tiny_model("qwen3")
     prompts = random_prompts(9, "right")

@@ -135,6 +135,8 @@ class AnswersAboutImages:
             # a head that was put in its place, adapters for instance, knows nothing of losses
             is_own = isinstance(self.lm_head, SaisaHead)
             return None, self.lm_head(hidden_BTD, loss) if is_own else loss(hidden_BTD, self.lm_head)
+        # in strides that make it one product: PyTorch would read the head, or copy it, for each sample of a slice
+        hidden_BTD = hidden_BTD.flatten(0, 1).contiguous().unflatten(0, hidden_BTD.shape[:2])
         logits_BTX = scaled(self.lm_head(hidden_BTD))
         if targets_BT is None:
             return logits_BTX, None
