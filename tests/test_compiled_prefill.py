@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from flash_standin import flash_attention
+from tile_parts import draw, next_processor, our_processor, tiled_saisa
 from tiny_models import BOS, TEXT_CONFIGS, prompts_from_rows, random_prompts, tiny_model
 from transformers import CompileConfig, StaticCache
 
@@ -213,18 +214,19 @@ def test_visual_states_in_any_order(store):
         assert so_far() == 1
 
 
-def test_embeddings_and_positions_of_logits():
+def test_embeddings_and_which_logits():
+    """Where drafts are checked, and more logits than the last are wanted, the model runs itself."""
     model, p = built("llama"), random_prompts(3)
     embeds = model.get_input_embeddings()(p.input_ids)
     given = {"inputs_embeds": embeds, "attention_mask": p.attention_mask, "pixel_values": p.pixel_values}
     with torch.no_grad(), graphs() as so_far:
-        for kept in (3, torch.tensor([-1, 2]), 500):
+        for kept in (0, 1, 3, torch.tensor([-1, 2])):
             expected = model(**given, logits_to_keep=kept, use_cache=False)
             with compiled(model):
                 found = model(**given, logits_to_keep=kept, use_cache=False)
             torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-5)
             assert found.get(CACHE) is None and torch.equal(found.image_hidden_states, expected.image_hidden_states)
-        assert so_far() == 3
+        assert so_far() == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "LLaVA"])
@@ -294,6 +296,14 @@ def test_what_a_graph_cannot_do_the_model_does_itself(case, monkeypatch):
         with compiled(model) as prefill:
             assert torch.equal(run(), expected)
         assert so_far() == 0 and not prefill.buckets and len(said) == 1 and "read as if without" in said[0]
+
+
+def test_drafts_are_checked_without_a_graph():
+    model, prompt = built("llama"), prompts_from_rows([[BOS, "image", 5, 6, 5, 6, 5]]).prompt
+    options = {"do_sample": False, "max_new_tokens": 8, "prompt_lookup_num_tokens": 3, "eos_token_id": 95}
+    expected = model.generate(**prompt, **options)
+    with graphs() as so_far, compiled(model):
+        assert torch.equal(model.generate(**prompt, **options), expected) and so_far() <= 1
 
 
 def test_training_losses_and_further_outputs_are_the_models_own():
@@ -367,6 +377,23 @@ def test_random_batches(name, side):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             assert int(cache.get_seq_length()) == p.input_ids.shape[1]
         assert 0 < so_far() < 10
+
+
+@pytest.mark.slow
+def test_images_in_tiles():
+    """Whose numbers of visual tokens differ, with learned newlines among them."""
+    model = tiled_saisa()
+    processor = our_processor(next_processor())
+    inputs = [
+        processor([draw(n, size) for n, size in enumerate(sizes)], "<image>" * len(sizes) + " hi", return_tensors="pt")
+        for sizes in ([(24, 24)], [(30, 10)], [(7, 40)], [(13, 12), (40, 2)])
+    ]
+    with torch.no_grad(), graphs() as so_far:
+        expected = [model(**given, logits_to_keep=1).logits for given in inputs]
+        with compiled(model) as prefill:
+            for given, logits in zip(inputs, expected):
+                torch.testing.assert_close(model(**given, logits_to_keep=1).logits, logits, rtol=1e-5, atol=1e-5)
+            assert so_far() == len(prefill.buckets) > 1
 
 
 @pytest.mark.slow

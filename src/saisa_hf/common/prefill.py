@@ -150,9 +150,11 @@ def _is_prefill(model: Any, given: Mapping[str, Any]) -> bool:
     wants_more = config.output_attentions or config.output_hidden_states or not config.return_dict
     if torch.is_grad_enabled() or wants_more or len(inputs) != 1 or len(images) > 1 or not set(given) <= KNOWN:
         return False
-    mask = given.get("attention_mask")
+    mask, kept = given.get("attention_mask"), given.get("logits_to_keep", 0)
     has_mask_of_padding = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-    return has_mask_of_padding and len(inputs[0]) > 0 and inputs[0].shape[1] > 1
+    # who wants several of the last logits checks drafts, a few at a time, of which each number would have a graph
+    is_prompt = isinstance(kept, int) and kept in (0, 1) and len(inputs[0]) > 0 and inputs[0].shape[1] > 1
+    return is_prompt and has_mask_of_padding
 
 
 def _hindrance(model: Any, cache: Any) -> str | None:
@@ -264,13 +266,9 @@ class Prompt:
         inputs_BSX = _longer(self.inputs_BSX, 1, more)
         positions_BS = _plain(_longer(positions, 1, more).expand(self.rows, -1))
         layout = PaddedLayout(self.visual_BS, self.real_BS, bucket)
-        kept: Any = self.given.get("logits_to_keep", 0)
-        if isinstance(kept, int):
-            kept = torch.arange(max(0, self.length - kept), self.length, device=device) if kept else None
-        elif isinstance(kept, Tensor):
-            kept = kept.to(device) % self.length
+        last = torch.tensor([self.length - 1], device=device) if self.given.get("logits_to_keep") else None
         visual = self._visual(images, bucket.visual) if bucket.visual else None
-        return inputs_BSX, visual, layout, _longer(self.slots, 0, more), positions_BS, mask_BL, kept
+        return inputs_BSX, visual, layout, _longer(self.slots, 0, more), positions_BS, mask_BL, last
 
     def _visual(self, images: GivenImages | None, rows: int) -> Tensor | tuple:
         """Features (V, C) or, for each layer that sees images, keys and values (V, K, H), with more rows behind them."""
@@ -359,12 +357,12 @@ def _logits(
     slots: Tensor,
     positions_BS: Tensor,
     mask_BL: Tensor,
-    kept: Tensor | None,
+    last: Tensor | None,
     keys: list[Tensor],
     values: list[Tensor],
     length: int,
 ) -> Tensor:
-    """The graph: logits at the positions `kept`, or at all, as `forward` returns them."""
+    """The graph: logits at the position `last`, (1,), or at all, as `forward` returns them."""
     if isinstance(visual, Tensor):
         visual = model.model.for_layers(visual, layout)
     decoder = model.language_model
@@ -379,7 +377,7 @@ def _logits(
         use_cache=False,
         return_dict=True,
     ).last_hidden_state
-    if kept is None and not model.config.in_embedding_space:
+    if last is None and not model.config.in_embedding_space:
         return layout.align(decoder.family.scaled_logits(model.lm_head(layout.text(hidden_BSD))))
-    hidden_BSD = hidden_BSD if kept is None else hidden_BSD.index_select(1, kept)
+    hidden_BSD = hidden_BSD if last is None else hidden_BSD.index_select(1, last)
     return decoder.family.scaled_logits(model.lm_head(hidden_BSD))
