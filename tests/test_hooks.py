@@ -279,7 +279,8 @@ def test_continuous_batching_writes_what_generate_writes():
         model.generate(torch.tensor([ids]), generation_config=options)[0, len(ids) :].tolist() for ids in prompts
     ]
     implementation = model.config._attn_implementation
-    found = model.generate_batch(inputs=prompts, generation_config=options)
+    few = transformers.ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else it takes most of the memory
+    found = model.generate_batch(inputs=prompts, generation_config=options, continuous_batching_config=few)
     assert [found[key].generated_tokens for key in sorted(found, key=lambda key: int(key.split("_")[-1]))] == expected
     model.set_attn_implementation(implementation)
 
