@@ -1,7 +1,7 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """What the study on real weights found, as tables of a page and as plots: from its JSON file alone.
 
-python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES
+python benchmarks/real_page.py benchmarks/real_weights.json PAGE.md IMAGES --llava benchmarks/real_llava.json
 """
 
 import argparse
@@ -34,9 +34,13 @@ def hits(result: dict, name: str, exam: str, kind: str | None = None) -> np.ndar
     """(seeds, questions) 0 or 1: which answers are right, of all questions or of a kind. What things are called that training
     never names is left out of all."""
     runs = [result["chance"]] if name == USUAL else result["runs"][name].values()
-    found, kinds = np.array([[int(one) for one in run[exam]] for run in runs]), np.array(result["asked"][exam])
-    chosen = kinds == kind if kind else (kinds != "name") | (exam != "unseen")
-    return found[:, chosen]
+    return np.stack([hits_of(run, result, exam, kind) for run in runs])
+
+
+def hits_of(run: dict, result: dict, exam: str, kind: str | None = None) -> np.ndarray:
+    """(questions,) the same for one run."""
+    found, kinds = np.array([int(one) for one in run[exam]]), np.array(result["asked"][exam])
+    return found[kinds == kind if kind else (kinds != "name") | (exam != "unseen")]
 
 
 def share(values: Sequence[float]) -> str:
@@ -114,6 +118,44 @@ def search(result: dict) -> str:
     return table(["", *rates], rows)
 
 
+def fitted(result: dict, llava: dict) -> str:
+    """The results of `real_llava.py`: SAISAs whose projectors were fitted to the trained LLaVA, beside it and the SAISA that
+    was trained."""
+    header = [
+        "",
+        "layers that see",
+        "KL from LLaVA",
+        "same top token, %",
+        "new artist, %",
+        "new things, %",
+        "perplexity of text",
+    ]
+    rows = [["LLaVA, trained", "", "", "", *scores(llava["llava"], result)]]
+    for name, found in llava["ways"].items():
+        best, layers = list(found["agreement"].values())[-1], found["visual_layers"]
+        seeing = "all" if layers is None else ", ".join(map(str, layers))
+        row = [f"SAISA, fitted: {name}", seeing, f"{best['kl']:.3f}", f"{100 * best['top1']:.1f}"]
+        rows.append([*row, *scores(found, result)])
+    if trained := result["runs"].get("saisa", {}).get("0"):
+        rows.append(["SAISA, trained", "all", "", "", *scores(trained, result)])
+    return table(header, rows)
+
+
+def scores(run: dict, result: dict) -> list[str]:
+    """A run's right answers in both exams, per cent, and its perplexity of text."""
+    return [*(f"{100 * hits_of(run, result, exam).mean():.1f}" for exam in EXAMS), f"{run['perplexity']:.2f}"]
+
+
+def by_number(llava: dict) -> str:
+    """How well a SAISA agrees with the LLaVA when fewer layers see the image: the fits that chose them."""
+    rows = []
+    for found in llava["ways"].values():
+        for row in found.get("by_number", ()):
+            layers = "all" if row["number"] == len(found["least"]) else ", ".join(map(str, row["layers"]))
+            rows.append([str(row["number"]), f"{row['kl']:.3f}", f"{100 * row['top1']:.1f}", layers])
+    return table(["layers that see", "KL from LLaVA", "same top token, %", "which"], rows)
+
+
 def draw(result: dict, folder: Path) -> None:
     """`real_weights.png`: accuracy over FLOPs, and by kind of question."""
     pyplot, names = drawing(), members(result)
@@ -167,10 +209,11 @@ def draw_samples(samples: Iterable[Sample], path: Path) -> None:
     pyplot.close(figure)
 
 
-def blocks(result: dict) -> dict[str, str]:
-    """The page's marked tables."""
+def blocks(result: dict, llava: dict | None = None) -> dict[str, str]:
+    """The page's marked tables; `llava` are the results of `real_llava.py`, if there are any."""
     found = {"state": state(result), "summary": summary(result), "search": search(result)}
-    return found | {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
+    found |= {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
+    return found if llava is None else found | {"fitted": fitted(result, llava), "by_number": by_number(llava)}
 
 
 def main(argv=None) -> None:
@@ -178,9 +221,10 @@ def main(argv=None) -> None:
     parser.add_argument("json", type=Path)
     parser.add_argument("page", type=Path)
     parser.add_argument("images", type=Path)
+    parser.add_argument("--llava", type=Path, metavar="PATH", help="the results of real_llava.py")
     args = parser.parse_args(argv)
     result = json.loads(args.json.read_text(encoding="utf-8"))
-    fill_blocks(args.page, blocks(result))
+    fill_blocks(args.page, blocks(result, args.llava and json.loads(args.llava.read_text(encoding="utf-8"))))
     draw(result, args.images)
 
 

@@ -130,6 +130,32 @@ def test_the_page_counts_right_answers_and_compares_them_question_by_question():
     assert "**2.000**" in real_page.search(result) and "diverged" in real_page.search(result)
 
 
+def test_the_page_sets_what_was_fitted_beside_what_was_trained():
+    run = {"artist": "1100", "unseen": "1010", "perplexity": 40.0}
+    result = {"asked": {"artist": ["count"] * 4, "unseen": ["name", *["count"] * 3]}, "runs": {"saisa": {"0": run}}}
+    by_number = [
+        {"number": 1, "layers": [2], "kl": 0.5, "top1": 0.25},
+        {"number": 3, "layers": [0, 1, 2], "kl": 0.1, "top1": 1},
+    ]
+    agreement = {"copied": {"kl": 2.0, "top1": 0.1}, "fitted": {"kl": 0.25, "top1": 0.875}}
+    way = {"agreement": agreement, "visual_layers": [2], "least": [0, 1, 2], "by_number": by_number}
+    llava = {
+        "llava": run | {"artist": "1111"},
+        "ways": {"one layer": way | run, "all layers": way | run | {"visual_layers": None, "by_number": []}},
+    }
+    cells = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in real_page.fitted(result, llava).splitlines()[2:]
+    ]
+    assert cells == [
+        ["LLaVA, trained", "", "", "", "100.0", "33.3", "40.00"],
+        ["SAISA, fitted: one layer", "2", "0.250", "87.5", "50.0", "33.3", "40.00"],
+        ["SAISA, fitted: all layers", "all", "0.250", "87.5", "50.0", "33.3", "40.00"],
+        ["SAISA, trained", "all", "", "", "50.0", "33.3", "40.00"],
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in real_page.by_number(llava).splitlines()[2:]]
+    assert rows == [["1", "0.500", "25.0", "2"], ["3", "0.100", "100.0", "all"]]
+
+
 def test_two_processes_write_one_file(tmp_path):
     one, other = (SimpleNamespace(work=tmp_path, path=tmp_path / "result.json", result={}) for _ in range(2))
     real_weights.Study.write(one, {"runs": {"saisa": {"0": {"rate": 1}}}, "search": {"saisa": {}}})
