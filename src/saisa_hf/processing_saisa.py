@@ -329,9 +329,9 @@ class SaisaProcessor(ImageTextProcessorMixin):
                 image = pad_to_square(image, tuple(int(x * 255) for x in np.broadcast_to(settings["image_mean"], 3)))
             return resized(image, size, resample) if resizes else image
 
-        are_distinct = len({*map(id, images)}) == len(images)  # no image can be opened by two threads at once
-        with ThreadPoolExecutor(torch.get_num_threads() if are_distinct else 1) as pool:
-            loaded = list(pool.map(ready, range(len(images))))
+        are_distinct = len({*map(id, images)}) == len(images) > 1  # no image can be opened by two threads at once
+        with ThreadPoolExecutor(threads := torch.get_num_threads() if are_distinct else 1) as pool:
+            loaded = list((pool.map if threads > 1 else map)(ready, range(len(images))))
         dtypes = [getattr(one, "dtype", None) for one in images]
         fractions = all(getattr(d, "kind", "") == "f" or getattr(d, "is_floating_point", False) for d in dtypes)
         if fractions and not settings["do_rescale"]:
