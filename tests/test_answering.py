@@ -1,17 +1,21 @@
 """The engine that answers many questions: whoever is asked together, whatever is kept, the answers are those of each question
 asked alone; likelihoods are those of a plain forward pass."""
 
+import io
 import itertools
+import threading
 import warnings
 
 import pytest
 import tile_parts
 import torch
 from test_chat import Count, picture, tiny_processor
+from test_processing import Meeting
 from tiny_models import tiny_model
 from tokenizers import models
 
 from saisa_hf.answering import Answerer, Likelihood, Question
+from saisa_hf.answering.kept_images import KeptImages
 from saisa_hf.chat.templates import chat_template
 from saisa_hf.processing_saisa import Video
 
@@ -106,6 +110,25 @@ def test_kept_states_stay_within_their_memory_from_the_first_on():
     assert answerer._kept.nbytes
     answers.close()  # as when an error ends it
     assert answerer._kept.nbytes == 0
+
+
+def test_kept_images_are_opened_in_threads_and_each_unreadable_one_is_named(tmp_path, monkeypatch):
+    (model, processor), barrier, content = tiny(), threading.Barrier(2), io.BytesIO()
+    picture(1).save(content, "PNG")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    images = {
+        "a": Meeting(content.getvalue(), barrier),
+        "b": Meeting(content.getvalue(), barrier),
+        "c": b"none",
+        "d": b"no",
+    }
+    kept = KeptImages(model, processor, 2**30, at_once=3)
+    kept.encode(images)
+    assert set(kept.errors) == {"c", "d"} and all("cannot be read" in error for error in kept.errors.values())
+    inputs = processor(images=[picture(1)] * 2, return_tensors="pt")
+    expected = model.get_visual_states(**inputs).stored.keys_values
+    for found, own in zip(kept.of(["a", "b"]).stored.keys_values, expected):
+        assert all(torch.equal(x, y) for x, y in zip(found, own))
 
 
 def test_questions_are_read_when_they_are_needed():

@@ -3,6 +3,7 @@
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ def opened(image: Any) -> Any:
     if isinstance(image, Video):
         return image
     return load_image(image, f"image {image!r:.300}" if isinstance(image, str) else "the image")
+
+
+def _opened_or_error(image: Any) -> Any:
+    try:
+        return opened(image)
+    except ValueError as error:
+        return error
 
 
 class KeptImages:
@@ -49,18 +57,14 @@ class KeptImages:
             if name in self._states:
                 self._states.move_to_end(name)
         self._drop(images, self.largest * len(images.keys() - self._states.keys()))
-        new: dict[Hashable, Any] = {}
-        for name, image in images.items():
-            if name in self._states:
-                continue
-            try:
-                new[name] = opened(image)
-            except ValueError as error:
-                self.errors[name] = str(error)
-            if len(new) == self.at_once:
-                self._take({key: images[key] for key in new}, new)
-                new = {}
-        self._take({key: images[key] for key in new}, new)
+        missing = [name for name in images if name not in self._states]
+        for start in range(0, len(missing), self.at_once):
+            names = missing[start : start + self.at_once]
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # Pillow lets other threads run while it decodes
+                found = dict(zip(names, pool.map(_opened_or_error, [images[name] for name in names])))
+            self.errors |= {name: str(one) for name, one in found.items() if isinstance(one, ValueError)}
+            new = {name: one for name, one in found.items() if name not in self.errors}
+            self._take({name: images[name] for name in new}, new)
         self._drop(images)
 
     def _drop(self, needed: Mapping[Hashable, Any], coming: int = 0) -> None:
