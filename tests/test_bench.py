@@ -171,7 +171,7 @@ def test_a_training_step_trains_what_it_says(models, trained, changed):
             if not torch.equal(p, after[key])
         }
         assert differ == changed, name
-        assert not any(p.requires_grad for p in model.parameters()) and not model.training
+        assert all(p.requires_grad for p in model.parameters()) and not model.training
 
 
 def test_adapters_are_gone_behind_their_measurement(models):

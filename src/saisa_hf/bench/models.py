@@ -95,8 +95,9 @@ def build(
     members: Iterable[str] = (),
     narrow: Iterable[str] = (),
 ) -> Models:
-    """Random models that share all weights but the projectors, and need no gradients. Weights are large enough to keep
-    activations from vanishing, so that answers depend on the image.
+    """Random models that share all weights but the projectors. Weights are large enough to keep activations from vanishing, so
+    that answers depend on the image. They need gradients, as those of models that are loaded do: of a frozen head, PyTorch
+    makes one product for each sample.
 
     Members have no weights of their own: SAISA has a projector for each layer, the others have LLaVA's. Narrow projectors are
     new.
@@ -152,9 +153,6 @@ def build(
     for key in narrow:
         models.narrow[key] = _narrow(key, models, args)
     models.set_attention(args.attn_implementation)
-    for model in (*models.ours, bare, llava, flamingo):
-        if model is not None:
-            model.requires_grad_(False)
     for model in models.narrow.values():
         if model.config.fold_projectors:
             model.fold_projectors()

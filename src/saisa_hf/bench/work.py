@@ -176,7 +176,7 @@ def tasks(
         return
     make = {"prefill": _prefill, "mixed": _prefill, "first-token": _first_token, "decode": _decode}
     make |= {"second-question": _second_question, "kept-beginning": _kept_beginning}
-    with torch.inference_mode():
+    with torch.no_grad():
         made = {name: make[case.work](models, name, inputs, case) for name in names}
         for name, task in made.items():
             steps, images = _steps(models, name, step, inputs, case), _images(name, inputs)
@@ -325,7 +325,7 @@ def _training(models: Models, names: list[str], case: Case) -> Iterator[dict]:
         for name in names:
             if case.trained == "lora":
                 trained[name] = trained[name].unload()
-            model_of(models, name).requires_grad_(False).eval()
+            model_of(models, name).requires_grad_(True).eval()
 
 
 def _with_adapters(model):
