@@ -279,3 +279,10 @@ def test_a_smoke_run_on_the_real_parts(tmp_path):
     assert {name: list(runs) for name, runs in result["runs"].items()} == {"saisa": ["0"], "vica": ["0"]}
     assert 20 < result["before"]["perplexity"] < 40, "SmolLM2 on Python's reference"
     assert time.monotonic() - start < 3600
+
+
+def test_the_numbers_in_the_repository_are_those_of_the_page():
+    result = json.loads((ROOT / "benchmarks" / "real_weights.json").read_text())
+    page = (ROOT / "docs" / "real_weights.md").read_text()
+    for name, text in real_page.blocks(result).items():
+        assert f"<!-- {name}: start -->\n{text}\n<!-- {name}: end -->" in page, name
