@@ -113,7 +113,7 @@ class AnswersAboutImages:
 
         Args:
             text_lengths, visual_lengths: the numbers that prompts are padded to: of text tokens, in the sample that has most,
-                and of visual tokens, in the batch. None: two from each power of two to the next; eight.
+                and of visual tokens, in the batch. None: in each octave two of text, eight of visual tokens.
             options: of `torch.compile`: `mode="reduce-overhead"` for CUDA graphs.
 
         Raises:
