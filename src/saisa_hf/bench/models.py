@@ -95,8 +95,8 @@ def build(
     members: Iterable[str] = (),
     narrow: Iterable[str] = (),
 ) -> Models:
-    """Random models that share all weights but the projectors. Weights are large enough to keep activations from vanishing, so
-    that answers depend on the image. They need gradients, as those of models that are loaded do: of a frozen head, PyTorch
+    """Random models that share all weights but the projectors. Weights are large enough to keep activations from vanishing,
+    so that answers depend on the image. They need gradients, as those of models that are loaded do: of a frozen head, PyTorch
     makes one product for each sample.
 
     Members have no weights of their own: SAISA has a projector for each layer, the others have LLaVA's. Narrow projectors are
