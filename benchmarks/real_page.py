@@ -213,7 +213,10 @@ def blocks(result: dict, llava: dict | None = None) -> dict[str, str]:
     """The page's marked tables; `llava` are the results of `real_llava.py`, if there are any."""
     found = {"state": state(result), "summary": summary(result), "search": search(result)}
     found |= {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
-    return found if llava is None else found | {"fitted": fitted(result, llava), "by_number": by_number(llava)}
+    if llava is None:
+        return found
+    chosen = any("by_number" in way for way in llava["ways"].values())
+    return found | {"fitted": fitted(result, llava)} | ({"by_number": by_number(llava)} if chosen else {})
 
 
 def main(argv=None) -> None:

@@ -282,7 +282,7 @@ def test_a_smoke_run_on_the_real_parts(tmp_path):
 
 
 def test_the_numbers_in_the_repository_are_those_of_the_page():
-    result = json.loads((ROOT / "benchmarks" / "real_weights.json").read_text())
+    files = (ROOT / "benchmarks" / f"{name}.json" for name in ("real_weights", "real_llava"))
     page = (ROOT / "docs" / "real_weights.md").read_text()
-    for name, text in real_page.blocks(result).items():
+    for name, text in real_page.blocks(*(json.loads(file.read_text()) for file in files)).items():
         assert f"<!-- {name}: start -->\n{text}\n<!-- {name}: end -->" in page, name
