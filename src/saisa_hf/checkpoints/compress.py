@@ -53,10 +53,10 @@ def compress(
 ) -> dict:
     """Fits narrower projectors, writes model, processor and report into the folder `destination`, and returns the report.
 
+    All arguments that are not named below are as for `from_llava`.
+
     Args:
         source: folder or hub id of a SAISA in input space, not quantized.
-        images, destination, prompts, prompt_format, work_folder, dtype, device, max_shard_size, overwrite, push_to_hub,
-            private, log: as for `from_llava`.
         projector_hidden_size: the inner width of the new projectors, below that of the old ones.
         error: in its place, the largest relative squared error of a layer's keys and values on held-out images: the width is
             the smallest in `LADDER` at which no layer has a larger one.
