@@ -14,6 +14,7 @@ import torch
 import transformers
 from dense_reference import dense_saisa
 from flash_standin import flash_attention
+from graph_parts import compiling, graphs
 from tiny_models import (
     BOS,
     IMAGE_TOKEN,
@@ -24,7 +25,7 @@ from tiny_models import (
     tiny_model,
     vision_features,
 )
-from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
 
 from saisa_hf import SaisaForConditionalGeneration
 from saisa_hf.compat_saisa import TRANSFORMERS_5
@@ -662,24 +663,6 @@ def test_the_language_model_has_an_attention_implementation_however_it_is_built(
         assert model.config.text_config._attn_implementation == "sdpa"
         model.set_attn_implementation("eager")
         assert model.config.get_text_config()._attn_implementation == "eager"
-
-
-def compiling(backend):
-    """Compiles decoding steps on a CPU too, each as one graph."""
-    config = CompileConfig(fullgraph=True, backend=backend, mode="default")
-    config._compile_all_devices = True
-    return config
-
-
-@contextmanager
-def graphs():
-    """A function that says how many graphs were compiled since the beginning; a graph break is an error."""
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    assert not counters["graph_break"]
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

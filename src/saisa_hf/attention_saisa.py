@@ -233,6 +233,11 @@ def eager_attention(attention, query_BNTH, key_BKLH, value_BKLH, mask, scaling, 
     return (probabilities_BNTL @ value_BKLH).transpose(1, 2), probabilities_BNTL
 
 
+def empty_cache(decoder):
+    """What a pass of `decoder` fills that returns a cache and got none."""
+    return hold_text_alone(DynamicCache(config=decoder.config), decoder.layers)
+
+
 def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, device):
     """Whether to return a cache, the one that a forward pass of `decoder` writes into, and the places (S,) in it of `length`
     new tokens. A ValueError if some layers do not see the image, and the cache does not give back the keys that it got."""
@@ -243,7 +248,7 @@ def cache_of_pass(decoder, use_cache: bool | None, cache, slots, length: int, de
         warn_once("A cache is incompatible with gradient checkpointing: `use_cache` is set to False.")
         use_cache, cache = False, None
     if use_cache and cache is None:
-        cache = hold_text_alone(DynamicCache(config=decoder.config), decoder.layers)
+        cache = empty_cache(decoder)
     is_quantized = any("Quantized" in kind.__name__ for kind in type(cache).__mro__)
     if is_quantized and not all(layer.sees_image for layer in decoder.layers):
         raise ValueError(

@@ -438,18 +438,17 @@ class UsesVisualStates:
             stored, rows = stored[rows], None
         return GivenImages("visual_states", states.lengths, stored=stored, rows=rows)
 
-    def visual_positions_of(self, images: GivenImages, input_ids, inputs_embeds) -> Tensor:
-        """bool (B, S), True at visual positions. Raises ValueError if `images` do not fill them."""
+    def before_pass(self, images: GivenImages, visual_BS: Tensor) -> None:
+        """Makes ready for a pass with `images` at visual positions. Raises ValueError if they do not fill them."""
         if self.folded is not None and not isinstance(images.stored, tuple):
             self.folded.follow(self)
-        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
         self.check_visual_tokens(images.name, images.lengths, int(visual_BS.sum()))
-        return visual_BS
 
     @torch.compiler.disable  # shapes depend on token ids here and nowhere else: around it, compiled graphs are whole
     def layout_of(self, images: GivenImages, input_ids, inputs_embeds, attention_mask, position_ids) -> TokenLayout:
         """Where `images` are in an input. Raises ValueError if they do not fill its placeholders."""
-        visual_BS = self.visual_positions_of(images, input_ids, inputs_embeds)
+        visual_BS = self.get_placeholder_mask(input_ids, inputs_embeds)
+        self.before_pass(images, visual_BS)
         if not images.lengths:
             return TokenLayout(None)
         # in embedding space visual tokens are tokens like others, and so is padding, as in a LLaVA

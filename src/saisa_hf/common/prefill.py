@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
-from ..attention_saisa import hold_text_alone
+from ..attention_saisa import empty_cache
 from ..compat_saisa import CACHE, DynamicLayer, in_several_processes, initialize, one_cache, optional, warn_once
 from ..head_saisa import IMAGES
 from ..modeling_saisa import SaisaCausalLMOutputWithPast
@@ -92,7 +91,7 @@ class CompiledPrefill:
         use_cache = decoder.config.use_cache if use_cache is None else use_cache
         cache = one_cache(given.get("past_key_values"), given.get("cache"))
         if cache is None and use_cache:
-            cache = hold_text_alone(DynamicCache(config=decoder.config), decoder.layers)
+            cache = empty_cache(decoder)
         reason = _hindrance(model, cache)
         if reason is not None:
             warn_once(LEFT.format(reason))
@@ -219,8 +218,9 @@ class Prompt:
         self.past = int(self.slots[0])
         self.text = {name: given.get(name) for name in ("input_ids", "inputs_embeds")}
         self.visual_BS = torch.zeros(self.rows, self.length, dtype=torch.bool, device=device)
-        self.has_images = any(len(given.get(name, ())) for name in ("pixel_values", "visual_states"))
-        if self.has_images:
+        images = [given[name] for name in ("pixel_values", "visual_states") if name in given]
+        self.has_images = any(map(len, images))
+        if images:
             self.visual_BS = self.model.get_placeholder_mask(**self.text)
         # in embedding space padding is read like text, as in a LLaVA
         mask = None if self.model.config.in_embedding_space else given.get("attention_mask")
@@ -253,7 +253,7 @@ class Prompt:
         if images is None:
             self.model.layout_without_images(self.text["input_ids"])
         else:
-            self.model.visual_positions_of(images, **self.text)
+            self.model.before_pass(images, self.visual_BS)
         return images
 
     def padded(self, images: GivenImages | None, bucket: Bucket) -> tuple:
@@ -297,7 +297,7 @@ def _plain(x: Tensor) -> Tensor:
     return x.contiguous().flatten().view(x.shape)
 
 
-class Places:
+class GraphCache:
     """A cache in a graph.
 
     Args:
@@ -372,7 +372,7 @@ def _logits(
         visual=visual,
         attention_mask=mask_BL,
         position_ids=positions_BS,
-        cache=Places(keys, values, slots, length) if keys else None,
+        cache=GraphCache(keys, values, slots, length) if keys else None,
         cache_position=slots,
         use_cache=False,
         return_dict=True,
