@@ -50,11 +50,16 @@ def share(values: Sequence[float]) -> str:
     return f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def difference(result: dict, name: str, exam: str) -> str:
-    """How many points more are right than of the LLaVA, question by question, over all seeds, and its standard error."""
-    if "llava" not in members(result) or name == "llava":
+def difference(result: dict, name: str, exam: str, base: str = "llava") -> str:
+    """How many points more are right than of `base`, question by question, over the seeds that both have, and its standard
+    error; "" if there are none."""
+    seeds = [seed for seed in result["runs"].get(name, {}) if seed in result["runs"].get(base, {})]
+    if not seeds or name == base:
         return ""
-    points = 100 * (hits(result, name, exam).mean(0) - hits(result, "llava", exam).mean(0))
+    one, other = (
+        np.mean([hits_of(result["runs"][who][s], result, exam) for s in seeds], axis=0) for who in (name, base)
+    )
+    points = 100 * (one - other)
     return f"{points.mean():+.1f} ± {points.std(ddof=1) / len(points) ** 0.5:.1f}"
 
 
@@ -116,6 +121,23 @@ def search(result: dict) -> str:
             cells = ["diverged" if found[rate] is None else f"{found[rate]:.3f}" for rate in rates]
             rows.append([name, *(f"**{cell}**" if rate == best else cell for rate, cell in zip(rates, cells))])
     return table(["", *rates], rows)
+
+
+def at_one_rate(result: dict) -> str:
+    """LLaVA and SAISA at the rate that the search found for each of them: the members, and the controls."""
+    header = ["rate"]
+    for what in ("new artist, %", "new things, %"):
+        header += [f"{what}: llava", "saisa", "saisa minus llava"]
+    rows = []
+    for llava, saisa in (("llava", "saisa-at-llavas-rate"), ("llava-at-saisas-rate", "saisa")):
+        found = [result["runs"].get(name, {}) for name in (llava, saisa)]
+        if all(found):
+            rows.append([f"{next(iter(found[0].values()))['rate']:g}"])
+            for exam in EXAMS:
+                rows[-1] += [share(hits(result, name, exam).mean(1)) for name in (llava, saisa)]
+                rows[-1] += [difference(result, saisa, exam, llava)]
+            rows[-1] += [f"{mean(run['perplexity'] for run in runs.values()):.2f}" for runs in found]
+    return table([*header, "perplexity of text: llava", "saisa"], rows)
 
 
 def fitted(result: dict, llava: dict) -> str:
@@ -212,6 +234,7 @@ def draw_samples(samples: Iterable[Sample], path: Path) -> None:
 def blocks(result: dict, llava: dict | None = None) -> dict[str, str]:
     """The page's marked tables; `llava` are the results of `real_llava.py`, if there are any."""
     found = {"state": state(result), "summary": summary(result), "search": search(result)}
+    found |= {"at_one_rate": at_one_rate(result)}
     found |= {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
     if llava is None:
         return found

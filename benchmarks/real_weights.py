@@ -61,6 +61,10 @@ from saisa_hf.costs.flops import Step, account
 ORDER = ("saisa", "llava", "vica", "saisa-shared", "naavit", "shortv")
 RATES = (1e-4, 3e-4, 1e-3)  # of the second stage, tried for each member
 FIRST_RATE = 1e-3  # of the first stage: the paper's
+CONTROLS = {  # name -> a member, and the one whose rate it has
+    "llava-at-saisas-rate": ("llava", "saisa"),
+    "saisa-at-llavas-rate": ("saisa", "llava"),
+}
 SIZES = {  # of the study, and of its smoke run
     "study": {
         "captions": 2000,
@@ -246,17 +250,18 @@ class Study:
             self.write({"before": {"perplexity": perplexity(model, self.passages())}})
 
     def run(self, name: str, seed: int) -> bool:
-        """Both stages of a member, and its examination. Returns False if there was no time for all of it."""
+        """Both stages of a member or a control, and its examination. Returns False if there was no time for all of it."""
         if str(seed) in self.result.get("runs", {}).get(name, {}):
             return True
-        rate = self.best_rate(name) if self.first_stage(name, seed) else None
+        built, rated = CONTROLS.get(name, (name, name))
+        rate = self.best_rate(rated) if self.first_stage(built, seed) else None
         if rate is None:
             return False
-        model = self.second_model(name, seed)
+        model = self.second_model(built, seed)
         stage = self.stage(model, "conversations", "second", rate, seed, f"second-{name}-{seed}")
         if not stage.run(self.until):
             return False
-        with safe_open(self.first_file(name, seed), framework="pt") as file:
+        with safe_open(self.first_file(built, seed), framework="pt") as file:
             found = {"rate": rate, "first_losses": json.loads(file.metadata()["losses"])}
         found |= {"losses": thinned(stage.losses)} | {exam: digits(right(model, self.samples(exam))) for exam in EXAMS}
         found["perplexity"] = perplexity(model, self.passages())
@@ -293,6 +298,8 @@ class Study:
     def best_rate(self, name: str) -> float | None:
         """The rate of the second stage with the least loss on held-out phrasings after a short training; None if there was
         no time to find it."""
+        if not self.first_stage(name, 0):
+            return None
         for rate in RATES:
             if f"{rate:g}" in self.result.get("search", {}).get(name, {}):
                 continue
@@ -390,7 +397,8 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--work", metavar="FOLDER", type=Path, required=True, help="parts, samples and training states")
     parser.add_argument("--json", metavar="PATH", type=Path, required=True, help="all results")
     parser.add_argument("--sizes", choices=SIZES, default="study", help="(default: %(default)s)")
-    parser.add_argument("--members", nargs="+", choices=ORDER, default=ORDER, help="(default: all)")
+    runs = (*ORDER, *CONTROLS)
+    parser.add_argument("--members", nargs="+", choices=runs, default=runs, help="(default: all, and the controls)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's (default: %(default)s)")
     parser.add_argument("--costs", action="store_true", help="count and time what members cost, and train nothing")

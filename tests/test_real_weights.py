@@ -26,6 +26,7 @@ import real_weights
 
 ROOT = Path(__file__).parent.parent
 MEMBERS = ["saisa", "llava", "vica"]
+CONTROL = "llava-at-saisas-rate"
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +61,13 @@ def study(parts, things, tmp_path_factory):  # noqa: F811
         def run(*others):
             return real_weights.main([*options, *others])
 
-        run("--members", *MEMBERS)
-        yield SimpleNamespace(run=run, folder=folder, result=run("--members", *MEMBERS, "--costs"))
+        run("--members", *MEMBERS, CONTROL)
+        yield SimpleNamespace(run=run, folder=folder, result=run("--costs"))
 
 
 def test_every_member_is_trained_in_both_stages_and_examined(study):
     result = study.result
-    assert list(result["runs"]) == MEMBERS
+    assert list(result["runs"]) == [*MEMBERS, CONTROL]
     assert result["runs"]["saisa"]["0"]["first_losses"] != result["runs"]["llava"]["0"]["first_losses"]
     for name in MEMBERS:
         run = result["runs"][name]["0"]
@@ -80,10 +81,23 @@ def test_every_member_is_trained_in_both_stages_and_examined(study):
     assert left == {"captions.pt", "conversations.pt", "valid.pt", "artist.pt", "unseen.pt"}, "states are removed"
 
 
+def test_a_control_is_a_member_at_the_rate_of_another(study, monkeypatch):
+    runs = study.result["runs"]
+    assert runs[CONTROL]["0"]["rate"] == runs["saisa"]["0"]["rate"]
+    assert runs[CONTROL]["0"]["first_losses"] == runs["llava"]["0"]["first_losses"]
+    assert CONTROL not in study.result["search"]
+    whole, built = real_weights.Study(study.folder / "work", study.folder / "result.json", "smoke", math.inf), []
+    stage = SimpleNamespace(run=lambda deadline: False)
+    monkeypatch.setattr(whole, "stage", lambda model, data, sizes, rate, *_: built.append((model, rate)) or stage)
+    assert not whole.run("saisa-at-llavas-rate", 0)
+    [(model, rate)] = built
+    assert rate == runs["llava"]["0"]["rate"] and model.config.projector_sharing == "per_layer"
+
+
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(study, monkeypatch):
     before = (study.folder / "result.json").read_bytes()
     monkeypatch.setattr(real_weights, "new_member", None)
-    study.run("--members", *MEMBERS)
+    study.run("--members", *MEMBERS, CONTROL)
     assert (study.folder / "result.json").read_bytes() == before
     with pytest.raises(ValueError, match=r"result\.json was made with .*: choose another --json"):
         study.run("--sizes", "study")
@@ -100,11 +114,11 @@ def test_costs_are_those_of_the_formulas_and_members_differ(study):
 
 def test_the_page_is_made_of_the_results(study, tmp_path):
     page = tmp_path / "page.md"
-    names = ("state", "summary", "search", "kinds_artist", "kinds_unseen")
+    names = ("state", "summary", "search", "at_one_rate", "kinds_artist", "kinds_unseen")
     page.write_text("\n".join(f"<!-- {name}: start -->\n<!-- {name}: end -->" for name in names))
     real_page.main([str(study.folder / "result.json"), str(page), str(tmp_path)])
     rows = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("|")]
-    assert [name for name in rows if name in real_page.MEMBERS] == ["llava", "saisa", "vica"] * 2
+    assert [name for name in rows if name in (*real_page.MEMBERS, CONTROL)] == ["llava", "saisa", "vica"] * 2
     assert (tmp_path / "real_weights.png").stat().st_size > 10_000
     study.run("--example", str(tmp_path / "samples.png"))
     assert (tmp_path / "samples.png").stat().st_size > 10_000
@@ -126,6 +140,14 @@ def test_the_page_counts_right_answers_and_compares_them_question_by_question():
         ["name", "2", "0.0", "75.0 (50.0 to 100.0)", "75.0 (50.0 to 100.0)"],
         ["count", "2", "100.0", "0.0 (0.0 to 0.0)", "75.0 (50.0 to 100.0)"],
     ]
+    runs |= {
+        "llava-at-saisas-rate": {"0": runs["llava"]["0"] | {"rate": 0.003, "perplexity": 50.0}},
+        "saisa": {seed: run | {"rate": 0.003, "perplexity": 40.0 + int(seed)} for seed, run in runs["saisa"].items()},
+    }
+    [row] = real_page.at_one_rate(result).splitlines()[2:]
+    cells = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert cells[:4] == ["0.003", "50.0", "75.0 (50.0 to 100.0)", "+50.0 ± 28.9"], "of the seed that both have"
+    assert cells[-2:] == ["50.00", "40.50"]
     result["settings"], result["search"] = {"rates": [1e-4, 3e-4]}, {"llava": {"0.0001": 2.0, "0.0003": None}}
     assert "**2.000**" in real_page.search(result) and "diverged" in real_page.search(result)
 
