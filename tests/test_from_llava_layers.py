@@ -158,6 +158,37 @@ def test_an_interrupted_choice_goes_on(source, tmp_path, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in b)
 
 
+def test_one_work_folder_serves_any_number(source, tmp_path, monkeypatch):
+    def made(visual_layers, target):
+        options = {"prompts": PROMPTS, "work_folder": tmp_path / "work", "log": lambda line: None}
+        fit = Fit(**SETTINGS, visual_layers=visual_layers)
+        return from_llava.from_llava(source / "llava", source / "photos", tmp_path / target, fit=fit, **options)
+
+    two = made("auto:2", "two")
+    monkeypatch.setattr(choosing, "divergences_without", None)  # no layer is measured again
+    three = made("auto:3", "three")
+    assert three["least"] == two["least"] and three["layers"] == two["layers"]
+    assert three["visual_layers"] == nested(two["least"], 3) != two["visual_layers"]
+    model = SaisaForConditionalGeneration.from_pretrained(tmp_path / "three")
+    seeing_layers = [index for index, layer in enumerate(model.language_model.layers) if layer.sees_image]
+    assert seeing_layers == model.config.visual_layers == three["visual_layers"]
+    with pytest.raises(ValueError, match=r"run with other settings \(visual_layers, weights\)"):
+        made([0, 1], "given")
+
+
+def test_rounds_that_differ_have_files_of_their_own():
+    def rounds(wanted, layers=32):
+        left, sizes = [layers], choosing.sizes_of(layers, wanted)
+        while left[-1] > 1:
+            left.append(left[-1] - removed_at_once(left[-1], sizes))
+        return left
+
+    for one, other in itertools.product(range(1, 33), repeat=2):
+        same_file = choosing.file_of_rounds(32, one) == choosing.file_of_rounds(32, other)
+        assert not same_file or rounds(one) == rounds(other), (one, other)
+    assert choosing.file_of_rounds(32, 8) == choosing.file_of_rounds(32, 32) != choosing.file_of_rounds(32, 20)
+
+
 def run(source, target, *words):
     argv = ["build", "--from-llava", source / "llava", "--images", source / "photos", "--device", "cpu"]
     argv += ["--prompts", source / "prompts.txt"]

@@ -58,6 +58,11 @@ def measurements(layers: int, wanted: int) -> int:
     return count
 
 
+def file_of_rounds(layers: int, wanted: int) -> str:
+    """Where rounds are kept: in one file for all numbers that have the same rounds."""
+    return f"layers-{wanted}.json" if ONE_BY_ONE < wanted < layers else "layers.json"
+
+
 def nested(order: list[int], number: int) -> list[int]:
     """The layers that see when so many are left, in ascending order."""
     return sorted(order[-number:])
@@ -66,9 +71,10 @@ def nested(order: list[int], number: int) -> list[int]:
 @torch.no_grad()
 def choose_layers(bench: Workbench, teacher: Teacher) -> list[int]:
     """The layers of `bench.model` in the order in which they can do without the image: the last is needed most. Measured on
-    `bench.choosing`; each finished round is kept in the work folder, in `layers.json`."""
+    `bench.choosing`; each finished round is kept in the work folder."""
     rows = answered(bench, teacher, bench.choosing, "choosing-answers.json")
-    path, count = bench.folder / "layers.json", bench.model.config.text_config.num_hidden_layers
+    count = bench.model.config.text_config.num_hidden_layers
+    path = bench.folder / file_of_rounds(count, bench.fit.layers_to_choose)
     rounds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     order = [layer for one in rounds for layer in one["hidden"]]
     sizes = sizes_of(count, bench.fit.layers_to_choose)

@@ -108,7 +108,9 @@ class Workbench:
     def _check_settings(self, prompts: Sequence[str], prompt_format: str | None) -> None:
         """Writes the settings into the folder, or compares them with those that are there."""
         settings = {name: value for name, value in asdict(self.fit).items() if not name.startswith("distill_")}
-        if not self.fit.layers_to_choose:
+        if self.fit.layers_to_choose:
+            settings["visual_layers"] = "auto"  # one fit and one order serve any number
+        else:
             del settings["choose_on"]
         settings |= {
             "prompts": list(prompts),
