@@ -123,21 +123,24 @@ def search(result: dict) -> str:
     return table(["", *rates], rows)
 
 
-def at_one_rate(result: dict) -> str:
-    """LLaVA and SAISA at the rate that the search found for each of them: the members, and the controls."""
-    header = ["rate"]
-    for what in ("new artist, %", "new things, %"):
-        header += [f"{what}: llava", "saisa", "saisa minus llava"]
+def by_rate(result: dict) -> str:
+    """The runs at the learning rate that the search found for LLaVA, and at those it found for others: members at their own
+    rate, controls at that of another."""
+    header = ["", "rate", "new artist, %", "minus llava", "new things, %", "minus llava", "perplexity of text"]
+    at: dict[float, dict[str, str]] = {}  # rate -> member -> run
+    for run, seeds in result["runs"].items():
+        rate = next(iter(seeds.values()))["rate"]
+        at.setdefault(rate, {})[run.partition("-at-")[0]] = run
     rows = []
-    for llava, saisa in (("llava", "saisa-at-llavas-rate"), ("llava-at-saisas-rate", "saisa")):
-        found = [result["runs"].get(name, {}) for name in (llava, saisa)]
-        if all(found):
-            rows.append([f"{next(iter(found[0].values()))['rate']:g}"])
+    for rate in sorted(at):
+        for name in (name for name in MEMBERS if name in at[rate]):
+            run, runs = at[rate][name], result["runs"][at[rate][name]].values()
+            rows.append([name, f"{rate:g}"])
             for exam in EXAMS:
-                rows[-1] += [share(hits(result, name, exam).mean(1)) for name in (llava, saisa)]
-                rows[-1] += [difference(result, saisa, exam, llava)]
-            rows[-1] += [f"{mean(run['perplexity'] for run in runs.values()):.2f}" for runs in found]
-    return table([*header, "perplexity of text: llava", "saisa"], rows)
+                rows[-1] += [share(hits(result, run, exam).mean(1))]
+                rows[-1] += [difference(result, run, exam, at[rate].get("llava", run))]
+            rows[-1] += [f"{mean(each['perplexity'] for each in runs):.2f}"]
+    return table(header, rows)
 
 
 def fitted(result: dict, llava: dict) -> str:
@@ -234,7 +237,7 @@ def draw_samples(samples: Iterable[Sample], path: Path) -> None:
 def blocks(result: dict, llava: dict | None = None) -> dict[str, str]:
     """The page's marked tables; `llava` are the results of `real_llava.py`, if there are any."""
     found = {"state": state(result), "summary": summary(result), "search": search(result)}
-    found |= {"at_one_rate": at_one_rate(result)}
+    found |= {"by_rate": by_rate(result)}
     found |= {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
     if llava is None:
         return found

@@ -64,6 +64,7 @@ FIRST_RATE = 1e-3  # of the first stage: the paper's
 CONTROLS = {  # name -> a member, and the one whose rate it has
     "llava-at-saisas-rate": ("llava", "saisa"),
     "saisa-at-llavas-rate": ("saisa", "llava"),
+    "vica-at-saisas-rate": ("vica", "saisa"),
 }
 SIZES = {  # of the study, and of its smoke run
     "study": {
