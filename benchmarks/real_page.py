@@ -56,9 +56,13 @@ def difference(result: dict, name: str, exam: str, base: str = "llava") -> str:
     seeds = [seed for seed in result["runs"].get(name, {}) if seed in result["runs"].get(base, {})]
     if not seeds or name == base:
         return ""
-    one, other = (
-        np.mean([hits_of(result["runs"][who][s], result, exam) for s in seeds], axis=0) for who in (name, base)
+    return paired(
+        *(np.mean([hits_of(result["runs"][who][s], result, exam) for s in seeds], axis=0) for who in (name, base))
     )
+
+
+def paired(one: np.ndarray, other: np.ndarray) -> str:
+    """The mean difference of right answers in points, question by question, and its standard error."""
     points = 100 * (one - other)
     return f"{points.mean():+.1f} ± {points.std(ddof=1) / len(points) ** 0.5:.1f}"
 

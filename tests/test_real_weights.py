@@ -1,11 +1,12 @@
 # Copyright 2026 The saisa_hf authors. Licensed under the Apache License, Version 2.0.
 """The study on real weights: its pieces on tiny random parts, what it counts as right, and the numbers of its page."""
 
+import itertools
 import json
 import math
+import re
 import sys
 import time
-from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,7 +241,7 @@ def test_a_stage_that_is_interrupted_goes_on_to_the_last_bit(study, name, tmp_pa
     whole = a_stage(study, name, tmp_path / "whole.pt")
     assert whole.run(math.inf) and len(set(whole.losses)) == 5
     first = a_stage(study, name, tmp_path / "part.pt")
-    ticks = count()
+    ticks = itertools.count()
     monkeypatch.setattr(real_training.time, "monotonic", lambda: next(ticks))
     assert not first.run(deadline=3) and 0 < first.step < 5
     second = a_stage(study, name, tmp_path / "part.pt")
@@ -309,8 +310,37 @@ def test_a_smoke_run_on_the_real_parts(tmp_path):
     assert time.monotonic() - start < 3600
 
 
-def test_the_numbers_in_the_repository_are_those_of_the_page():
-    files = (ROOT / "benchmarks" / f"{name}.json" for name in ("real_weights", "real_llava"))
+@pytest.fixture
+def kept():
+    """The results in the repository: of the study, and of what was fitted to its LLaVA."""
+    return [json.loads((ROOT / "benchmarks" / f"{name}.json").read_text()) for name in ("real_weights", "real_llava")]
+
+
+def test_the_numbers_in_the_repository_are_those_of_the_page(kept):
     page = (ROOT / "docs" / "real_weights.md").read_text()
-    for name, text in real_page.blocks(*(json.loads(file.read_text()) for file in files)).items():
+    for name, text in real_page.blocks(*kept).items():
         assert f"<!-- {name}: start -->\n{text}\n<!-- {name}: end -->" in page, name
+
+
+def test_the_differences_that_the_text_names_are_those_of_the_results(kept):
+    result, llava = kept
+    runs = result["runs"]
+    found = {
+        real_page.difference(result, one, exam, other)
+        for one, other in itertools.product(runs, repeat=2)
+        for exam in real_page.EXAMS
+    }
+    each = [*llava["ways"].values(), llava["llava"], *(run for seeds in runs.values() for run in seeds.values())]
+    for (one, other), exam in itertools.product(itertools.permutations(each, 2), real_page.EXAMS):
+        found.add(real_page.paired(*(real_page.hits_of(run, result, exam) for run in (one, other))))
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / "real_weights.md").read_text())
+    named = set(re.findall(r"\d+\.\d ± \d+\.\d", text))
+    assert len(named) > 10 and named <= {difference.lstrip("+-") for difference in found}
+    shares = [
+        "{:.1f}% against {:.1f}%".format(
+            *(100 * real_page.hits(result, name, exam).mean() for name in ("saisa", "llava"))
+        )
+        for exam in real_page.EXAMS
+    ]
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"({share})" in readme for share in shares), shares
