@@ -399,7 +399,7 @@ def arguments(argv=None) -> argparse.Namespace:
     parser.add_argument("--json", metavar="PATH", type=Path, required=True, help="all results")
     parser.add_argument("--sizes", choices=SIZES, default="study", help="(default: %(default)s)")
     runs = (*ORDER, *CONTROLS)
-    parser.add_argument("--members", nargs="+", choices=runs, default=runs, help="(default: all, and the controls)")
+    parser.add_argument("--members", nargs="+", choices=runs, default=ORDER, help="(default: all but the controls)")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(default: 0 1 2)")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's (default: %(default)s)")
     parser.add_argument("--costs", action="store_true", help="count and time what members cost, and train nothing")
