@@ -240,8 +240,7 @@ def draw_samples(samples: Iterable[Sample], path: Path) -> None:
 
 def blocks(result: dict, llava: dict | None = None) -> dict[str, str]:
     """The page's marked tables; `llava` are the results of `real_llava.py`, if there are any."""
-    found = {"state": state(result), "summary": summary(result), "search": search(result)}
-    found |= {"by_rate": by_rate(result)}
+    found = {"state": state(result), "summary": summary(result), "search": search(result), "by_rate": by_rate(result)}
     found |= {f"kinds_{exam}": by_kind(result, exam) for exam in EXAMS}
     if llava is None:
         return found

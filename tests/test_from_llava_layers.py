@@ -28,9 +28,8 @@ from saisa_hf.checkpoints.from_llava import (
 from saisa_hf.checkpoints.from_llava.choosing import (
     batches_of,
     divergences_without,
-    measurements,
+    left_by_round,
     nested,
-    removed_at_once,
     seeing,
 )
 from saisa_hf.checkpoints.from_llava.states import VisualStates
@@ -121,13 +120,9 @@ def test_a_layers_divergence_is_that_of_the_model_without_it(kind, pictures, tmp
 
 def test_many_layers_go_at_once_and_no_size_of_the_report_is_passed_over():
     assert choosing.sizes_of(32, 8) == [1, 2, 4, 8, 16, 32] and choosing.sizes_of(5, 3) == [1, 2, 3, 4, 5]
-    sizes, left, seen = choosing.sizes_of(32, 20), 32, [32]
-    while left > 1:
-        left -= removed_at_once(left, sizes)
-        seen.append(left)
-    assert seen == [32, 24, 20, *range(16, 0, -1)]
-    assert measurements(32, 8) == 32 + 24 + 18 + sum(range(2, 17)) == 209
-    assert measurements(4, 1) == 9
+    assert left_by_round(32, 20) == [32, 24, 20, *range(16, 0, -1)]
+    assert sum(left_by_round(32, 8)[:-1]) == 32 + 24 + 18 + sum(range(2, 17)) == 209
+    assert sum(left_by_round(4, 1)[:-1]) == 9
 
 
 class Stop(BaseException):
@@ -177,15 +172,9 @@ def test_one_work_folder_serves_any_number(source, tmp_path, monkeypatch):
 
 
 def test_rounds_that_differ_have_files_of_their_own():
-    def rounds(wanted, layers=32):
-        left, sizes = [layers], choosing.sizes_of(layers, wanted)
-        while left[-1] > 1:
-            left.append(left[-1] - removed_at_once(left[-1], sizes))
-        return left
-
     for one, other in itertools.product(range(1, 33), repeat=2):
         same_file = choosing.file_of_rounds(32, one) == choosing.file_of_rounds(32, other)
-        assert not same_file or rounds(one) == rounds(other), (one, other)
+        assert not same_file or left_by_round(32, one) == left_by_round(32, other), (one, other)
     assert choosing.file_of_rounds(32, 8) == choosing.file_of_rounds(32, 32) != choosing.file_of_rounds(32, 20)
 
 

@@ -49,18 +49,18 @@ def removed_at_once(left: int, sizes: Collection[int]) -> int:
     return min(most, left - max(size for size in sizes if size < left))
 
 
-def measurements(layers: int, wanted: int) -> int:
-    """How many times a layer is hidden and the divergence is measured, in all rounds."""
-    sizes, left, count = sizes_of(layers, wanted), layers, 0
-    while left > 1:
-        count += left
-        left -= removed_at_once(left, sizes)
-    return count
+def left_by_round(layers: int, wanted: int) -> list[int]:
+    """How many layers see the image before each round, and after the last."""
+    sizes, left = sizes_of(layers, wanted), [layers]
+    while left[-1] > 1:
+        left.append(left[-1] - removed_at_once(left[-1], sizes))
+    return left
 
 
 def file_of_rounds(layers: int, wanted: int) -> str:
-    """Where rounds are kept: in one file for all numbers that have the same rounds."""
-    return f"layers-{wanted}.json" if ONE_BY_ONE < wanted < layers else "layers.json"
+    """Where rounds are kept: in one file for all numbers that take the rounds of a single layer."""
+    is_usual = left_by_round(layers, wanted) == left_by_round(layers, 1)
+    return "layers.json" if is_usual else f"layers-{wanted}.json"
 
 
 def nested(order: list[int], number: int) -> list[int]:
@@ -77,17 +77,17 @@ def choose_layers(bench: Workbench, teacher: Teacher) -> list[int]:
     path = bench.folder / file_of_rounds(count, bench.fit.layers_to_choose)
     rounds = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     order = [layer for one in rounds for layer in one["hidden"]]
-    sizes = sizes_of(count, bench.fit.layers_to_choose)
-    batches = batches_of(bench, teacher, rows) if len(order) < count - 1 else []
-    while len(order) < count - 1:
+    ahead = left_by_round(count, bench.fit.layers_to_choose)[len(rounds) + 1 :]
+    batches = batches_of(bench, teacher, rows) if ahead else []
+    for number in ahead:
         left = [layer for layer in range(count) if layer not in order]
         found = divergences_without(bench, batches, left)
         # of layers that make no difference the last goes first
-        least = sorted(left, key=lambda layer: (found[layer], -layer))[: removed_at_once(len(left), sizes)]
+        least = sorted(left, key=lambda layer: (found[layer], -layer))[: len(left) - number]
         rounds.append({"hidden": least, "kl": {str(layer): kl for layer, kl in found.items()}})
         order += least
         write_json(path, rounds)
-        line = f"choosing layers: {len(left) - len(least)} of {count} left, hidden {', '.join(map(str, least))}"
+        line = f"choosing layers: {number} of {count} left, hidden {', '.join(map(str, least))}"
         show_progress(bench.log, line)
     return order + [layer for layer in range(count) if layer not in order]
 
