@@ -194,8 +194,10 @@ def draw(result: dict, folder: Path) -> None:
         for exam, marker in zip(EXAMS, "o^"):
             found = 100 * hits(result, name, exam).mean(1)
             left.plot([flops] * len(found), found, marker, color=COLOURS[name], markersize=5, alpha=0.8)
-        top = 100 * hits(result, name, "artist").mean(1).max()
-        left.annotate(name, (flops, top), (3, 6), textcoords="offset points")
+        lowest = min(100 * hits(result, name, exam).mean(1).min() for exam in EXAMS)
+        below = {"rotation": 90, "horizontalalignment": "center", "verticalalignment": "top"}
+        left.annotate(name, (flops, lowest), (0, -6), textcoords="offset points", **below)
+    left.margins(y=0.2)
     left.set_xlabel("GFLOPs of a prompt")
     left.set_ylabel("exactly right, %")
     left.set_title("circles: new artist, triangles: new things", fontsize=10)
@@ -211,7 +213,8 @@ def draw(result: dict, folder: Path) -> None:
     right.plot(np.arange(len(kinds)), usual, "_", color="#000000", markersize=24, label=USUAL)
     right.set_xticks(np.arange(len(kinds)), kinds)
     right.set_title("new artist, by kind of question", fontsize=10)
-    right.legend(fontsize=8, frameon=False, ncols=2)
+    right.margins(y=0.15)
+    right.legend(fontsize=8, frameon=False, ncols=3)
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

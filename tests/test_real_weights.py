@@ -342,5 +342,11 @@ def test_the_differences_that_the_text_names_are_those_of_the_results(kept):
         )
         for exam in real_page.EXAMS
     ]
+    names = {name: 100 * real_page.hits(result, name, "artist", "name").mean() for name in runs}
+    assert f"names ({names['saisa']:.0f}% against {names['llava']:.0f}%)" in text
+    assert f"{names['saisa-shared']:.0f}% of the names to ViCA's {names['vica']:.0f}%" in text
+    means = {name: [real_page.hits(result, name, exam).mean() for exam in real_page.EXAMS] for name in runs}
+    artist, unseen = (100 * vica / llava for vica, llava in zip(means["vica"], means["llava"]))
+    assert f"it is {artist:.0f}% on the new artist and {unseen:.0f}% on new things" in text
     readme = (ROOT / "README.md").read_text()
     assert all(f"({share})" in readme for share in shares), shares
