@@ -191,12 +191,11 @@ def draw(result: dict, folder: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.4), width_ratios=(1, 1.7), layout="constrained")
     for name in names:
         flops = result["costs"][name]["prompt_flops"] / 1e9
-        for exam, marker in zip(EXAMS, "o^"):
-            found = 100 * hits(result, name, exam).mean(1)
+        by_exam = [100 * hits(result, name, exam).mean(1) for exam in EXAMS]
+        for found, marker in zip(by_exam, "o^"):
             left.plot([flops] * len(found), found, marker, color=COLOURS[name], markersize=5, alpha=0.8)
-        lowest = min(100 * hits(result, name, exam).mean(1).min() for exam in EXAMS)
         below = {"rotation": 90, "horizontalalignment": "center", "verticalalignment": "top"}
-        left.annotate(name, (flops, lowest), (0, -6), textcoords="offset points", **below)
+        left.annotate(name, (flops, np.min(by_exam)), (0, -6), textcoords="offset points", **below)
     left.margins(y=0.2)
     left.set_xlabel("GFLOPs of a prompt")
     left.set_ylabel("exactly right, %")
